@@ -44,7 +44,7 @@ def bf16_speedup(
     fp32, bf16 = (min(o) for o in zip(*[(once(torch.float32), once(torch.bfloat16)) for _ in range(repeats)]))
     return fp32 / bf16
 
-# %% ../nbs/07_adapters.ipynb #7f38b13d
+# %% ../nbs/07_adapters.ipynb #bd92cbe3
 @dataclass(frozen=True)
 class Precision:
     "How a base model is held and computed on this machine."
@@ -55,7 +55,9 @@ class Precision:
     notes: tuple = ()  # what was asked and can't be, in plain words
 
     @property
-    def mixed(self): return {"bfloat16": "bf16", "float16": "fp16"}.get(self.dtype)
+    def mixed(self) -> str | None:
+        "The kind of autocast, as the trainer calls it."
+        return {"bfloat16": "bf16", "float16": "fp16"}.get(self.dtype)
 
 # %% ../nbs/07_adapters.ipynb #858cf60d
 def local_device() -> str:  # "cpu", or this process's own GPU

@@ -34,7 +34,7 @@ def _slot_problem(
     slot = "{" + field + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "") + "}"
     return f"the template slot {slot!r} isn't a plain column; write {{column}}"
 
-# %% ../nbs/04_prompts.ipynb #774feb4c
+# %% ../nbs/04_prompts.ipynb #a11188c4
 @dataclass(frozen=True)
 class PromptTemplate:
     "A checked template: literals and slots, and the piece at which the completion begins."
@@ -42,7 +42,9 @@ class PromptTemplate:
     completion: int | None = None  # index of the completion's first piece; None where there is none
 
     @cached_property
-    def fields(self): return tuple(dict.fromkeys(f for _, f in self.pieces if f is not None))
+    def fields(self) -> tuple:
+        "The columns that the template uses, each once."
+        return tuple(dict.fromkeys(f for _, f in self.pieces if f is not None))
 
 # %% ../nbs/04_prompts.ipynb #1ec6f75c
 def read_template(
@@ -125,13 +127,13 @@ def missing_values(
             if value is None or value != value: missing.setdefault(i, []).append(field)
     return dict(sorted(missing.items()))
 
-# %% ../nbs/04_prompts.ipynb #a7b56409
+# %% ../nbs/04_prompts.ipynb #79bbd8fd
 def map_dataset_with_prompt_template(
     dataset,  # a `DatasetDict` or a `Dataset`
     template,  # a Studio prompt, or a plain string with `{column}` slots
     eos_token: str = "</s>",  # the tokenizer's EOS token: pass your tokenizer's own
 ):  # the same kind of object, with the column `prediction`
-    "Format every row; a row with a missing value is left out, and it is an error if none stays."
+    "Format every row; a row with a missing value is left out, and it is an error if no row to train on stays."
     from datasets import DatasetDict
     template = read_template(template)
     splits = dataset if isinstance(dataset, DatasetDict) else {"the data set": dataset}
@@ -140,7 +142,7 @@ def map_dataset_with_prompt_template(
     done = {name: _format_split(ds, template, eos_token, name) for name, ds in splits.items()}
     return DatasetDict(done) if isinstance(dataset, DatasetDict) else done["the data set"]
 
-# %% ../nbs/04_prompts.ipynb #1a0be11e
+# %% ../nbs/04_prompts.ipynb #e909cd7f
 def _format_split(
     dataset,  # a `Dataset`
     template: PromptTemplate,  # from `read_template`
@@ -150,7 +152,7 @@ def _format_split(
     "Format one split in batches."
     from datasets import Value
     missing = missing_values(dataset, template)
-    if missing and len(missing) == len(dataset):
+    if missing and len(missing) == len(dataset) and name in ("train", "the data set"):
         raise ValueError(f"no row of {name} can be formatted: all {len(dataset)} lack a value for "
                          + " or ".join(f"{{{f}}}" for f in sorted({f for fs in missing.values() for f in fs})))
     if missing: dataset = dataset.select([i for i in range(len(dataset)) if i not in missing])

@@ -128,6 +128,42 @@ def length_limit(
     "The longest row that is trained."
     return min(asked or 2048, window or asked or 2048)
 
+# %% ../nbs/06_tokens.ipynb #36a904af
+def _tokenizing_problems(
+    tokenizer,  # a transformers tokenizer
+    template: PromptTemplate,  # that made the text
+    completion_only: bool,  # loss on the completion and EOS only
+) -> list:  # sentences
+    "What is in the way of tokenizing."
+    problems = []
+    if not tokenizer.is_fast: problems.append(f"{type(tokenizer).__name__} is no fast tokenizer; the model folder needs a tokenizer.json")
+    if tokenizer.eos_token is None: problems.append("the tokenizer has no EOS token; set eos_token in its tokenizer_config.json")
+    if completion_only and template.completion is None:
+        problems.append("completion_only_loss needs a prompt whose prompt_template ends in its completion_template")
+    return problems
+
+# %% ../nbs/06_tokens.ipynb #de19bf26
+def _tokenize_batch(
+    batch: dict,  # column -> values
+    plain: _PlainTokenizer,  # made from the tokenizer
+    template: PromptTemplate,  # that made the text
+    completion_only: bool,  # loss on the completion and EOS only
+) -> "Iterator":  # (ids, labels) of each row, or None where a value can't be plain
+    "Tokenize a batch at once, and again the rows whose values hit a special token."
+    texts, special = batch[TRAINING_DATA_TEXT_FIELD], {i for i, _ in plain.special.values()}
+    eos = plain.tokenizer.eos_token
+    for n, (ids, offsets) in enumerate(_encode(plain.tokenizer, texts)):
+        spans, start = value_spans(template, {f: batch[f][n] for f in template.fields})
+        end = len(texts[n]) - len(eos)
+        hits = [offsets[k] for k, t in enumerate(ids[:-1]) if t in special]
+        if any(a < min(y, end) and b > x for a, b in hits for x, y in spans):
+            row = _encode_plain(plain, texts[n], [(x, min(y, end)) for x, y in spans], start)
+            if row is None: yield None; continue
+            ids, offsets, start = row
+        if ids[-1] != plain.tokenizer.eos_token_id:
+            raise ValueError(f"the tokenizer turns text that ends in EOS {eos!r} into tokens that end in {ids[-1]}, not {plain.tokenizer.eos_token_id}")
+        yield ids, make_labels(ids, offsets, start if completion_only else None)
+
 # %% ../nbs/06_tokens.ipynb #1c2eadf6
 @dataclass(frozen=True)
 class TokenizedRows:
@@ -157,42 +193,6 @@ def tokenize_rows(
             elif len(row[0]) > max_length: dropped[i] = f"{len(row[0])} tokens, over max_length {max_length}"
             else: ids.append(row[0]); labels.append(row[1]); kept.append(i)
     return TokenizedRows(Dataset.from_dict({"input_ids": ids, "labels": labels}), tuple(kept), dropped)
-
-# %% ../nbs/06_tokens.ipynb #de19bf26
-def _tokenize_batch(
-    batch: dict,  # column -> values
-    plain: _PlainTokenizer,  # made from the tokenizer
-    template: PromptTemplate,  # that made the text
-    completion_only: bool,  # loss on the completion and EOS only
-) -> "Iterator":  # (ids, labels) of each row, or None where a value can't be plain
-    "Tokenize a batch at once, and again the rows whose values hit a special token."
-    texts, special = batch[TRAINING_DATA_TEXT_FIELD], {i for i, _ in plain.special.values()}
-    eos = plain.tokenizer.eos_token
-    for n, (ids, offsets) in enumerate(_encode(plain.tokenizer, texts)):
-        spans, start = value_spans(template, {f: batch[f][n] for f in template.fields})
-        end = len(texts[n]) - len(eos)
-        hits = [offsets[k] for k, t in enumerate(ids[:-1]) if t in special]
-        if any(a < min(y, end) and b > x for a, b in hits for x, y in spans):
-            row = _encode_plain(plain, texts[n], [(x, min(y, end)) for x, y in spans], start)
-            if row is None: yield None; continue
-            ids, offsets, start = row
-        if ids[-1] != plain.tokenizer.eos_token_id:
-            raise ValueError(f"the tokenizer turns text that ends in EOS {eos!r} into tokens that end in {ids[-1]}, not {plain.tokenizer.eos_token_id}")
-        yield ids, make_labels(ids, offsets, start if completion_only else None)
-
-# %% ../nbs/06_tokens.ipynb #36a904af
-def _tokenizing_problems(
-    tokenizer,  # a transformers tokenizer
-    template: PromptTemplate,  # that made the text
-    completion_only: bool,  # loss on the completion and EOS only
-) -> list:  # sentences
-    "What is in the way of tokenizing."
-    problems = []
-    if not tokenizer.is_fast: problems.append(f"{type(tokenizer).__name__} is no fast tokenizer; the model folder needs a tokenizer.json")
-    if tokenizer.eos_token is None: problems.append("the tokenizer has no EOS token; set eos_token in its tokenizer_config.json")
-    if completion_only and template.completion is None:
-        problems.append("completion_only_loss needs a prompt whose prompt_template ends in its completion_template")
-    return problems
 
 # %% ../nbs/06_tokens.ipynb #9fb73de2
 @dataclass(frozen=True)

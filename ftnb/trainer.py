@@ -100,7 +100,7 @@ def _usable_trackers(
     note = f"report_to {', '.join(missing)}: not installed (pip install 'ftnb[{missing[0]}]'); metrics.jsonl is written all the same" if missing else None
     return [o for o in names if o not in missing] or ["none"], note
 
-# %% ../nbs/09_trainer.ipynb #baba74ba
+# %% ../nbs/09_trainer.ipynb #87d1a0b4
 @dataclass(frozen=True)
 class TrainingSettings:
     "What a run trains with, after translation."
@@ -110,7 +110,8 @@ class TrainingSettings:
     notes: tuple = ()  # where it isn't what was asked for, in plain words
 
     @property
-    def rows_per_step(self):  # rows that make an optimizer step, on each process
+    def rows_per_step(self) -> int:
+        "Rows that make an optimizer step, on each process."
         return self.config.get("per_device_train_batch_size", 8) * self.config.get("gradient_accumulation_steps", 1)
 
 # %% ../nbs/09_trainer.ipynb #c08de979
@@ -218,14 +219,6 @@ def _trainer_class():
             return loss
     return RowTrainer
 
-# %% ../nbs/09_trainer.ipynb #441f6c30
-@dataclass(frozen=True)
-class TrainedRun:
-    "What training gave."
-    model: object  # the trained `PeftModel`
-    metrics: dict  # final numbers: loss, eval_loss_before, eval_loss, seconds, …
-    totals: RunTotals = field(default_factory=RunTotals)  # rows and tokens
-
 # %% ../nbs/09_trainer.ipynb #57e09ec1
 def _make_trainer(
     model,  # a `PeftModel`
@@ -248,6 +241,14 @@ def _make_trainer(
     trainer.totals = totals
     for shown in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK): trainer.remove_callback(shown)
     return trainer
+
+# %% ../nbs/09_trainer.ipynb #441f6c30
+@dataclass(frozen=True)
+class TrainedRun:
+    "What training gave."
+    model: object  # the trained `PeftModel`
+    metrics: dict  # final numbers: loss, eval_loss_before, eval_loss, seconds, …
+    totals: RunTotals = field(default_factory=RunTotals)  # rows and tokens
 
 # %% ../nbs/09_trainer.ipynb #3e17fc8b
 def train_adapter(

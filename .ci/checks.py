@@ -1,0 +1,199 @@
+"House rules that a machine can check, in notebooks and in the modules they export: `python .ci/checks.py`."
+import ast, configparser, re, sys
+from pathlib import Path
+
+import nbformat
+
+ROOT = Path(__file__).resolve().parent.parent
+MAX_LINES, MAX_EXPORTS, MAX_BYTES = 25, 2, 100_000
+HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "pandas", "matplotlib", "sqlalchemy", "fastcore.test",
+         "IPython", "ipywidgets"}
+NBDEV = {"export", "exporti", "exports", "default_exp", "hide", "hide_input", "hide_output", "hide_line",
+         "filter_stream", "eval", "echo", "output", "code-fold", "warning", "fig-cap", "column"}
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+DEFINITIONS = (*FUNCTIONS, ast.ClassDef)
+
+SETTINGS = configparser.ConfigParser(delimiters=["="])
+SETTINGS.read(ROOT/"settings.ini", encoding="utf-8")
+FLAGS = set(SETTINGS["DEFAULT"]["tst_flags"].split())
+
+# What stands in a cell
+def directives(cell):
+    "`#| name: value` lines of a cell, as a dictionary."
+    found = re.findall(r"^[ \t]*#[ \t]*\|[ \t]*([\w-]+):?[ \t]*(.*?)[ \t]*$", cell.source, re.M)
+    return dict(found) if cell.cell_type == "code" else {}
+
+def exported(cell): return bool({"export", "exporti", "exports"} & directives(cell).keys())
+
+def leaf(cell):
+    "Is this cell left out of the ordinary test run?"
+    return bool(FLAGS & directives(cell).keys()) or directives(cell).get("eval", "").lower() == "false"
+
+def parsed(cell):
+    "The syntax tree of a code cell, magics and shell lines left out."
+    source = re.sub(r"(^[ \t]*|= *)[%!]\w.*$", r"\1None", cell.source, flags=re.M)
+    if cell.source.lstrip().startswith("%%"): source = ""
+    return compile(source, "cell", "exec", ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+
+def shallow(node):
+    "Nodes that run when the source does: what `ast.walk` gives, less the bodies of functions."
+    for child in ast.iter_child_nodes(node):
+        yield child
+        if not isinstance(child, (*FUNCTIONS, ast.Lambda)): yield from shallow(child)
+
+def bound(nodes):
+    "Names that these nodes give a value to."
+    for n in nodes:
+        if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store): yield n.id
+        elif isinstance(n, DEFINITIONS): yield n.name
+        elif isinstance(n, ast.arg): yield n.arg
+        elif isinstance(n, ast.alias): yield (n.asname or n.name).split(".")[0]
+
+def imports(nodes):
+    "Dotted names imported, a module of this package always written `ftnb.x`."
+    for n in nodes:
+        if isinstance(n, ast.Import): yield from (a.name for a in n.names)
+        elif isinstance(n, ast.ImportFrom):
+            base = ".".join(filter(None, ["ftnb" if n.level else "", n.module]))
+            yield from (f"{base}.{a.name}" for a in n.names)
+
+# Rules for the modules: (name, tree, {module: its notebook's number}, {top-level names of libraries used})
+
+def from_lower_numbers(name, tree, numbers, libraries):
+    for dotted in imports(ast.walk(tree)):
+        room = dotted.split(".")[1] if dotted.startswith("ftnb.") else None
+        if room in numbers and numbers[room] >= numbers.get(name, 0):
+            yield f"imports ftnb.{room} ({numbers[room]:02d}), which isn't below {numbers.get(name, 0):02d}"
+
+def has_a_notebook(name, tree, numbers, libraries):
+    if name not in numbers: yield "no notebook exports it (`#| default_exp`)"
+
+def hides_no_library(name, tree, numbers, libraries):
+    if name in libraries: yield "has the name of a library, which it hides when a script of ftnb is run by its path"
+
+def imports_late(name, tree, numbers, libraries):
+    for dotted in imports(shallow(tree)):
+        heavy = [h for h in HEAVY if f"{dotted}.".startswith(f"{h}.")]
+        if heavy: yield f"imports {dotted} at top level: import it inside the function that uses it"
+
+# Rules for the notebooks: each yields (number of the cell, message)
+
+def opens_with_title(nb):
+    first = nb.cells[0] if nb.cells else None
+    if not first or first.cell_type != "markdown" or not re.match(r"# \S.*\n+> \S", first.source):
+        yield 0, "the first cell isn't `# Title` and `> summary`"
+
+def one_definition(nb):
+    for i, cell in enumerate(nb.cells):
+        if not exported(cell): continue
+        body = parsed(cell).body
+        defined = sum(isinstance(n, DEFINITIONS) for n in body)
+        constants = any(isinstance(n, (ast.Assign, ast.AnnAssign, ast.AugAssign)) for n in body)
+        if defined + constants > 1: yield i, f"exports {defined} definitions{', constants' * constants}: one a cell"
+
+def short_cells(nb):
+    for i, cell in enumerate(nb.cells):
+        lines = sum(bool(o.strip()) and not o.lstrip().startswith("#|") for o in cell.source.splitlines())
+        if exported(cell) and lines > MAX_LINES: yield i, f"exports {lines} lines: {MAX_LINES} at most"
+
+def few_definitions_in_a_row(nb):
+    row = 0
+    for i, cell in enumerate(nb.cells):
+        if cell.cell_type != "code" or "default_exp" in directives(cell): continue
+        defines = any(isinstance(n, DEFINITIONS) for n in parsed(cell).body)  # constants and imports don't count
+        row = row + defines if exported(cell) else 0
+        if defines and row > MAX_EXPORTS: yield i, f"exports definition {row} in a row: a demo or a test goes first"
+
+def public(body):
+    "Public functions and classes, and the public methods of those classes."
+    for n in body:
+        if not isinstance(n, DEFINITIONS) or n.name.startswith("_"): continue
+        yield n
+        if isinstance(n, ast.ClassDef): yield from public(n.body)
+
+def parameters(function):
+    a = function.args
+    found = [*a.posonlyargs, *a.args, *filter(None, [a.vararg]), *a.kwonlyargs, *filter(None, [a.kwarg])]
+    return found[1:] if found and found[0].arg in ("self", "cls") else found
+
+def documented(nb):
+    for i, cell in enumerate(nb.cells):
+        lines = cell.source.splitlines()
+        for n in public(parsed(cell).body) if exported(cell) else ():
+            if not ast.get_docstring(n): yield i, f"{n.name} has no docstring"
+            for a in [] if isinstance(n, ast.ClassDef) else parameters(n):
+                alone = sum(b.lineno == a.lineno for b in parameters(n)) == 1
+                if not alone or "#" not in lines[a.end_lineno - 1]:
+                    yield i, f"{n.name}: parameter {a.arg} has no line and comment of its own"
+
+def known_directives(nb):
+    for i, cell in enumerate(nb.cells):
+        for name in directives(cell).keys() - NBDEV - FLAGS:
+            yield i, f"`#| {name}` is neither nbdev's nor in tst_flags of settings.ini, so it does nothing"
+
+def nothing_needs_a_leaf(nb):
+    have, leaves = set(), set()
+    for i, cell in enumerate(nb.cells):
+        if cell.cell_type != "code": continue
+        tree = parsed(cell)
+        here = set(bound(shallow(tree)))
+        if leaf(cell): leaves |= here - have; continue
+        used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+        for name in sorted(used & leaves - set(bound(ast.walk(tree)))):
+            yield i, f"uses {name}, which only a flagged or unevaluated cell before it defines"
+        have, leaves = have | here, leaves - here
+
+def texts(output):
+    "What an output shows as text, embedded pictures left out."
+    for kind, data in output.get("data", {}).items():
+        if kind.startswith("text/") or kind.endswith("svg+xml"): yield re.sub(r"base64,[\w+/=\s]+", "", "".join(data))
+    yield "".join(output.get("text", ""))
+
+def clean_outputs(nb):
+    unwanted = {"a path of this machine": r"(?<![\w.~])/(tmp|root|work|home)/\S*",
+                "a progress bar": r"[\d?]\s?(it/s|s/it)\b|\r(?!\n)"}
+    for i, output in ((i, o) for i, cell in enumerate(nb.cells) for o in cell.get("outputs", [])):
+        if output.output_type == "error": yield i, f"its output is an error: {output.get('ename')}"
+        if output.get("name") == "stderr": yield i, f"it writes to stderr: {output.text.strip()[:60]!r}"
+        for text in texts(output):
+            for what, pattern in unwanted.items():
+                found = re.search(pattern, text)
+                if found: yield i, f"its output holds {what}: {found[0][:60]!r}"
+
+MODULE_RULES = (from_lower_numbers, has_a_notebook, hides_no_library, imports_late)
+NOTEBOOK_RULES = (opens_with_title, one_definition, short_cells, few_definitions_in_a_row, documented, known_directives,
+                  nothing_needs_a_leaf, clean_outputs)
+
+# Going round the house
+
+def room_numbers():
+    "Module -> number of the notebook that exports it."
+    numbers = {}
+    for path in sorted((ROOT/"nbs").glob("[0-9]*.ipynb")):
+        rooms = (directives(cell).get("default_exp") for cell in nbformat.read(path, 4).cells)
+        numbers.update({room: int(path.name.split("_")[0]) for room in rooms if room})
+    return numbers
+
+def check_modules():
+    trees = {p.stem: ast.parse(p.read_text(encoding="utf-8")) for p in sorted((ROOT/"ftnb").glob("*.py"))}
+    trees = {name: tree for name, tree in trees.items() if not name.startswith("_")}
+    used = {dotted.split(".")[0] for tree in trees.values() for dotted in imports(ast.walk(tree))}
+    required = {re.match(r"[\w-]+", r)[0].replace("-", "_") for r in SETTINGS["DEFAULT"]["requirements"].split()}
+    libraries, numbers = (sys.stdlib_module_names | used | required | {"tokenize", "types"}) - {"ftnb"}, room_numbers()
+    for name, tree in trees.items():
+        for rule in MODULE_RULES: yield [f"ftnb/{name}.py: {m}" for m in rule(name, tree, numbers, libraries)]
+
+def check_notebooks():
+    for path in sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts):
+        nb, where, size = nbformat.read(path, 4), path.relative_to(ROOT), path.stat().st_size
+        yield [f"{where}: {size:,} bytes: under {MAX_BYTES:,}"] if size >= MAX_BYTES else []
+        for rule in NOTEBOOK_RULES: yield [f"{where} cell {i}: {m}" for i, m in rule(nb)]
+
+def main():
+    results = [*check_modules(), *check_notebooks()]
+    for line in sum(results, []): print(line)
+    failed = sum(map(bool, results))
+    print(f"{len(results) - failed} passed, {failed} failed")
+    return int(failed > 0 or not results)
+
+if __name__ == "__main__": sys.exit(main())
