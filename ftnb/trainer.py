@@ -219,7 +219,7 @@ def _trainer_class():
             return loss
     return RowTrainer
 
-# %% ../nbs/09_trainer.ipynb #57e09ec1
+# %% ../nbs/09_trainer.ipynb #3e631cd2
 def _make_trainer(
     model,  # a `PeftModel`
     tokenizer,  # with a pad token
@@ -235,7 +235,9 @@ def _make_trainer(
     totals, config = RunTotals(), dict(settings.config)
     if not len(test): config |= {"eval_strategy": "no", "load_best_model_at_end": False}
     os.makedirs(config["output_dir"], exist_ok=True)
-    callback = _run_callback(os.path.join(config["output_dir"], "metrics.jsonl"), totals, bar)
+    path = os.path.join(config["output_dir"], "metrics.jsonl")
+    if os.path.exists(path): os.remove(path)  # of an earlier run in this folder
+    callback = _run_callback(path, totals, bar)
     trainer = _trainer_class()(model, args=SFTConfig(**config), train_dataset=train, eval_dataset=test if len(test) else None,
                                processing_class=tokenizer, callbacks=[callback])
     trainer.totals = totals
