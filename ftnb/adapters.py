@@ -131,6 +131,15 @@ def bnb_problems(
     if bnb.get("load_in_4bit") and bnb.get("load_in_8bit"): problems.append("bnb_config: load_in_4bit and load_in_8bit exclude each other")
     return problems
 
+# %% ../nbs/07_adapters.ipynb #204de84b
+def _keep_trainable(
+    model,  # quantised by bitsandbytes
+):  # the same model
+    "Keep 4-bit weights in the layout that gradients can pass."
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"): module.support_avx512bf16_for_cpu = False
+    return model
+
 # %% ../nbs/07_adapters.ipynb #6b4aa1a9
 def load_tokenizer(
     source: str,  # hub name or folder of the base model
@@ -140,7 +149,7 @@ def load_tokenizer(
     from transformers import AutoTokenizer
     return AutoTokenizer.from_pretrained(source, token=token, trust_remote_code=False)
 
-# %% ../nbs/07_adapters.ipynb #bc65e007
+# %% ../nbs/07_adapters.ipynb #a840adb6
 def load_base_model(
     source: str,  # hub name or folder
     precision: Precision,  # from `choose_precision`
@@ -155,7 +164,7 @@ def load_base_model(
     model = AutoModelForCausalLM.from_pretrained(source, **kwargs)
     if precision.bnb is None: return model
     from peft import prepare_model_for_kbit_training
-    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=precision.gradient_checkpointing)
+    return prepare_model_for_kbit_training(_keep_trainable(model), use_gradient_checkpointing=precision.gradient_checkpointing)
 
 # %% ../nbs/07_adapters.ipynb #54750dfc
 def vocabulary_problems(

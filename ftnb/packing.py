@@ -140,7 +140,7 @@ def _allowed(
         packing.masks[queries, before, window] = (k <= q) & (k > q - window) if window else k <= q
     return packing.masks[queries, before, window]
 
-# %% ../nbs/08_packing.ipynb #e8b179af
+# %% ../nbs/08_packing.ipynb #000726c7
 def _dot_product(
     q, k, v,  # (batch, heads, length, size); k and v may have fewer heads
     allowed,  # mask, or None for plain causal
@@ -156,7 +156,7 @@ def _dot_product(
     k, v = (o.repeat_interleave(q.shape[1] // o.shape[1], 1) for o in (k, v))
     scores = softcap * torch.tanh(q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scaling is None else scaling) / softcap)
     if allowed is None: allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
+    weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
     return F.dropout(weights.to(q.dtype), dropout) @ v
 
 # %% ../nbs/08_packing.ipynb #745495e4
