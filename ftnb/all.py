@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/99_all.ipynb #c982327a
+# %% ../nbs/99_all.ipynb #e6683a81
 from .consts import *
 from .jobargs import *
 from .studio import *
@@ -20,3 +20,5 @@ from .evaluate import *
 from .finetune import *
 from .tiny import *
 from .demo import *
+
+__all__ = [name for name in dir() if not name.startswith("_")]

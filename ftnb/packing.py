@@ -34,7 +34,7 @@ def _row_groups(
         else: groups.append([i])
     return groups
 
-# %% ../nbs/08_packing.ipynb #772b6350
+# %% ../nbs/08_packing.ipynb #f74b7588
 @dataclass(frozen=True)
 class Packing:
     "Which tokens of a flat pass see which."
@@ -46,7 +46,12 @@ class Packing:
     masks: dict = field(default_factory=dict, repr=False, compare=False)  # made once a pass, used in each layer
     calls: list = field(default_factory=list, repr=False, compare=False)  # layers that came by, one entry a call
 
-    def to(self, device, **kwargs):
+    def to(
+        self,
+        device,  # torch device
+        **kwargs,  # as `Tensor.to` takes them
+    ) -> "Packing":  # on it
+        "Move the tensors."
         return replace(self, index=self.index.to(device, **kwargs), slots=self.slots.to(device, **kwargs), masks={}, calls=[])
 
 # %% ../nbs/08_packing.ipynb #40ecd390
@@ -85,7 +90,7 @@ def _loss_pairs(
     pairs, count = torch.unique(torch.stack([position[keep], flat[keep]], 1), dim=0, return_counts=True)
     return pairs[:, 0], pairs[:, 1], count
 
-# %% ../nbs/08_packing.ipynb #7741a6b5
+# %% ../nbs/08_packing.ipynb #7a90ff3a
 @dataclass(frozen=True)
 class PackedBatch:
     "Rows as one flat pass, and the loss it carries."
@@ -101,7 +106,12 @@ class PackedBatch:
     tokens_given: int  # as if each row were run alone
     tokens_computed: int  # in the flat pass
 
-    def to(self, device, **kwargs):
+    def to(
+        self,
+        device,  # torch device
+        **kwargs,  # as `Tensor.to` takes them
+    ) -> "PackedBatch":  # on it
+        "Move the tensors."
         moved = {f.name: getattr(self, f.name).to(device, **kwargs) for f in fields(self) if hasattr(getattr(self, f.name), "to")}
         return replace(self, **moved)
 
@@ -205,10 +215,12 @@ def _attend_flat(
         out.append(_attend_group(packing, gq, gk, gv, window, **kwargs))
     return torch.cat(head + [torch.cat(out).index_select(0, packing.slots)])
 
-# %% ../nbs/08_packing.ipynb #a9c1fc53
+# %% ../nbs/08_packing.ipynb #285415b4
 def shared_prefix_attention(
     module,  # the model's attention layer
-    query, key, value,  # (1, heads, tokens, size)
+    query,  # (1, heads, tokens, size)
+    key,  # (1, key heads, tokens, size)
+    value,  # (1, key heads, tokens, size)
     attention_mask=None,  # unused in a packed pass
     dropout: float = 0.0,  # of the attention weights
     scaling: float | None = None,  # of the scores; default 1/sqrt(size)
@@ -314,6 +326,14 @@ def _output_loss():  # an autograd function of (hidden, pair, targets, weights, 
             return own, None, None, None, None, None, *(next(others) if w else None for w in ctx.trained)
     return OutputLoss.apply
 
+# %% ../nbs/08_packing.ipynb #50e0ded0
+def _causal_model(
+    model,  # plain, in PEFT's wrapper, in DDP's
+):  # the model with the output layer
+    "What is inside the wrappers."
+    while hasattr(model, "module"): model = model.module
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
 # %% ../nbs/08_packing.ipynb #2b651ece
 def _flat_hidden(
     model,  # a causal language model of transformers, its attention ours
@@ -338,14 +358,6 @@ def _pass_loss(
     step = max(32, 2**23 // model.config.get_text_config().vocab_size)  # logits of a chunk stay below 32 MB
     loss = _output_loss()(hidden, batch.pair, batch.targets, batch.weights, lambda h: _logits(model, h), step, *head.parameters())
     return loss / torch.as_tensor(batch.num_items if num_items is None else num_items, device=loss.device).clamp(min=1)
-
-# %% ../nbs/08_packing.ipynb #50e0ded0
-def _causal_model(
-    model,  # plain, in PEFT's wrapper, in DDP's
-):  # the model with the output layer
-    "What is inside the wrappers."
-    while hasattr(model, "module"): model = model.module
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 # %% ../nbs/08_packing.ipynb #087d006a
 def _packing_forward(

@@ -12,18 +12,6 @@ from functools import cached_property
 
 from .consts import TRAINING_DATA_TEXT_FIELD, nearest, raise_problems
 
-# %% ../nbs/04_prompts.ipynb #7ac5267f
-def parse_template(
-    text: str,  # a template with `{column}` slots
-) -> list:  # (literal text, column or None) pairs, in order
-    "Split a template into literals and slots; a `ValueError` quotes each slot that isn't plain."
-    from string import Formatter
-    try: parsed = list(Formatter().parse(text))
-    except ValueError as e:
-        raise ValueError(f"the template has an unpaired brace ({e}); write {{{{ or }}}} for a brace: {text!r}") from None
-    raise_problems([p for p in map(_slot_problem, parsed) if p], "The prompt template can't be used")
-    return [(literal, field) for literal, field, *_ in parsed]
-
 # %% ../nbs/04_prompts.ipynb #9e1bc41f
 def _slot_problem(
     parsed: tuple,  # (literal, field, format spec, conversion), from `string.Formatter.parse`
@@ -33,6 +21,31 @@ def _slot_problem(
     if field is None or field.strip() and not spec and not conversion and not set(field) & set(".[]{}"): return None
     slot = "{" + field + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "") + "}"
     return f"the template slot {slot!r} isn't a plain column; write {{column}}"
+
+# %% ../nbs/04_prompts.ipynb #c5acbe6f
+def _column_problems(
+    fields: "Iterable[str]",  # columns that a template uses
+    columns: list,  # columns of the data set
+) -> list:  # one sentence for each that isn't there
+    "What is wrong between a template and a data set."
+    there = ", ".join(map(repr, columns))
+    return [f"the template's {{{f}}} is no column{nearest(f, columns)} (the data set has {there})" for f in fields if f not in columns]
+
+# %% ../nbs/04_prompts.ipynb #59824245
+def parse_template(
+    text: str,  # a template with `{column}` slots
+    columns: list | None = None,  # columns of the data set, where they are known
+) -> list:  # (literal text, column or None) pairs, in order
+    "Split a template into literals and slots; raises with every slot that isn't a plain column."
+    from string import Formatter
+    try: parsed = list(Formatter().parse(text))
+    except ValueError as e:
+        raise ValueError(f"the template has an unpaired brace ({e}); write {{{{ or }}}} for a brace: {text!r}") from None
+    problems = [p for p in map(_slot_problem, parsed) if p]
+    plain = dict.fromkeys(o[1] for o in parsed if o[1] is not None and not _slot_problem(o))
+    if columns is not None: problems += _column_problems(plain, columns)
+    raise_problems(problems, "The prompt template can't be used")
+    return [(literal, field) for literal, field, *_ in parsed]
 
 # %% ../nbs/04_prompts.ipynb #a11188c4
 @dataclass(frozen=True)
@@ -46,29 +59,29 @@ class PromptTemplate:
         "The columns that the template uses, each once."
         return tuple(dict.fromkeys(f for _, f in self.pieces if f is not None))
 
-# %% ../nbs/04_prompts.ipynb #1ec6f75c
+# %% ../nbs/04_prompts.ipynb #1a08e61b
 def read_template(
     template,  # a Studio prompt (`prompt_template`, `input_template`, `completion_template`), a string, or a `PromptTemplate`
+    columns: list | None = None,  # columns of the data set, where they are known
 ) -> PromptTemplate:  # checked
-    "Read a prompt record or string; raises where it holds no text or a slot that isn't plain."
+    "Read a prompt record or string; raises where it holds no text, or a slot that isn't a plain column."
     if isinstance(template, PromptTemplate): return template
-    if isinstance(template, str): return PromptTemplate(tuple(parse_template(template)))
+    if isinstance(template, str): return PromptTemplate(tuple(parse_template(template, columns)))
     whole, given, added = (getattr(template, f"{o}_template", None) or "" for o in ("prompt", "input", "completion"))
     if not whole: whole = given + added
     if not whole: raise ValueError(f"the prompt {getattr(template, 'name', None)!r} has no template text")
-    if not added or not whole.endswith(added): return PromptTemplate(tuple(parse_template(whole)))
+    pieces = tuple(parse_template(whole, columns))
+    if not added or not whole.endswith(added): return PromptTemplate(pieces)
     before = parse_template(whole[:-len(added)])
     return PromptTemplate(tuple(before + parse_template(added)), len(before))
 
-# %% ../nbs/04_prompts.ipynb #4fbc6150
+# %% ../nbs/04_prompts.ipynb #95986aba
 def template_problems(
     template: PromptTemplate,  # from `read_template`
     columns: list,  # column names of the data set
 ) -> list:  # one sentence for each slot that is no column
     "What is wrong between a template and a data set."
-    there = ", ".join(map(repr, columns))
-    return [f"the template's {{{f}}} is no column{nearest(f, columns)} (the data set has {there})"
-            for f in template.fields if f not in columns]
+    return _column_problems(template.fields, columns)
 
 # %% ../nbs/04_prompts.ipynb #fa70bb3d
 def _text(
@@ -127,7 +140,7 @@ def missing_values(
             if value is None or value != value: missing.setdefault(i, []).append(field)
     return dict(sorted(missing.items()))
 
-# %% ../nbs/04_prompts.ipynb #79bbd8fd
+# %% ../nbs/04_prompts.ipynb #985e76cf
 def map_dataset_with_prompt_template(
     dataset,  # a `DatasetDict` or a `Dataset`
     template,  # a Studio prompt, or a plain string with `{column}` slots
@@ -135,14 +148,14 @@ def map_dataset_with_prompt_template(
 ):  # the same kind of object, with the column `prediction`
     "Format every row; a row with a missing value is left out, and it is an error if no row to train on stays."
     from datasets import DatasetDict
-    template = read_template(template)
     splits = dataset if isinstance(dataset, DatasetDict) else {"the data set": dataset}
+    template = read_template(template, next(iter(splits.values())).column_names)
     raise_problems(list(dict.fromkeys(p for ds in splits.values() for p in template_problems(template, ds.column_names))),
                    "The prompt template doesn't fit the data set")
     done = {name: _format_split(ds, template, eos_token, name) for name, ds in splits.items()}
     return DatasetDict(done) if isinstance(dataset, DatasetDict) else done["the data set"]
 
-# %% ../nbs/04_prompts.ipynb #e909cd7f
+# %% ../nbs/04_prompts.ipynb #d7cf5a63
 def _format_split(
     dataset,  # a `Dataset`
     template: PromptTemplate,  # from `read_template`
@@ -150,13 +163,15 @@ def _format_split(
     name: str,  # of the split, for messages
 ):  # the `Dataset` with the column `prediction`
     "Format one split in batches."
-    from datasets import Value
+    from datasets import Dataset, Features, Value
     missing = missing_values(dataset, template)
     if missing and len(missing) == len(dataset) and name in ("train", "the data set"):
         raise ValueError(f"no row of {name} can be formatted: all {len(dataset)} lack a value for "
                          + " or ".join(f"{{{f}}}" for f in sorted({f for fs in missing.values() for f in fs})))
     if missing: dataset = dataset.select([i for i in range(len(dataset)) if i not in missing])
-    if not len(dataset): return dataset.add_column(TRAINING_DATA_TEXT_FIELD, [], feature=Value("string"))
+    if not len(dataset):
+        features = Features({**dataset.features, TRAINING_DATA_TEXT_FIELD: Value("string")})
+        return Dataset.from_dict({column: [] for column in features}, features=features)
     def texts(batch):
         rows = (dict(zip(template.fields, vs)) for vs in zip(*(batch[f] for f in template.fields)))
         n = len(next(iter(batch.values())))
