@@ -189,10 +189,10 @@ def demo_templates(
     names = "\n".join("- " + name.replace("{", "{{").replace("}", "}}") for name in sorted(intents))
     return _PROMPT.replace("{intents}", names) + "{message}\nIntent:", " {intent}"
 
-# %% ../nbs/16_demo.ipynb #20dc45ce
-DEMO_LORA = DEFAULT_LORA_CONFIG | {"target_modules": "all-linear"}
+# %% ../nbs/16_demo.ipynb #5becf980
+DEMO_LORA = DEFAULT_LORA_CONFIG | {"target_modules": "all-linear", "lora_dropout": 0.0}
 DEMO_TRAINING = {
-    "num_train_epochs": 1, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "learning_rate": 1e-3,
+    "num_train_epochs": 1, "per_device_train_batch_size": 12, "gradient_accumulation_steps": 1, "learning_rate": 1e-3,
     "lr_scheduler_type": "cosine", "warmup_ratio": 0.05, "completion_only_loss": True, "logging_steps": 1,
     "optim": "adamw_torch", "max_grad_norm": 1.0, "report_to": "none"}
 
