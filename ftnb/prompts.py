@@ -23,6 +23,14 @@ def _slot_problem(
     slot = "{" + field + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "") + "}"
     return f"the template slot {slot!r} isn't a plain column; write {{column}}"
 
+# %% ../nbs/04_prompts.ipynb #c41d0f7a
+def _unpaired(
+    text: str,  # a template that Python can't split
+) -> str:  # the 20 characters on either side of the first brace without a partner
+    "Where a template goes wrong."
+    alone = next((m.start() for m in re.finditer(r"\{\{|\}\}|\{[^{}]*\}|([{}])", text) if m[1]), 0)
+    return text[max(0, alone - 20):alone + 20]
+
 # %% ../nbs/04_prompts.ipynb #c5acbe6f
 def _column_problems(
     fields: "Iterable[str]",  # columns that a template uses
@@ -41,7 +49,7 @@ def parse_template(
     from string import Formatter
     try: parsed = list(Formatter().parse(text))
     except ValueError as e:
-        raise ValueError(f"the template has an unpaired brace ({e}); write {{{{ or }}}} for a brace: {text!r}") from None
+        raise ValueError(f"the template has an unpaired brace ({e}) near {_unpaired(text)!r}; write {{{{ or }}}} for a brace") from None
     problems = [p for p in map(_slot_problem, parsed) if p]
     bare = re.findall(r"\{[^{}]+:\}", text.replace("{{", "").replace("}}", ""))  # to Python, "{a:}" is "{a}"
     problems += [f"the template slot {slot!r} isn't a plain column; write {{column}}" for slot in bare]
