@@ -360,11 +360,15 @@ def register_adapter(
     "Put a job's adapter into the Studio; once more changes nothing."
     import sqlalchemy as sa
     id, jobs = _adapter_id(experimentid), sa.table("fine_tuning_jobs", sa.column("id"), sa.column("adapter_id"))
-    with engine.begin() as con:
-        if engine.dialect.name == "sqlite": con.exec_driver_sql("BEGIN IMMEDIATE")
-        if other := _name_owner(con, name, id): raise ValueError(f"the adapter name {name!r} is taken by adapter {other}: choose another --adapter_name")
-        known = {"id", "adapter_id"} <= set(_columns(con, "fine_tuning_jobs"))
-        job = con.execute(sa.update(jobs).where(jobs.c.id == experimentid).values(adapter_id=id)).rowcount if known else 0
-        _upsert(con, "adapters", id, type="project", name=name, model_id=model_id, prompt_id=prompt_id, location=location,
-                fine_tuning_job_id=experimentid if job else None)
+    try:
+        with engine.begin() as con:
+            if engine.dialect.name == "sqlite": con.exec_driver_sql("BEGIN IMMEDIATE")
+            if other := _name_owner(con, name, id): raise ValueError(f"the adapter name {name!r} is taken by adapter {other}: choose another --adapter_name")
+            known = {"id", "adapter_id"} <= set(_columns(con, "fine_tuning_jobs"))
+            job = known and con.execute(sa.select(jobs.c.id).where(jobs.c.id == experimentid)).first()
+            _upsert(con, "adapters", id, type="project", name=name, model_id=model_id, prompt_id=prompt_id, location=location,
+                    fine_tuning_job_id=experimentid if job else None)
+            if job: con.execute(sa.update(jobs).where(jobs.c.id == experimentid).values(adapter_id=id))  # last, for foreign keys
+    except sa.exc.DBAPIError as e:
+        raise ValueError(f"the adapter {name!r} is saved in {location}, but it can't be registered in the Studio database: {e.orig}") from None
     return id
