@@ -53,8 +53,10 @@ def raise_problems(
 def nearest(
     name: str,  # what was written
     known: "Iterable[str]",  # what could have been meant
+    cutoff: float = 0.6,  # likeness that counts as close, 0 to 1; 0: always name one
 ) -> str:  # "; did you mean 'x'?", or "" when nothing is close
-    "A hint for a misspelt name."
+    "A hint for a misspelt name; capitals don't matter."
     from difflib import get_close_matches
-    match = get_close_matches(str(name), list(known), n=1, cutoff=0.6)
-    return f"; did you mean '{match[0]}'?" if match else ""
+    spelt = {str(k).lower(): k for k in known}
+    match = get_close_matches(str(name).lower(), spelt, n=1, cutoff=cutoff)
+    return f"; did you mean '{spelt[match[0]]}'?" if match else ""

@@ -148,20 +148,20 @@ def _csv_records(
         row += 1
 
 # %% ../nbs/03_corpus.ipynb #29fa9966
-def _check_header(
+def _column_names(
     header: list,  # the fields of the first record
     line: int,  # where it is
     file: str,  # name of the file
     faults: Faults,  # takes the problems
-):
-    "Note column names that are empty, used twice, or not text."
-    for i, name in enumerate(header):
+) -> list:  # a name for each column
+    "The names of the columns; one used twice, or no text, is noted."
+    names = [name if name.strip() else f"Unnamed: {i}" for i, name in enumerate(header)]
+    for i, name in enumerate(names):
         where = f"{_place(file, line)}, field {i + 1} of the header"
-        index = "; an index that pandas wrote is left out by `to_csv(index=False)`" if i == 0 else ""
         if bad := _bad_text(name): faults.add(where, bad)
-        elif not name.strip(): faults.add(where, f"the column has no name: give it one{index}")
-        elif (first := header.index(name)) < i:
+        elif (first := names.index(name)) < i:
             faults.add(where, f"the column name {name!r} is already that of field {first + 1}: names must differ")
+    return names
 
 # %% ../nbs/03_corpus.ipynb #822d1526
 def _csv_chunks(
@@ -209,8 +209,7 @@ def csv_table(
         records = _csv_records(csv.reader(lines, delimiter=delimiter, strict=True), file, faults)
         before, (line, _, header) = faults.count, next(records, (1, 0, []))
         if not header and faults.count == before: faults.add(file, "the file is empty: its first line must name the columns")
-        _check_header(header, line, file, faults)
-        chunks = _csv_chunks(records, header, file, faults)
+        chunks = _csv_chunks(records, _column_names(header, line, file, faults), file, faults)
         if faults.count == before: return _table(chunks, file, faults)
         for _ in chunks: pass
 

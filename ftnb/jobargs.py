@@ -226,7 +226,7 @@ def _read_keys(
         key = _ALIASES.get(name, name)
         if sign not in ("", "=") or key not in kinds:
             shown = name + sign.replace("=", "")
-            problems.append(f"--{shown} is no key{nearest(shown, [*kinds, *_ALIASES])}")
+            problems.append(f"--{shown} is no key{nearest(shown, [*kinds, *_ALIASES], cutoff=0)}")
         elif key in values: problems.append(f"--{key} is given twice{'' if name == key else f', here as --{name}'}: leave one out")
         elif kinds[key] == "flag" and not sign and not value: values[key] = True
         else: values[key] = _read_value(kinds[key], value)

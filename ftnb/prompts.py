@@ -7,6 +7,7 @@ __all__ = ['parse_template', 'PromptTemplate', 'read_template', 'template_proble
            'missing_values', 'map_dataset_with_prompt_template']
 
 # %% ../nbs/04_prompts.ipynb #3e1a8381
+import re
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,6 +22,14 @@ def _slot_problem(
     if field is None or field.strip() and not spec and not conversion and not set(field) & set(".[]{}"): return None
     slot = "{" + field + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "") + "}"
     return f"the template slot {slot!r} isn't a plain column; write {{column}}"
+
+# %% ../nbs/04_prompts.ipynb #c41d0f7a
+def _unpaired(
+    text: str,  # a template that Python can't split
+) -> str:  # the 20 characters on either side of the first brace without a partner
+    "Where a template goes wrong."
+    alone = next((m.start() for m in re.finditer(r"\{\{|\}\}|\{[^{}]*\}|([{}])", text) if m[1]), 0)
+    return text[max(0, alone - 20):alone + 20]
 
 # %% ../nbs/04_prompts.ipynb #c5acbe6f
 def _column_problems(
@@ -40,8 +49,10 @@ def parse_template(
     from string import Formatter
     try: parsed = list(Formatter().parse(text))
     except ValueError as e:
-        raise ValueError(f"the template has an unpaired brace ({e}); write {{{{ or }}}} for a brace: {text!r}") from None
+        raise ValueError(f"the template has an unpaired brace ({e}) near {_unpaired(text)!r}; write {{{{ or }}}} for a brace") from None
     problems = [p for p in map(_slot_problem, parsed) if p]
+    bare = re.findall(r"\{[^{}]+:\}", text.replace("{{", "").replace("}}", ""))  # to Python, "{a:}" is "{a}"
+    problems += [f"the template slot {slot!r} isn't a plain column; write {{column}}" for slot in bare]
     plain = dict.fromkeys(o[1] for o in parsed if o[1] is not None and not _slot_problem(o))
     if columns is not None: problems += _column_problems(plain, columns)
     raise_problems(problems, "The prompt template can't be used")
@@ -66,10 +77,10 @@ def read_template(
 ) -> PromptTemplate:  # checked
     "Read a prompt record or string; raises where it holds no text, or a slot that isn't a plain column."
     if isinstance(template, PromptTemplate): return template
-    if isinstance(template, str): return PromptTemplate(tuple(parse_template(template, columns)))
-    whole, given, added = (getattr(template, f"{o}_template", None) or "" for o in ("prompt", "input", "completion"))
-    if not whole: whole = given + added
-    if not whole: raise ValueError(f"the prompt {getattr(template, 'name', None)!r} has no template text")
+    part = lambda name: getattr(template, f"{name}_template", None) or ""
+    whole, given, added = (template, "", "") if isinstance(template, str) else map(part, ("prompt", "input", "completion"))
+    whole = whole if whole.strip() else given + added
+    if not whole.strip(): raise ValueError(f"the prompt {getattr(template, 'name', template)!r} has no template text")
     pieces = tuple(parse_template(whole, columns))
     if not added or not whole.endswith(added): return PromptTemplate(pieces)
     before = parse_template(whole[:-len(added)])
@@ -97,10 +108,11 @@ def _text(
 # %% ../nbs/04_prompts.ipynb #20b5d3f4
 def end_with_eos(
     text: str,  # formatted text of a row
-    eos_token: str,  # the tokenizer's EOS, or ""
+    eos_token: str,  # the tokenizer's EOS; "" or None: it has none
 ) -> str:  # the text with the EOS token exactly once at its end
-    "Take any EOS off the end and put one there."
-    while eos_token and text.endswith(eos_token): text = text[:-len(eos_token)]
+    "Take any EOS off the end, with white space behind it, and put one there."
+    if not eos_token: return text
+    if eos_token in text: text = re.sub(rf"({re.escape(eos_token)}\s*)+\Z", "", text)
     return text + eos_token
 
 # %% ../nbs/04_prompts.ipynb #1f6908cf
@@ -128,23 +140,47 @@ def value_spans(
         at = spans[-1][1]
     return spans, at if start is None and template.completion is not None else start
 
+# %% ../nbs/04_prompts.ipynb #418ebca2
+def _values(
+    dataset,  # a `Dataset`, whatever output format it has
+    fields: tuple,  # columns that a template uses
+) -> "Iterator":  # a tuple a row
+    "The values that a template needs, row by row."
+    if not fields: yield from [()] * len(dataset); return
+    for batch in dataset.with_format(None).select_columns(list(fields)).iter(1000): yield from zip(*(batch[f] for f in fields))
+
 # %% ../nbs/04_prompts.ipynb #1cfb66ea
 def missing_values(
     dataset,  # a `Dataset`
     template,  # prompt record, string or `PromptTemplate`
 ) -> dict:  # row position -> columns without a value
     "Which rows lack a value that the template needs."
-    missing = {}
-    for field in read_template(template).fields:
-        for i, value in enumerate(dataset[field]):
-            if value is None or value != value: missing.setdefault(i, []).append(field)
-    return dict(sorted(missing.items()))
+    fields = read_template(template).fields
+    lacking = ([f for f, v in zip(fields, values) if v is None or v != v] for values in _values(dataset, fields))
+    return {i: found for i, found in enumerate(lacking) if found}
+
+# %% ../nbs/04_prompts.ipynb #56d7bcd4
+def _with_texts(
+    dataset,  # a `Dataset`
+    texts: list,  # one a row
+    origin: tuple,  # what they were made with
+):  # the `Dataset` with the column `prediction`, in memory, its features and output format kept
+    "Put the formatted texts beside the other columns."
+    import pyarrow as pa
+    from datasets import Dataset, Features, Value
+    from datasets.fingerprint import Hasher
+    table, info, output = dataset.with_format("arrow")[:], dataset.info.copy(), dataset.format
+    if TRAINING_DATA_TEXT_FIELD in table.column_names: table = table.drop_columns(TRAINING_DATA_TEXT_FIELD)
+    info.features = Features({**{c: dataset.features[c] for c in table.column_names}, TRAINING_DATA_TEXT_FIELD: Value("string")})
+    table = table.append_column(TRAINING_DATA_TEXT_FIELD, pa.array(texts, pa.string()))
+    named = Hasher.hash((dataset._fingerprint, origin))
+    return Dataset(table, info=info, split=dataset.split, fingerprint=named).with_format(output["type"], **output["format_kwargs"])
 
 # %% ../nbs/04_prompts.ipynb #985e76cf
 def map_dataset_with_prompt_template(
     dataset,  # a `DatasetDict` or a `Dataset`
     template,  # a Studio prompt, or a plain string with `{column}` slots
-    eos_token: str = "</s>",  # the tokenizer's EOS token: pass your tokenizer's own
+    eos_token: str = "</s>",  # pass your tokenizer's own; "" or None: it has none
 ):  # the same kind of object, with the column `prediction`
     "Format every row; a row with a missing value is left out, and it is an error if no row to train on stays."
     from datasets import DatasetDict
@@ -162,19 +198,13 @@ def _format_split(
     eos_token: str,  # put at the end of each text, once
     name: str,  # of the split, for messages
 ):  # the `Dataset` with the column `prediction`
-    "Format one split in batches."
-    from datasets import Dataset, Features, Value
-    missing = missing_values(dataset, template)
-    if missing and len(missing) == len(dataset) and name in ("train", "the data set"):
-        raise ValueError(f"no row of {name} can be formatted: all {len(dataset)} lack a value for "
-                         + " or ".join(f"{{{f}}}" for f in sorted({f for fs in missing.values() for f in fs})))
-    if missing: dataset = dataset.select([i for i in range(len(dataset)) if i not in missing])
-    if not len(dataset):
-        features = Features({**dataset.features, TRAINING_DATA_TEXT_FIELD: Value("string")})
-        return Dataset.from_dict({column: [] for column in features}, features=features)
-    def texts(batch):
-        rows = (dict(zip(template.fields, vs)) for vs in zip(*(batch[f] for f in template.fields)))
-        n = len(next(iter(batch.values())))
-        done = [format_row(template, r, eos_token) for r in rows] or [format_row(template, {}, eos_token)] * n
-        return {TRAINING_DATA_TEXT_FIELD: done}
-    return dataset.map(texts, batched=True, load_from_cache_file=False, desc=f"Formatting {name}")
+    "Format one split, in one pass over its rows."
+    fields = template.fields
+    texts = [None if any(v is None or v != v for v in values) else format_row(template, dict(zip(fields, values)), eos_token)
+             for values in _values(dataset, fields)]
+    kept = [i for i, text in enumerate(texts) if text is not None]
+    if texts and not kept and name in ("train", "the data set"):
+        lacking = {f for found in missing_values(dataset, template).values() for f in found}
+        raise ValueError(f"no row of {name} can be formatted: all {len(texts)} lack a value for {' or '.join(f'{{{f}}}' for f in sorted(lacking))}")
+    if len(kept) < len(texts): dataset, texts = dataset.select(kept), [texts[i] for i in kept]
+    return _with_texts(dataset, texts, (template.pieces, eos_token))

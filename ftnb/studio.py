@@ -90,6 +90,7 @@ def open_studio(
         where = where or engine.url.render_as_string(hide_password=True)
         there = sa.inspect(engine).get_table_names()
     except sa.exc.ArgumentError: raise ValueError(f"The Studio database can't be opened: {STUDIO_DB} is neither a path nor a SQLAlchemy URL") from None
+    except ImportError as e: raise ValueError(f"The Studio database can't be opened: its driver is not installed ({e})") from None
     except sa.exc.DBAPIError as e: raise ValueError(f"The Studio database {where} can't be read: {e.orig}. {hint}") from None
     missing = [t for t in _NEEDED if t not in there]
     raise_problems([f"{where} has no table {t}: {hint}" for t in missing], "The Studio database can't be used")
@@ -119,6 +120,16 @@ def _columns(
     except sa.exc.NoSuchTableError: there = set()
     return [c for c in STUDIO_TABLES[table] if c in there]
 
+# %% ../nbs/02_studio.ipynb #71dd3744
+def _cell(
+    value,  # as the database gives it
+    kind: str,  # type word of its column, from `STUDIO_TABLES`
+):  # text where the column is text; None for NULL
+    "A cell as what its column should hold."
+    if kind in ("Integer", "Double") or value is None or isinstance(value, str): return value
+    if isinstance(value, (bytes, memoryview)): return bytes(value).decode()
+    return json.dumps(value) if isinstance(value, (dict, list)) else str(value)
+
 # %% ../nbs/02_studio.ipynb #9724af88
 def fetch(
     engine: "Engine",  # from `open_studio`
@@ -132,8 +143,14 @@ def fetch(
         names = _columns(con, table)
         if "id" not in names: return None
         found = sa.table(table, *map(sa.column, names))
-        row = con.execute(sa.select(found).where(found.c.id == str(id))).mappings().first()
-    return None if row is None else SimpleNamespace(**{c: row.get(c) for c in STUDIO_TABLES[table]})
+        try: row = con.execute(sa.select(found).where(found.c.id == str(id))).mappings().first()
+        except sa.exc.DBAPIError as e: raise ValueError(f"{table} {id}: the row can't be read: {e.orig}") from None
+    if row is None: return None
+    values = SimpleNamespace()
+    for column, kind in STUDIO_TABLES[table].items():
+        try: setattr(values, column, _cell(row.get(column), kind))
+        except UnicodeDecodeError: raise ValueError(f"{table} {id}: column {column!r} holds bytes that are not UTF-8") from None
+    return values
 
 # %% ../nbs/02_studio.ipynb #1eeadd70
 def _source_problem(
@@ -157,13 +174,12 @@ def _find_records(
     args: JobArgs,  # of the job
 ) -> tuple:  # (model, dataset, prompt and job as a dictionary, sentences about what is wrong)
     "Look up the rows that a job names."
-    from sqlalchemy.exc import DBAPIError
     keys = {"models": "base_model_id", "datasets": "dataset_id", "prompts": "prompt_id", "fine_tuning_jobs": "experimentid"}
     found, problems = {}, []
     for table, key in keys.items():
         id = getattr(args, key)
         try: record = found[table] = fetch(engine, table, id)
-        except DBAPIError as e: problems.append(f"{table} {id}: the row can't be read: {e.orig}"); continue
+        except ValueError as e: problems.append(str(e)); continue
         if record is None and table != "fine_tuning_jobs": problems.append(f"{table} {id}: there is no such row; --{key} must name one")
         elif table in ("models", "datasets"): problems.append(_source_problem(table, record))
         elif table == "prompts" and not any((getattr(record, f"{o}_template") or "").strip() for o in ("prompt", "input", "completion")):
@@ -211,7 +227,7 @@ def read_config(
     except json.JSONDecodeError as e:
         near = text[max(0, e.pos - 12):e.pos + 12]
         raise ValueError(f"broken JSON at line {e.lineno}, column {e.colno}: {e.msg} (near {near!r})") from None
-    if not isinstance(value, dict): raise ValueError(f"it is a JSON {type(value).__name__}, where an object {{...}} belongs")
+    if not isinstance(value, dict): raise ValueError(f"it is {text.strip()[:20]!r}, where an object {{...}} belongs")
     return value
 
 # %% ../nbs/02_studio.ipynb #0188ce3d
@@ -236,7 +252,7 @@ def _find_blob(
         record, where, source = fetch(engine, "configs", given), f"configs {given} (--{key})", f"configs/{given}"
         if record is None: raise ValueError(f"{where}: there is no such row; give the id of a config or a JSON object")
         if record.type != type: raise ValueError(f"{where}: its type is {record.type!r}; it must be {type!r}")
-        text = record.config if isinstance(record.config, str) else "" if record.config is None else json.dumps(record.config)
+        text = record.config or ""
     try: return read_config(text), source
     except ValueError as e: raise ValueError(f"{where}: {e}") from None
 
@@ -254,7 +270,7 @@ class Records:
     sources: dict  # "lora", "bnb", "training" -> "argument", "configs/<id>" or "default"
 
     def __repr__(self):
-        names = ", ".join(f"{k}={getattr(self, k).name!r}" for k in ("model", "dataset", "prompt"))
+        names = ", ".join(f"{k}={(getattr(self, k).name or getattr(self, k).id)!r}" for k in ("model", "dataset", "prompt"))
         return f"Records({names}, job={self.job and self.job.id!r}, sources={self.sources})"
 
 # %% ../nbs/02_studio.ipynb #871d9822
@@ -263,12 +279,10 @@ def resolve_records(
     args: JobArgs,  # from `parse_job_arguments`
 ) -> Records:  # everything that the arguments name
     "Look up all that a job's arguments name; raises with every problem found."
-    from sqlalchemy.exc import DBAPIError
     found, problems = _find_records(engine, args)
     blobs, sources = {}, {}
     for name, (key, type, default) in _BLOBS.items():
         try: blobs[name], sources[name] = _find_blob(engine, key, getattr(args, key), type, default)
-        except DBAPIError as e: problems.append(f"configs {getattr(args, key)} (--{key}): the row can't be read: {e.orig}")
         except ValueError as e: problems.append(str(e))
     raise_problems(problems, "The job's records can't be used")
     return Records(found["models"], found["datasets"], found["prompts"], found["fine_tuning_jobs"], **blobs, sources=sources)
@@ -346,11 +360,15 @@ def register_adapter(
     "Put a job's adapter into the Studio; once more changes nothing."
     import sqlalchemy as sa
     id, jobs = _adapter_id(experimentid), sa.table("fine_tuning_jobs", sa.column("id"), sa.column("adapter_id"))
-    with engine.begin() as con:
-        if engine.dialect.name == "sqlite": con.exec_driver_sql("BEGIN IMMEDIATE")
-        if other := _name_owner(con, name, id): raise ValueError(f"the adapter name {name!r} is taken by adapter {other}: choose another --adapter_name")
-        known = {"id", "adapter_id"} <= set(_columns(con, "fine_tuning_jobs"))
-        job = con.execute(sa.update(jobs).where(jobs.c.id == experimentid).values(adapter_id=id)).rowcount if known else 0
-        _upsert(con, "adapters", id, type="project", name=name, model_id=model_id, prompt_id=prompt_id, location=location,
-                fine_tuning_job_id=experimentid if job else None)
+    try:
+        with engine.begin() as con:
+            if engine.dialect.name == "sqlite": con.exec_driver_sql("BEGIN IMMEDIATE")
+            if other := _name_owner(con, name, id): raise ValueError(f"the adapter name {name!r} is taken by adapter {other}: choose another --adapter_name")
+            known = {"id", "adapter_id"} <= set(_columns(con, "fine_tuning_jobs"))
+            job = known and con.execute(sa.select(jobs.c.id).where(jobs.c.id == experimentid)).first()
+            _upsert(con, "adapters", id, type="project", name=name, model_id=model_id, prompt_id=prompt_id, location=location,
+                    fine_tuning_job_id=experimentid if job else None)
+            if job: con.execute(sa.update(jobs).where(jobs.c.id == experimentid).values(adapter_id=id))  # last, for foreign keys
+    except sa.exc.DBAPIError as e:
+        raise ValueError(f"the adapter {name!r} is saved in {location}, but it can't be registered in the Studio database: {e.orig}") from None
     return id
