@@ -140,7 +140,7 @@ def settle_training(
     config |= dict(output_dir=str(output_dir), use_cpu=precision.device == "cpu", bf16=precision.mixed == "bf16", fp16=precision.mixed == "fp16",
                    gradient_checkpointing=precision.gradient_checkpointing, max_length=None, disable_tqdm=True,
                    logging_nan_inf_filter=False, dataset_kwargs={"skip_prepare_dataset": True})
-    config = {"logging_steps": 1, "save_total_limit": 2, "seed": 42, "dataloader_pin_memory": precision.device != "cpu"} | config
+    config = {"eval_on_start": True, "logging_steps": 1, "save_total_limit": 2, "seed": 42, "dataloader_pin_memory": precision.device != "cpu"} | config
     return TrainingSettings(config, completion_only, max_length, shared_prefix, budget, tuple(n for n in [*notes, optim_note, tracker_note] if n))
 
 # %% ../nbs/09_trainer.ipynb #e1d56904
@@ -358,7 +358,7 @@ def _make_trainer(
     import torch
     from trl import SFTConfig
     totals, config = RunTotals(), dict(settings.config)
-    if not len(test): config |= {"eval_strategy": "no", "load_best_model_at_end": False}
+    if not len(test): config |= {"eval_strategy": "no", "load_best_model_at_end": False, "eval_on_start": False}
     if budget: config |= {"per_device_train_batch_size": settings.rows_per_step, "gradient_accumulation_steps": 1, "per_device_eval_batch_size": 64}
     os.makedirs(config["output_dir"], exist_ok=True)
     path = os.path.join(config["output_dir"], "metrics.jsonl")
@@ -415,10 +415,10 @@ def train_adapter(
     trainer = _make_trainer(model, tokenizer, train, test, settings, budget, wants_bar() if bar is None else bar)
     _quiet(trainer)
     with nullcontext() if why else packing_attention(model):
-        before = trainer.evaluate()["eval_loss"] if len(test) else None
         done = trainer.train()
         after = trainer.evaluate()["eval_loss"] if len(test) else None
     if trainer.is_world_process_zero(): print(trainer.totals, flush=True)
+    before = next((o["eval_loss"] for o in trainer.state.log_history if "eval_loss" in o and o["step"] == 0), None)
     metrics = {"train_loss": done.training_loss, "eval_loss_before": before, "eval_loss": after, "steps": done.global_step,
                "train_seconds": round(done.metrics["train_runtime"], 3), **vars(trainer.totals)}
     return TrainedRun(model, {k: v for k, v in metrics.items() if v is not None}, why)
