@@ -168,12 +168,14 @@ def load_base_model(
 
 # %% ../nbs/07_adapters.ipynb #54750dfc
 def vocabulary_problems(
-    tokenizer,  # of the base model
+    tokenizer,  # of the base model, with a pad token
     vocab_size: int,  # rows of the model's embedding
+    rows: list = (),  # token ids of each row
 ) -> list:  # a sentence, or nothing
-    "Whether every token id has an embedding."
-    top = max(tokenizer.get_vocab().values())
-    return [f"the tokenizer has token ids up to {top}, the model only {vocab_size} embeddings; they don't belong together"] if top >= vocab_size else []
+    "Whether every token that a run uses has an embedding."
+    top = max([tokenizer.eos_token_id or 0, tokenizer.pad_token_id or 0, *map(max, rows)])
+    if top < vocab_size: return []
+    return [f"the token {tokenizer.convert_ids_to_tokens(top)!r} has the id {top}, and the model only {vocab_size} embeddings: tokenizer and model don't belong together"]
 
 # %% ../nbs/07_adapters.ipynb #4f1cca8b
 def apply_lora(
@@ -250,10 +252,10 @@ def probe_logits(
 ):  # float32 tensor, (tokens, vocabulary)
     "The model's logits for a row, without dropout; its mode is put back."
     import torch
-    was, device = model.training, next(model.parameters()).device
+    was, row = model.training, torch.tensor([ids[:64]], device=next(model.parameters()).device)
     model.eval()
     try:
-        with torch.inference_mode(): return model(input_ids=torch.tensor([ids[:64]], device=device), use_cache=False).logits[0].float().cpu()
+        with torch.inference_mode(): return model(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False).logits[0].float().cpu()
     finally: model.train(was)
 
 # %% ../nbs/07_adapters.ipynb #9fb9e80e
