@@ -89,6 +89,12 @@ def registering(folder, base, door):
     check(f"{door}: PEFT loads the adapter, which is trained", is_trained(project.out_dir, base))
     check(f"{door}: the database holds its row", registered(project, parse_job_arguments(project.job_arguments)))
 
+def refusing(folder):
+    "A wrong argument fails a kernel's cell at once, in words."
+    start = time.time()
+    ended_well, printed = in_kernel({**os.environ, "JOB_ARGUMENTS": "--base_modl_id 1"}, folder)
+    check(f"kernel: a wrong argument fails the job ({time.time() - start:.0f} s)", not ended_well and "--base_modl_id is no key" in printed)
+
 def main():
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as work:
@@ -96,6 +102,7 @@ def main():
         base = save_tiny(work/"tiny", kind="qwen")
         same_job_twice(work/"twice", base, ("path", "module"))
         for door in ("console script", "kernel"): registering(work/door.replace(" ", "_"), base, door)
+        refusing(work)
     print(f"{sum(results)} passed, {len(results) - sum(results)} failed")
     return int(not all(results))
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['get_model_parameters', 'bf16_speedup', 'Precision', 'local_device', 'choose_precision', 'lora_problems',
-           'bnb_problems', 'load_tokenizer', 'load_base_model', 'vocabulary_problems', 'apply_lora', 'save_adapter',
-           'probe_logits', 'prove_adapter', 'publish_folder']
+           'bnb_problems', 'load_tokenizer', 'load_base_model', 'vocabulary_problems', 'apply_lora', 'target_problems',
+           'save_adapter', 'as_loaded', 'probe_logits', 'prove_adapter', 'publish_folder']
 
 # %% ../nbs/07_adapters.ipynb #58f558b4
 import os
@@ -168,12 +168,14 @@ def load_base_model(
 
 # %% ../nbs/07_adapters.ipynb #54750dfc
 def vocabulary_problems(
-    tokenizer,  # of the base model
+    tokenizer,  # of the base model, with a pad token
     vocab_size: int,  # rows of the model's embedding
+    rows: list = (),  # token ids of each row
 ) -> list:  # a sentence, or nothing
-    "Whether every token id has an embedding."
-    top = max(tokenizer.get_vocab().values())
-    return [f"the tokenizer has token ids up to {top}, the model only {vocab_size} embeddings; they don't belong together"] if top >= vocab_size else []
+    "Whether every token that a run uses has an embedding."
+    top = max([tokenizer.eos_token_id or 0, tokenizer.pad_token_id or 0, *map(max, rows)])
+    if top < vocab_size: return []
+    return [f"the token {tokenizer.convert_ids_to_tokens(top)!r} has the id {top}, and the model only {vocab_size} embeddings: tokenizer and model don't belong together"]
 
 # %% ../nbs/07_adapters.ipynb #4f1cca8b
 def apply_lora(
@@ -186,9 +188,27 @@ def apply_lora(
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as choices
     from transformers import set_seed
     raise_problems(lora_problems(lora), "The LoRA settings can't be used")
-    known = lora.get("target_modules") or lora.get("target_parameters") or model.config.model_type in choices
+    lora, kind = {**lora, "task_type": "CAUSAL_LM"}, model.config.model_type
+    if not (lora.get("target_modules") or lora.get("target_parameters")):
+        lora["target_modules"] = choices.get(kind, "all-linear")
+        if "mamba" in kind or kind == "falcon_h1": lora.setdefault("exclude_modules", ["out_proj", "conv1d"])
     set_seed(seed)
-    return get_peft_model(model, LoraConfig(**{**lora, "task_type": "CAUSAL_LM"}, **({} if known else {"target_modules": "all-linear"})))
+    return get_peft_model(model, LoraConfig(**lora))
+
+# %% ../nbs/07_adapters.ipynb #2a5a5b27
+def target_problems(
+    config,  # of the base model, from transformers' `AutoConfig`
+    lora: dict,  # LoRA settings
+) -> list:  # a sentence, or nothing
+    "Whether the model has what LoRA is to be put into."
+    import re, torch
+    from transformers import AutoModelForCausalLM
+    try:
+        with torch.device("meta"): model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        try: apply_lora(model, lora)
+        except (ValueError, TypeError, AttributeError, re.error) as e: return [f"lora_config: {e}"]
+    except (NotImplementedError, RuntimeError): pass  # needs weights, which aren't there yet
+    return []
 
 # %% ../nbs/07_adapters.ipynb #fb66377d
 def save_adapter(
@@ -196,19 +216,35 @@ def save_adapter(
     tokenizer,  # saved beside it
     out_dir: str,  # where the adapter will go in the end
 ) -> str:  # the folder beside it that holds the adapter now
-    "Write adapter and tokenizer to a new folder beside `out_dir`."
-    import json, tempfile
-    out = os.path.abspath(out_dir)
+    "Write adapter and tokenizer to a new folder beside `out_dir`; nothing stays of it where that fails."
+    import json, shutil, tempfile
+    out = os.path.realpath(out_dir)
     os.makedirs(os.path.dirname(out), exist_ok=True)
     folder = tempfile.mkdtemp(prefix=f".{os.path.basename(out)}.", dir=os.path.dirname(out))
-    os.chmod(folder, 0o755)
-    model.save_pretrained(folder, save_embedding_layers=False)
-    tokenizer.save_pretrained(folder)
-    path = os.path.join(folder, "adapter_config.json")
-    with open(path, encoding="utf-8") as f: config = json.load(f)
-    config = {k: sorted(v) if k in ("target_modules", "modules_to_save") and isinstance(v, list) else v for k, v in config.items()}
-    with open(path, "w", encoding="utf-8") as f: json.dump(config, f, indent=2, sort_keys=True)
+    try:
+        os.chmod(folder, 0o755)
+        model.save_pretrained(folder, save_embedding_layers=False)
+        tokenizer.save_pretrained(folder)
+        path = os.path.join(folder, "adapter_config.json")
+        with open(path, encoding="utf-8") as f: config = json.load(f)
+        config = {k: sorted(v) if k in ("target_modules", "modules_to_save") and isinstance(v, list) else v for k, v in config.items()}
+        with open(path, "w", encoding="utf-8") as f: json.dump(config, f, indent=2, sort_keys=True)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     return folder
+
+# %% ../nbs/07_adapters.ipynb #4930306d
+def as_loaded(
+    model,  # a trained `PeftModel`
+):  # the same model
+    "Let a trained model compute as it will once it is loaded: without the trainer's autocast, half-precision LoRA weights held in fp32."
+    import torch
+    from accelerate.utils import extract_model_from_parallel
+    model = extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    for name, p in model.named_parameters():
+        if "lora_" in name and p.dtype in (torch.bfloat16, torch.float16): p.data = p.data.float()
+    return model
 
 # %% ../nbs/07_adapters.ipynb #ab9328dd
 def probe_logits(
@@ -217,10 +253,10 @@ def probe_logits(
 ):  # float32 tensor, (tokens, vocabulary)
     "The model's logits for a row, without dropout; its mode is put back."
     import torch
-    was, device = model.training, next(model.parameters()).device
+    was, row = model.training, torch.tensor([ids[:64]], device=next(model.parameters()).device)
     model.eval()
     try:
-        with torch.inference_mode(): return model(input_ids=torch.tensor([ids[:64]], device=device), use_cache=False).logits[0].float().cpu()
+        with torch.inference_mode(): return model(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False).logits[0].float().cpu()
     finally: model.train(was)
 
 # %% ../nbs/07_adapters.ipynb #9fb9e80e
@@ -238,7 +274,7 @@ def prove_adapter(
     difference = (got - expected).abs().max().item() if got.shape == expected.shape else float("inf")
     limit = (1e-4 if precision.dtype == "float32" else 2e-2) * max(1.0, expected.abs().max().item())
     if not difference <= limit:
-        raise RuntimeError(f"the adapter in {folder}, loaded onto {source}, gives logits that differ by {difference:.3g} from the trained model's (limit {limit:.3g})")
+        raise RuntimeError(f"the saved adapter, loaded onto {source}, gives logits that differ by {difference:.3g} from the trained model's (limit {limit:.3g})")
     return difference
 
 # %% ../nbs/07_adapters.ipynb #eee06f3c
@@ -248,12 +284,15 @@ def publish_folder(
 ):
     "Rename a folder to its place, so that it is there whole or not at all."
     import shutil
-    out = os.path.abspath(out_dir)
+    out = os.path.realpath(out_dir)
     try: os.rename(folder, out)  # also replaces an empty folder
     except OSError:
         if not os.path.isdir(out): raise
         old = folder + ".old"
         os.rename(out, old)
-        os.rename(folder, out)
+        try: os.rename(folder, out)
+        except BaseException:
+            os.rename(old, out)
+            raise
         for name in set(os.listdir(old)) - set(os.listdir(out)): os.rename(os.path.join(old, name), os.path.join(out, name))
         shutil.rmtree(old)

