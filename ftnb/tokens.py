@@ -8,8 +8,11 @@ __all__ = ['find_padding_token_candidate', 'configure_tokenizer_padding', 'make_
 
 # %% ../nbs/06_tokens.ipynb #2b41a095
 import re
-from dataclasses import dataclass, field
+from bisect import bisect_right
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
+from os.path import commonprefix
 
 from .consts import TRAINING_DATA_TEXT_FIELD, raise_problems
 from .prompts import PromptTemplate, read_template, value_spans
@@ -45,28 +48,96 @@ def configure_tokenizer_padding(
 # %% ../nbs/06_tokens.ipynb #91ee24e8
 def _encode(
     tokenizer,  # a fast transformers tokenizer
-    texts: list,  # each ending in the EOS token
+    texts: list,  # text of each row
     **kwargs,  # passed to the tokenizer
 ) -> list:  # (ids, character offsets) of each text
-    "Token ids with EOS exactly once at the end."
+    "Token ids, and where each token lies in its text."
     enc = tokenizer(texts, return_offsets_mapping=True, return_attention_mask=False, verbose=False, **kwargs)
-    eos, rows = tokenizer.eos_token_id, []
-    for ids, offsets in zip(enc["input_ids"], enc["offset_mapping"]):
-        while len(ids) > 1 and ids[-1] == ids[-2] == eos: ids, offsets = ids[:-1], offsets[:-1]
-        rows.append((ids, offsets))
-    return rows
+    return list(zip(enc["input_ids"], enc["offset_mapping"]))
+
+# %% ../nbs/06_tokens.ipynb #d0392ba6
+def _end_once(
+    ids: list,  # token ids of a row
+    offsets: list,  # (start, end) of each
+    eos: int,  # id of the EOS token
+) -> tuple:  # (ids, offsets)
+    "Take EOS off the end until there is one."
+    n = len(ids)
+    while n > 1 and ids[n-1] == ids[n-2] == eos: n -= 1
+    return ids[:n], offsets[:n]
+
+# %% ../nbs/06_tokens.ipynb #de2edcb6
+def _cuts(
+    words: list,  # number of each token's pre-token; None for a token that the tokenizer adds
+    offsets: list,  # (start, end) of each token in the text
+    end: int,  # last character that may be a cut
+) -> list:  # (character, tokens before it), last first
+    "The places between two pre-tokens."
+    return [(offsets[k-1][1], k) for k in range(len(words) - 1, 0, -1)
+            if None not in words[k-1:k+1] and words[k] != words[k-1] and 0 < offsets[k-1][1] <= end]
+
+# %% ../nbs/06_tokens.ipynb #7d387b46
+@dataclass(frozen=True)
+class _SharedStart:
+    "What all texts of a batch begin with, tokenized."
+    cut: int  # character at which the rest of each text begins
+    head: tuple  # (ids, offsets) of the tokens before the cut
+    tail: tuple  # (ids, offsets) of those that the tokenizer adds after a text
+
+    def join(self, ids, offsets):
+        "The tokens of a whole text, from those of its rest."
+        return self.head[0] + ids + self.tail[0], self.head[1] + [(a + self.cut, b + self.cut) for a, b in offsets] + self.tail[1]
+
+    def encode(self, tokenizer, texts):
+        "The tokens of whole texts, of which only the rests are tokenized."
+        return [self.join(*o) for o in _encode(tokenizer, [t[self.cut:] for t in texts], add_special_tokens=False)]
+
+# %% ../nbs/06_tokens.ipynb #0f4790cd
+def _shared_start(
+    tokenizer,  # a fast transformers tokenizer
+    texts: list,  # text of each row
+) -> _SharedStart | None:  # None where whole texts must be tokenized
+    "The last cut in the texts' common beginning that leaves all tokens as they are."
+    common = commonprefix(texts).rstrip()
+    end = len(common) - max(32, *map(len, tokenizer.get_added_vocab()), 0)
+    if len(texts) < 64 or end < 32: return None
+    tried = [f(texts, key=key) for f in (min, max) for key in (None, len)] + texts[::len(texts)//8]
+    enc = tokenizer(tried, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
+    whole, words = list(zip(enc["input_ids"], enc["offset_mapping"])), enc.word_ids(0)
+    (ids, offsets), n = whole[0], len(words)
+    while words[n-1] is None: n -= 1
+    for cut, k in _cuts(words, offsets, end)[:16]:
+        shared = _SharedStart(cut, (ids[:k], offsets[:k]), (ids[n:], offsets[n:]))
+        if shared.encode(tokenizer, tried) == whole: return shared
+
+# %% ../nbs/06_tokens.ipynb #be42612a
+def _encode_batch(
+    tokenizer,  # a fast transformers tokenizer
+    texts: list,  # text of each row
+) -> list:  # (ids, character offsets) of each text, as `_encode` gives them
+    "Tokenize texts, and what all of them begin with only once."
+    shared = _shared_start(tokenizer, texts)
+    return _encode(tokenizer, texts) if shared is None else shared.encode(tokenizer, texts)
 
 # %% ../nbs/06_tokens.ipynb #97d8171c
 @dataclass(frozen=True)
 class _PlainTokenizer:
     "Encodes values as plain text and only the template's special tokens as special."
     tokenizer: object  # a fast transformers tokenizer
+    mark: str = "\U0010fffd"  # a private character that is in no text, around each stand-in
 
     @cached_property
     def special(self): return {t.content: (i, t) for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}
 
     @cached_property
-    def stand_ins(self): return {c: f"\ue000{i}\ue001" for c, (i, _) in self.special.items()}
+    def unknown(self):  # id that stands for unknown words: no special token, unless it is EOS too
+        return None if self.tokenizer.unk_token_id == self.tokenizer.eos_token_id else self.tokenizer.unk_token_id
+
+    @cached_property
+    def ids(self): return {i for i, _ in self.special.values()}
+
+    @cached_property
+    def stand_ins(self): return {c: f"{self.mark}{i}{self.mark}" for c, (i, _) in self.special.items()}
 
     @cached_property
     def pattern(self): return re.compile("|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) or r"(?!)")
@@ -99,16 +170,16 @@ def _encode_plain(
     text: str,  # formatted text of a row, ending in EOS
     spans: list,  # (start, end) of each value
     start: int | None,  # of the completion, or None
-) -> tuple | None:  # (ids, offsets, start in them); None where the tokenizer can't write the values plainly
+) -> tuple | str:  # (ids, offsets, start in them); the special token that a value would become, where there's no way round
     "Encode one row so that no value becomes a special token."
+    if plain.mark in text: plain = replace(plain, mark=next(c for c in map(chr, range(0xe000, 0xf8ff)) if c not in text))
     tok = plain.marked
     back = {tok.convert_tokens_to_ids(plain.stand_ins[c]): i for c, (i, _) in plain.special.items()}
     (ids, offsets), = _encode(tok, [_with_stand_ins(plain, text, spans)], split_special_tokens=True)
-    if any(i in back.values() and b > a for i, (a, b) in zip(ids, offsets)): return None
+    forged = [i for i, (a, b) in zip(ids, offsets) if i in plain.ids and i != plain.unknown and b > a]
+    if forged: return tok.convert_ids_to_tokens(forged[0])
     cut = None if start is None else len(_with_stand_ins(plain, text[:start], [s for s in spans if s[1] <= start]))
-    ids = [back.get(i, i) for i in ids]
-    while len(ids) > 1 and ids[-1] == ids[-2] == tok.eos_token_id: ids, offsets = ids[:-1], offsets[:-1]
-    return ids, offsets, cut
+    return *_end_once([back.get(i, i) for i in ids], offsets, tok.eos_token_id), cut
 
 # %% ../nbs/06_tokens.ipynb #e9285546
 def make_labels(
@@ -118,7 +189,8 @@ def make_labels(
 ) -> list:  # the ids, with -100 where there is no loss
     "Labels of a row; its last token, EOS, always carries loss."
     if start is None: return list(ids)
-    return [i if b > start else -100 for i, (_, b) in zip(ids[:-1], offsets)] + [ids[-1]]
+    before = bisect_right(offsets, start, hi=len(ids) - 1, key=lambda o: o[1])  # tokens that end before the completion
+    return [-100]*before + ids[before:]
 
 # %% ../nbs/06_tokens.ipynb #1349e9f3
 def length_limit(
@@ -133,36 +205,58 @@ def _tokenizing_problems(
     tokenizer,  # a transformers tokenizer
     template: PromptTemplate,  # that made the text
     completion_only: bool,  # loss on the completion and EOS only
+    columns: list,  # of the data set
 ) -> list:  # sentences
     "What is in the way of tokenizing."
-    problems = []
+    missing = [repr(c) for c in dict.fromkeys((TRAINING_DATA_TEXT_FIELD, *template.fields)) if c not in columns]
+    problems = [f"the data set has no column {' or '.join(missing)}; format it with this template first"] if missing else []
+    eos = tokenizer.eos_token
     if not tokenizer.is_fast: problems.append(f"{type(tokenizer).__name__} is no fast tokenizer; the model folder needs a tokenizer.json")
-    if tokenizer.eos_token is None: problems.append("the tokenizer has no EOS token; set eos_token in its tokenizer_config.json")
+    if eos is None: problems.append("the tokenizer has no EOS token; set eos_token in its tokenizer_config.json")
+    elif tokenizer.eos_token_id not in (ids := tokenizer(eos, verbose=False)["input_ids"]):
+        problems.append(f"the tokenizer turns its EOS token {eos!r} into the tokens {tokenizer.convert_ids_to_tokens(ids)}; "
+                        "add it to the special tokens in tokenizer.json, or set an eos_token that is one")
     if completion_only and template.completion is None:
         problems.append("completion_only_loss needs a prompt whose prompt_template ends in its completion_template")
     return problems
 
 # %% ../nbs/06_tokens.ipynb #de19bf26
+def _tokenize_row(
+    plain: _PlainTokenizer,  # made from the tokenizer
+    text: str,  # formatted text of the row
+    tokens: tuple,  # (ids, offsets) of the text
+    spans: list,  # (start, end) of each value; none where no special token can have been hit
+    start: int | None,  # of the completion, where the loss is on it only
+) -> tuple | str:  # (ids, labels), or the special token that a value can't help becoming
+    "Ids and labels of a row, encoded again if a value hit a special token."
+    (ids, offsets), eos = tokens, plain.tokenizer.eos_token_id
+    end = len(text) - len(plain.tokenizer.eos_token)
+    spans = [(min(a, end), min(b, end)) for a, b in spans]  # an EOS at the end of a value is the row's own
+    hits = [(a, b) for i, (a, b) in zip(ids, offsets if spans else [])
+            if i in plain.ids and (i != plain.unknown or plain.tokenizer.unk_token in text[a:b])]
+    if any(a < y and b > x for a, b in hits for x, y in spans):
+        row = _encode_plain(plain, text, spans, start)
+        if isinstance(row, str): return row
+        ids, offsets, start = row
+    if ids[-1:] != [eos]:
+        raise ValueError(f"the text {text[-40:]!r} ends in the tokens {plain.tokenizer.convert_ids_to_tokens(ids[-1:])}, "
+                         f"not in EOS, {plain.tokenizer.eos_token!r}; format it with the tokenizer's eos_token")
+    return ids, make_labels(ids, offsets, start)
+
+# %% ../nbs/06_tokens.ipynb #0467cfc8
 def _tokenize_batch(
     batch: dict,  # column -> values
     plain: _PlainTokenizer,  # made from the tokenizer
     template: PromptTemplate,  # that made the text
     completion_only: bool,  # loss on the completion and EOS only
-) -> "Iterator":  # (ids, labels) of each row, or None where a value can't be plain
-    "Tokenize a batch at once, and again the rows whose values hit a special token."
-    texts, special = batch[TRAINING_DATA_TEXT_FIELD], {i for i, _ in plain.special.values()}
-    eos = plain.tokenizer.eos_token
-    for n, (ids, offsets) in enumerate(_encode(plain.tokenizer, texts)):
-        spans, start = value_spans(template, {f: batch[f][n] for f in template.fields})
-        end = len(texts[n]) - len(eos)
-        hits = [offsets[k] for k, t in enumerate(ids[:-1]) if t in special]
-        if any(a < min(y, end) and b > x for a, b in hits for x, y in spans):
-            row = _encode_plain(plain, texts[n], [(x, min(y, end)) for x, y in spans], start)
-            if row is None: yield None; continue
-            ids, offsets, start = row
-        if ids[-1] != plain.tokenizer.eos_token_id:
-            raise ValueError(f"the tokenizer turns text that ends in EOS {eos!r} into tokens that end in {ids[-1]}, not {plain.tokenizer.eos_token_id}")
-        yield ids, make_labels(ids, offsets, start if completion_only else None)
+) -> "Iterator":  # what `_tokenize_row` gives for each row
+    "Tokenize a batch at once; where values lie is worked out for the rows that need it."
+    texts = batch[TRAINING_DATA_TEXT_FIELD]
+    for n, (ids, offsets) in enumerate(_encode_batch(plain.tokenizer, texts)):
+        ids, offsets = _end_once(ids, offsets, plain.tokenizer.eos_token_id)
+        spans, start, clean = [], None, plain.ids.isdisjoint(ids[:-1])
+        if completion_only or not clean: spans, start = value_spans(template, {f: batch[f][n] for f in template.fields})
+        yield _tokenize_row(plain, texts[n], (ids, offsets), [] if clean else spans, start if completion_only else None)
 
 # %% ../nbs/06_tokens.ipynb #1c2eadf6
 @dataclass(frozen=True)
@@ -174,6 +268,15 @@ class TokenizedRows:
 
     def __len__(self): return len(self.kept)
 
+# %% ../nbs/06_tokens.ipynb #2a075f97
+def _list_array(
+    rows: list,  # lists of ints
+) -> "pyarrow.ListArray":  # of 64-bit ints
+    "The rows as `datasets` stores them, without a Python object for each int."
+    import numpy as np, pyarrow as pa
+    ends = np.cumsum([0, *map(len, rows)])
+    return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(np.fromiter(chain.from_iterable(rows), np.int64, ends[-1])))
+
 # %% ../nbs/06_tokens.ipynb #41703130
 def tokenize_rows(
     dataset,  # a `Dataset` with the column `prediction`, and those that the template uses
@@ -183,16 +286,21 @@ def tokenize_rows(
     max_length: int = 2048,  # tokens; a longer row is dropped
 ) -> TokenizedRows:  # ids and labels, and the dropped rows with their reasons
     "Token ids and labels of every row; raises where EOS or the completion can't be found."
+    import pyarrow as pa
     from datasets import Dataset
     template = PromptTemplate(()) if template is None else read_template(template)
-    raise_problems(_tokenizing_problems(tokenizer, template, completion_only), "The rows can't be tokenized")
-    plain, ids, labels, kept, dropped = _PlainTokenizer(tokenizer), [], [], [], {}
-    for at in range(0, len(dataset), 1000):
-        for i, row in enumerate(_tokenize_batch(dataset[at:at + 1000], plain, template, completion_only), at):
-            if row is None: dropped[i] = "holds a special token that this tokenizer can't write as plain text"
-            elif len(row[0]) > max_length: dropped[i] = f"{len(row[0])} tokens, over max_length {max_length}"
-            else: ids.append(row[0]); labels.append(row[1]); kept.append(i)
-    return TokenizedRows(Dataset.from_dict({"input_ids": ids, "labels": labels}), tuple(kept), dropped)
+    raise_problems(_tokenizing_problems(tokenizer, template, completion_only, dataset.column_names), "The rows can't be tokenized")
+    plain, chunks, kept, dropped, at = _PlainTokenizer(tokenizer), [[], []], [], {}, 0
+    for batch in dataset.select_columns(list(dict.fromkeys((TRAINING_DATA_TEXT_FIELD, *template.fields)))).iter(4000):
+        rows = dict(enumerate(_tokenize_batch(batch, plain, template, completion_only), at))
+        at += len(rows)
+        dropped |= {i: f"a value can't be told from the special token {r!r}" for i, r in rows.items() if isinstance(r, str)}
+        dropped |= {i: f"{len(r[0])} tokens, over max_length {max_length}" for i, r in rows.items() if i not in dropped and len(r[0]) > max_length}
+        good = {i: r for i, r in rows.items() if i not in dropped}
+        kept += good
+        for column, chunk in zip(chunks, zip(*good.values())): column.append(_list_array(chunk))
+    columns = [pa.chunked_array(c, pa.list_(pa.int64())) for c in chunks]
+    return TokenizedRows(Dataset.from_dict(dict(zip(("input_ids", "labels"), columns))), tuple(kept), dropped)
 
 # %% ../nbs/06_tokens.ipynb #9fb73de2
 @dataclass(frozen=True)
