@@ -55,7 +55,17 @@ def _encode(
     enc = tokenizer(texts, return_offsets_mapping=True, return_attention_mask=False, verbose=False, **kwargs)
     return list(zip(enc["input_ids"], enc["offset_mapping"]))
 
-# %% ../nbs/06_tokens.ipynb #d0392ba6
+# %% ../nbs/06_tokens.ipynb #e672cd6e
+def _no_eos(
+    tokenizer,  # a transformers tokenizer
+    text: str,  # of a row
+    ids: list,  # its token ids
+) -> str:  # for an error
+    "What is wrong with a row that doesn't end in EOS."
+    return (f"the text {text[-40:]!r} ends in the token {''.join(tokenizer.convert_ids_to_tokens(ids[-1:]))!r}, "
+            f"not in EOS, {tokenizer.eos_token!r}: format it with the tokenizer's own eos_token")
+
+# %% ../nbs/06_tokens.ipynb #25a92827
 def _end_once(
     ids: list,  # token ids of a row
     offsets: list,  # (start, end) of each
@@ -66,7 +76,7 @@ def _end_once(
     while n > 1 and ids[n-1] == ids[n-2] == eos: n -= 1
     return ids[:n], offsets[:n]
 
-# %% ../nbs/06_tokens.ipynb #de2edcb6
+# %% ../nbs/06_tokens.ipynb #6a318104
 def _cuts(
     words: list,  # number of each token's pre-token; None for a token that the tokenizer adds
     offsets: list,  # (start, end) of each token in the text
@@ -76,48 +86,38 @@ def _cuts(
     return [(offsets[k-1][1], k) for k in range(len(words) - 1, 0, -1)
             if None not in words[k-1:k+1] and words[k] != words[k-1] and 0 < offsets[k-1][1] <= end]
 
-# %% ../nbs/06_tokens.ipynb #7d387b46
+# %% ../nbs/06_tokens.ipynb #216ba361
 @dataclass(frozen=True)
 class _SharedStart:
-    "What all texts of a batch begin with, tokenized."
-    cut: int  # character at which the rest of each text begins
-    head: tuple  # (ids, offsets) of the tokens before the cut
-    tail: tuple  # (ids, offsets) of those that the tokenizer adds after a text
-
-    def join(self, ids, offsets):
-        "The tokens of a whole text, from those of its rest."
-        return self.head[0] + ids + self.tail[0], self.head[1] + [(a + self.cut, b + self.cut) for a, b in offsets] + self.tail[1]
+    "What texts begin with, tokenized; nothing by default."
+    common: str = ""  # they all begin with it; it goes on beyond the cut
+    cut: int = 0  # character at which the rest of a text begins
+    head: list = field(default_factory=list)  # ids of the tokens before the cut
+    tail: list = field(default_factory=list)  # ids of those that the tokenizer adds after a text
 
     def encode(self, tokenizer, texts):
-        "The tokens of whole texts, of which only the rests are tokenized."
-        return [self.join(*o) for o in _encode(tokenizer, [t[self.cut:] for t in texts], add_special_tokens=False)]
+        "Ids and offsets of the rest of each text, in characters from the cut."
+        rows = _encode(tokenizer, [t[self.cut:] for t in texts], add_special_tokens=not self.cut)
+        return [(ids + self.tail, offsets + [(0, 0)]*len(self.tail)) for ids, offsets in rows] if self.tail else rows
 
-# %% ../nbs/06_tokens.ipynb #0f4790cd
+# %% ../nbs/06_tokens.ipynb #e1f579a7
 def _shared_start(
     tokenizer,  # a fast transformers tokenizer
-    texts: list,  # text of each row
-) -> _SharedStart | None:  # None where whole texts must be tokenized
+    texts: list,  # of some rows
+    limit: int | None = None,  # characters before the first slot or the completion
+) -> _SharedStart:  # of nothing, where whole texts must be tokenized
     "The last cut in the texts' common beginning that leaves all tokens as they are."
-    common = commonprefix(texts).rstrip()
+    common = commonprefix(texts)[:limit].rstrip()
     end = len(common) - max(32, *map(len, tokenizer.get_added_vocab()), 0)
-    if len(texts) < 64 or end < 32: return None
-    tried = [f(texts, key=key) for f in (min, max) for key in (None, len)] + texts[::len(texts)//8]
-    enc = tokenizer(tried, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
-    whole, words = list(zip(enc["input_ids"], enc["offset_mapping"])), enc.word_ids(0)
-    (ids, offsets), n = whole[0], len(words)
-    while words[n-1] is None: n -= 1
-    for cut, k in _cuts(words, offsets, end)[:16]:
-        shared = _SharedStart(cut, (ids[:k], offsets[:k]), (ids[n:], offsets[n:]))
-        if shared.encode(tokenizer, tried) == whole: return shared
-
-# %% ../nbs/06_tokens.ipynb #be42612a
-def _encode_batch(
-    tokenizer,  # a fast transformers tokenizer
-    texts: list,  # text of each row
-) -> list:  # (ids, character offsets) of each text, as `_encode` gives them
-    "Tokenize texts, and what all of them begin with only once."
-    shared = _shared_start(tokenizer, texts)
-    return _encode(tokenizer, texts) if shared is None else shared.encode(tokenizer, texts)
+    if len(texts) < 2 or end < 32: return _SharedStart()
+    tried = [f(texts, key=key) for f in (min, max) for key in (None, len)] + texts[::max(1, len(texts)//32)]
+    whole, words = _encode(tokenizer, tried), tokenizer(tried[:1], verbose=False).word_ids(0)
+    n = next(n for n in range(len(words), 0, -1) if words[n-1] is not None)
+    for cut, k in _cuts(words, whole[0][1], end)[:16]:
+        shared = _SharedStart(common, cut, whole[0][0][:k], whole[0][0][n:])
+        rests = [(ids[k:], [(max(a - cut, 0), max(b - cut, 0)) for a, b in offsets[k:]]) for ids, offsets in whole]
+        if shared.encode(tokenizer, tried) == rests and all(ids[:k] == shared.head for ids, _ in whole): return shared
+    return _SharedStart()
 
 # %% ../nbs/06_tokens.ipynb #97d8171c
 @dataclass(frozen=True)
@@ -221,42 +221,52 @@ def _tokenizing_problems(
     return problems
 
 # %% ../nbs/06_tokens.ipynb #de19bf26
-def _tokenize_row(
+def _forges(
     plain: _PlainTokenizer,  # made from the tokenizer
-    text: str,  # formatted text of the row
-    tokens: tuple,  # (ids, offsets) of the text
-    spans: list,  # (start, end) of each value; none where no special token can have been hit
-    start: int | None,  # of the completion, where the loss is on it only
-) -> tuple | str:  # (ids, labels), or the special token that a value can't help becoming
-    "Ids and labels of a row, encoded again if a value hit a special token."
-    (ids, offsets), eos = tokens, plain.tokenizer.eos_token_id
-    end = len(text) - len(plain.tokenizer.eos_token)
-    spans = [(min(a, end), min(b, end)) for a, b in spans]  # an EOS at the end of a value is the row's own
-    hits = [(a, b) for i, (a, b) in zip(ids, offsets if spans else [])
-            if i in plain.ids and (i != plain.unknown or plain.tokenizer.unk_token in text[a:b])]
-    if any(a < y and b > x for a, b in hits for x, y in spans):
-        row = _encode_plain(plain, text, spans, start)
-        if isinstance(row, str): return row
-        ids, offsets, start = row
-    if ids[-1:] != [eos]:
-        raise ValueError(f"the text {text[-40:]!r} ends in the tokens {plain.tokenizer.convert_ids_to_tokens(ids[-1:])}, "
-                         f"not in EOS, {plain.tokenizer.eos_token!r}; format it with the tokenizer's eos_token")
-    return ids, make_labels(ids, offsets, start)
+    text: str,  # of the row
+    tokens: tuple,  # (ids, offsets) of the text from `cut` on, EOS at the end
+    cut: int,  # character at which they begin
+    spans: list,  # (start, end) of each value
+) -> bool:  # True where a special token reaches into a value
+    "Does a value hit a special token?"
+    unk, name = plain.unknown, plain.tokenizer.unk_token  # stands for an unknown word too
+    hits = [(a + cut, b + cut) for i, (a, b) in zip(tokens[0][:-1], tokens[1])
+            if i in plain.ids and (i != unk or name in text[a + cut:b + cut])]
+    return any(a < y and b > x for a, b in hits for x, y in spans)
 
-# %% ../nbs/06_tokens.ipynb #0467cfc8
+# %% ../nbs/06_tokens.ipynb #eddc4e0c
+def _places(
+    template: PromptTemplate,  # that made the text
+    row: dict,  # column -> value
+    end: int,  # of the text, without its EOS
+) -> tuple:  # ([(start, end) of each value], start of the completion or None)
+    "Where values and completion lie; an EOS at the end of a value is the row's own."
+    spans, start = value_spans(template, row)
+    return [(min(a, end), min(b, end)) for a, b in spans], start
+
+# %% ../nbs/06_tokens.ipynb #8e44c74f
 def _tokenize_batch(
     batch: dict,  # column -> values
     plain: _PlainTokenizer,  # made from the tokenizer
     template: PromptTemplate,  # that made the text
     completion_only: bool,  # loss on the completion and EOS only
-) -> "Iterator":  # what `_tokenize_row` gives for each row
-    "Tokenize a batch at once; where values lie is worked out for the rows that need it."
-    texts = batch[TRAINING_DATA_TEXT_FIELD]
-    for n, (ids, offsets) in enumerate(_encode_batch(plain.tokenizer, texts)):
-        ids, offsets = _end_once(ids, offsets, plain.tokenizer.eos_token_id)
-        spans, start, clean = [], None, plain.ids.isdisjoint(ids[:-1])
-        if completion_only or not clean: spans, start = value_spans(template, {f: batch[f][n] for f in template.fields})
-        yield _tokenize_row(plain, texts[n], (ids, offsets), [] if clean else spans, start if completion_only else None)
+    shared: _SharedStart = _SharedStart(),  # what the texts begin with
+) -> "Iterator":  # (ids, labels) of each row, or the special token that a value can't help becoming
+    "Tokenize a batch at once, and again the rows whose values hit a special token."
+    texts, tok, eos = batch[TRAINING_DATA_TEXT_FIELD], plain.tokenizer, plain.tokenizer.eos_token_id
+    if not all(t.startswith(shared.common) for t in texts): shared = _SharedStart()
+    cut, skipped = shared.cut, [-100]*len(shared.head) if completion_only else shared.head
+    for n, (text, tokens) in enumerate(zip(texts, shared.encode(tok, texts))):
+        ids, offsets = tokens = _end_once(*tokens, eos)
+        if ids[-1:] != [eos]: raise ValueError(_no_eos(tok, text, ids))
+        clean, spans, start = plain.ids.isdisjoint(ids[:-1]), [], None
+        if completion_only or not clean:
+            spans, start = _places(template, {f: batch[f][n] for f in template.fields}, len(text) - len(tok.eos_token))
+        if not completion_only: start = None
+        if not clean and _forges(plain, text, tokens, cut, spans):
+            row = _encode_plain(plain, text, spans, start)
+            yield row if isinstance(row, str) else (row[0], make_labels(*row))
+        else: yield shared.head + ids, skipped + make_labels(ids, offsets, None if start is None else start - cut)
 
 # %% ../nbs/06_tokens.ipynb #1c2eadf6
 @dataclass(frozen=True)
@@ -268,14 +278,15 @@ class TokenizedRows:
 
     def __len__(self): return len(self.kept)
 
-# %% ../nbs/06_tokens.ipynb #2a075f97
-def _list_array(
-    rows: list,  # lists of ints
-) -> "pyarrow.ListArray":  # of 64-bit ints
-    "The rows as `datasets` stores them, without a Python object for each int."
+# %% ../nbs/06_tokens.ipynb #49d1ce4d
+def _table(
+    rows: list,  # (ids, labels) of each row
+) -> "pyarrow.Table":  # with the columns `input_ids` and `labels`
+    "Rows as `datasets` stores them."
     import numpy as np, pyarrow as pa
-    ends = np.cumsum([0, *map(len, rows)])
-    return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(np.fromiter(chain.from_iterable(rows), np.int64, ends[-1])))
+    ends = pa.array(np.cumsum([0] + [len(ids) for ids, _ in rows]), pa.int32())
+    flat = (np.fromiter(chain.from_iterable(o[c] for o in rows), np.int64) for c in range(2))
+    return pa.table([pa.ListArray.from_arrays(ends, pa.array(o)) for o in flat], ["input_ids", "labels"])
 
 # %% ../nbs/06_tokens.ipynb #41703130
 def tokenize_rows(
@@ -290,17 +301,19 @@ def tokenize_rows(
     from datasets import Dataset
     template = PromptTemplate(()) if template is None else read_template(template)
     raise_problems(_tokenizing_problems(tokenizer, template, completion_only, dataset.column_names), "The rows can't be tokenized")
-    plain, chunks, kept, dropped, at = _PlainTokenizer(tokenizer), [[], []], [], {}, 0
-    for batch in dataset.select_columns(list(dict.fromkeys((TRAINING_DATA_TEXT_FIELD, *template.fields)))).iter(4000):
-        rows = dict(enumerate(_tokenize_batch(batch, plain, template, completion_only), at))
-        at += len(rows)
-        dropped |= {i: f"a value can't be told from the special token {r!r}" for i, r in rows.items() if isinstance(r, str)}
-        dropped |= {i: f"{len(r[0])} tokens, over max_length {max_length}" for i, r in rows.items() if i not in dropped and len(r[0]) > max_length}
-        good = {i: r for i, r in rows.items() if i not in dropped}
-        kept += good
-        for column, chunk in zip(chunks, zip(*good.values())): column.append(_list_array(chunk))
-    columns = [pa.chunked_array(c, pa.list_(pa.int64())) for c in chunks]
-    return TokenizedRows(Dataset.from_dict(dict(zip(("input_ids", "labels"), columns))), tuple(kept), dropped)
+    dataset = dataset.select_columns(list(dict.fromkeys((TRAINING_DATA_TEXT_FIELD, *template.fields))))
+    spans, start = value_spans(template, dict.fromkeys(template.fields, ""))
+    some = dataset.select(range(0, len(dataset), max(1, len(dataset)//512)))[TRAINING_DATA_TEXT_FIELD][:]
+    shared = _shared_start(tokenizer, some, min([a for a, _ in spans] + [start or 0]*(start is not None), default=None))
+    plain, chunks, kept, dropped = _PlainTokenizer(tokenizer), [], [], {}
+    for at in range(0, len(dataset), 1000):
+        good = []
+        for i, row in enumerate(_tokenize_batch(dataset[at:at + 1000], plain, template, completion_only, shared), at):
+            if isinstance(row, str): dropped[i] = f"a value can't be told from the special token {row!r}"
+            elif len(row[0]) > max_length: dropped[i] = f"{len(row[0])} tokens, over max_length {max_length}"
+            else: good.append(row); kept.append(i)
+        chunks.append(_table(good))
+    return TokenizedRows(Dataset(pa.concat_tables(chunks or [_table([])])), tuple(kept), dropped)
 
 # %% ../nbs/06_tokens.ipynb #9fb73de2
 @dataclass(frozen=True)
