@@ -34,11 +34,11 @@ def configure_tokenizer_padding(
     pad_token: str | None = None,  # asked for; must be in the vocabulary
 ):  # the tokenizer, with a pad token
     "Give a tokenizer a pad token without growing its vocabulary; raises if `pad_token` isn't in it."
-    eos = tokenizer.eos_token
-    if tokenizer.pad_token is not None and tokenizer.pad_token != eos: return tokenizer
-    if pad_token is not None and pad_token not in tokenizer.get_vocab():
+    eos, vocab = tokenizer.eos_token, tokenizer.get_vocab()
+    own, unk = (t if t in vocab and t != eos else None for t in (tokenizer.pad_token, tokenizer.unk_token))
+    if own: return tokenizer
+    if pad_token is not None and pad_token not in vocab:
         raise ValueError(f"pad_token {pad_token!r} isn't in the tokenizer's vocabulary of {len(tokenizer)}; name a token that is")
-    unk = tokenizer.unk_token if tokenizer.unk_token != eos else None
     tokenizer.pad_token = pad_token or unk or find_padding_token_candidate(tokenizer) or eos
     if tokenizer.pad_token == eos:
         import warnings
@@ -318,18 +318,25 @@ def tokenize_rows(
 # %% ../nbs/06_tokens.ipynb #9fb73de2
 @dataclass(frozen=True)
 class TokenPreview:
-    "A row's tokens; those that carry loss are marked."
+    "A row's tokens, and what each is to the trainer."
     tokens: tuple  # text of each token
     trained: tuple  # whether it carries loss
+    special: tuple  # whether it is a special token
+    shared: int = 0  # tokens that all rows begin with
+    pad: str | None = None  # the pad token
 
     def __repr__(self): return "".join(f"[{t}]" if on else t for t, on in zip(self.tokens, self.trained))
 
     def _repr_html_(self):
         from html import escape
-        look = {True: "background:#ffe08a;color:#000", False: "color:#888"}
-        cell = "<span style='{}; border-right:1px solid #ddd'>{}</span>"
-        body = "".join(cell.format(look[on], escape(t).replace("\n", "⏎<br>")) for t, on in zip(self.tokens, self.trained))
-        return f"<div style='font-family:monospace; white-space:pre-wrap; line-height:1.6'>{body}</div>"
+        def span(i, text):
+            look = f"background:{'#ffe08a' if self.trained[i] else 'none'}; color:{'#888' if i < self.shared else '#000'}"
+            edge = "1px solid #c33" if self.special[i] else "none; border-right:1px solid #ddd"
+            return f"<span style='{look}; border:{edge}'>{escape(text).replace(chr(10), '⏎<br>')}</span>"
+        body = "".join(span(i, t) for i, t in enumerate(self.tokens))
+        note = f"{sum(self.trained)} of {len(self.tokens)} tokens carry loss; all rows share the first {self.shared}; padded with {self.pad}"
+        return ("<div style='font-family:monospace; white-space:pre-wrap; line-height:1.6; background:#fff; color:#000'>"
+                f"{body}<br><small>{escape(note)}</small></div>")
 
 # %% ../nbs/06_tokens.ipynb #263f25ce
 def preview(
@@ -338,5 +345,8 @@ def preview(
     i: int = 0,  # which row
 ) -> TokenPreview:  # shown coloured in a notebook, with brackets in a terminal
     "A row as the trainer sees it."
-    row = rows.dataset[i]
-    return TokenPreview(tuple(tokenizer.decode([t]) for t in row["input_ids"]), tuple(t != -100 for t in row["labels"]))
+    ids, labels = rows.dataset[i]["input_ids"], rows.dataset[i]["labels"]
+    special = {k for k, t in tokenizer.added_tokens_decoder.items() if t.special}
+    shared = len(commonprefix(rows.dataset["input_ids"][:])) if len(rows) > 1 else 0
+    return TokenPreview(tuple(tokenizer.decode([t]) for t in ids), tuple(t != -100 for t in labels),
+                        tuple(t in special for t in ids), shared, tokenizer.pad_token)
