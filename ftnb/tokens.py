@@ -8,8 +8,11 @@ __all__ = ['find_padding_token_candidate', 'configure_tokenizer_padding', 'make_
 
 # %% ../nbs/06_tokens.ipynb #2b41a095
 import re
-from dataclasses import dataclass, field
+from bisect import bisect_right
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
+from os.path import commonprefix
 
 from .consts import TRAINING_DATA_TEXT_FIELD, raise_problems
 from .prompts import PromptTemplate, read_template, value_spans
@@ -31,11 +34,11 @@ def configure_tokenizer_padding(
     pad_token: str | None = None,  # asked for; must be in the vocabulary
 ):  # the tokenizer, with a pad token
     "Give a tokenizer a pad token without growing its vocabulary; raises if `pad_token` isn't in it."
-    eos = tokenizer.eos_token
-    if tokenizer.pad_token is not None and tokenizer.pad_token != eos: return tokenizer
-    if pad_token is not None and pad_token not in tokenizer.get_vocab():
+    eos, vocab = tokenizer.eos_token, tokenizer.get_vocab()
+    own, unk = (t if t in vocab and t != eos else None for t in (tokenizer.pad_token, tokenizer.unk_token))
+    if own: return tokenizer
+    if pad_token is not None and pad_token not in vocab:
         raise ValueError(f"pad_token {pad_token!r} isn't in the tokenizer's vocabulary of {len(tokenizer)}; name a token that is")
-    unk = tokenizer.unk_token if tokenizer.unk_token != eos else None
     tokenizer.pad_token = pad_token or unk or find_padding_token_candidate(tokenizer) or eos
     if tokenizer.pad_token == eos:
         import warnings
@@ -45,28 +48,96 @@ def configure_tokenizer_padding(
 # %% ../nbs/06_tokens.ipynb #91ee24e8
 def _encode(
     tokenizer,  # a fast transformers tokenizer
-    texts: list,  # each ending in the EOS token
+    texts: list,  # text of each row
     **kwargs,  # passed to the tokenizer
 ) -> list:  # (ids, character offsets) of each text
-    "Token ids with EOS exactly once at the end."
+    "Token ids, and where each token lies in its text."
     enc = tokenizer(texts, return_offsets_mapping=True, return_attention_mask=False, verbose=False, **kwargs)
-    eos, rows = tokenizer.eos_token_id, []
-    for ids, offsets in zip(enc["input_ids"], enc["offset_mapping"]):
-        while len(ids) > 1 and ids[-1] == ids[-2] == eos: ids, offsets = ids[:-1], offsets[:-1]
-        rows.append((ids, offsets))
-    return rows
+    return list(zip(enc["input_ids"], enc["offset_mapping"]))
+
+# %% ../nbs/06_tokens.ipynb #e672cd6e
+def _no_eos(
+    tokenizer,  # a transformers tokenizer
+    text: str,  # of a row
+    ids: list,  # its token ids
+) -> str:  # for an error
+    "What is wrong with a row that doesn't end in EOS."
+    return (f"the text {text[-40:]!r} ends in the token {''.join(tokenizer.convert_ids_to_tokens(ids[-1:]))!r}, "
+            f"not in EOS, {tokenizer.eos_token!r}: format it with the tokenizer's own eos_token")
+
+# %% ../nbs/06_tokens.ipynb #25a92827
+def _end_once(
+    ids: list,  # token ids of a row
+    offsets: list,  # (start, end) of each
+    eos: int,  # id of the EOS token
+) -> tuple:  # (ids, offsets)
+    "Take EOS off the end until there is one."
+    n = len(ids)
+    while n > 1 and ids[n-1] == ids[n-2] == eos: n -= 1
+    return ids[:n], offsets[:n]
+
+# %% ../nbs/06_tokens.ipynb #6a318104
+def _cuts(
+    words: list,  # number of each token's pre-token; None for a token that the tokenizer adds
+    offsets: list,  # (start, end) of each token in the text
+    end: int,  # last character that may be a cut
+) -> list:  # (character, tokens before it), last first
+    "The places between two pre-tokens."
+    return [(offsets[k-1][1], k) for k in range(len(words) - 1, 0, -1)
+            if None not in words[k-1:k+1] and words[k] != words[k-1] and 0 < offsets[k-1][1] <= end]
+
+# %% ../nbs/06_tokens.ipynb #216ba361
+@dataclass(frozen=True)
+class _SharedStart:
+    "What texts begin with, tokenized; nothing by default."
+    common: str = ""  # they all begin with it; it goes on beyond the cut
+    cut: int = 0  # character at which the rest of a text begins
+    head: list = field(default_factory=list)  # ids of the tokens before the cut
+    tail: list = field(default_factory=list)  # ids of those that the tokenizer adds after a text
+
+    def encode(self, tokenizer, texts):
+        "Ids and offsets of the rest of each text, in characters from the cut."
+        rows = _encode(tokenizer, [t[self.cut:] for t in texts], add_special_tokens=not self.cut)
+        return [(ids + self.tail, offsets + [(0, 0)]*len(self.tail)) for ids, offsets in rows] if self.tail else rows
+
+# %% ../nbs/06_tokens.ipynb #e1f579a7
+def _shared_start(
+    tokenizer,  # a fast transformers tokenizer
+    texts: list,  # of some rows
+    limit: int | None = None,  # characters before the first slot or the completion
+) -> _SharedStart:  # of nothing, where whole texts must be tokenized
+    "The last cut in the texts' common beginning that leaves all tokens as they are."
+    common = commonprefix(texts)[:limit].rstrip()
+    end = len(common) - max(32, *map(len, tokenizer.get_added_vocab()), 0)
+    if len(texts) < 2 or end < 32: return _SharedStart()
+    tried = [f(texts, key=key) for f in (min, max) for key in (None, len)] + texts[::max(1, len(texts)//32)]
+    whole, words = _encode(tokenizer, tried), tokenizer(tried[:1], verbose=False).word_ids(0)
+    n = next(n for n in range(len(words), 0, -1) if words[n-1] is not None)
+    for cut, k in _cuts(words, whole[0][1], end)[:16]:
+        shared = _SharedStart(common, cut, whole[0][0][:k], whole[0][0][n:])
+        rests = [(ids[k:], [(max(a - cut, 0), max(b - cut, 0)) for a, b in offsets[k:]]) for ids, offsets in whole]
+        if shared.encode(tokenizer, tried) == rests and all(ids[:k] == shared.head for ids, _ in whole): return shared
+    return _SharedStart()
 
 # %% ../nbs/06_tokens.ipynb #97d8171c
 @dataclass(frozen=True)
 class _PlainTokenizer:
     "Encodes values as plain text and only the template's special tokens as special."
     tokenizer: object  # a fast transformers tokenizer
+    mark: str = "\U0010fffd"  # a private character that is in no text, around each stand-in
 
     @cached_property
     def special(self): return {t.content: (i, t) for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}
 
     @cached_property
-    def stand_ins(self): return {c: f"\ue000{i}\ue001" for c, (i, _) in self.special.items()}
+    def unknown(self):  # id that stands for unknown words: no special token, unless it is EOS too
+        return None if self.tokenizer.unk_token_id == self.tokenizer.eos_token_id else self.tokenizer.unk_token_id
+
+    @cached_property
+    def ids(self): return {i for i, _ in self.special.values()}
+
+    @cached_property
+    def stand_ins(self): return {c: f"{self.mark}{i}{self.mark}" for c, (i, _) in self.special.items()}
 
     @cached_property
     def pattern(self): return re.compile("|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) or r"(?!)")
@@ -99,16 +170,16 @@ def _encode_plain(
     text: str,  # formatted text of a row, ending in EOS
     spans: list,  # (start, end) of each value
     start: int | None,  # of the completion, or None
-) -> tuple | None:  # (ids, offsets, start in them); None where the tokenizer can't write the values plainly
+) -> tuple | str:  # (ids, offsets, start in them); the special token that a value would become, where there's no way round
     "Encode one row so that no value becomes a special token."
+    if plain.mark in text: plain = replace(plain, mark=next(c for c in map(chr, range(0xe000, 0xf8ff)) if c not in text))
     tok = plain.marked
     back = {tok.convert_tokens_to_ids(plain.stand_ins[c]): i for c, (i, _) in plain.special.items()}
     (ids, offsets), = _encode(tok, [_with_stand_ins(plain, text, spans)], split_special_tokens=True)
-    if any(i in back.values() and b > a for i, (a, b) in zip(ids, offsets)): return None
+    forged = [i for i, (a, b) in zip(ids, offsets) if i in plain.ids and i != plain.unknown and b > a]
+    if forged: return tok.convert_ids_to_tokens(forged[0])
     cut = None if start is None else len(_with_stand_ins(plain, text[:start], [s for s in spans if s[1] <= start]))
-    ids = [back.get(i, i) for i in ids]
-    while len(ids) > 1 and ids[-1] == ids[-2] == tok.eos_token_id: ids, offsets = ids[:-1], offsets[:-1]
-    return ids, offsets, cut
+    return *_end_once([back.get(i, i) for i in ids], offsets, tok.eos_token_id), cut
 
 # %% ../nbs/06_tokens.ipynb #e9285546
 def make_labels(
@@ -118,7 +189,8 @@ def make_labels(
 ) -> list:  # the ids, with -100 where there is no loss
     "Labels of a row; its last token, EOS, always carries loss."
     if start is None: return list(ids)
-    return [i if b > start else -100 for i, (_, b) in zip(ids[:-1], offsets)] + [ids[-1]]
+    before = bisect_right(offsets, start, hi=len(ids) - 1, key=lambda o: o[1])  # tokens that end before the completion
+    return [-100]*before + ids[before:]
 
 # %% ../nbs/06_tokens.ipynb #1349e9f3
 def length_limit(
@@ -133,36 +205,68 @@ def _tokenizing_problems(
     tokenizer,  # a transformers tokenizer
     template: PromptTemplate,  # that made the text
     completion_only: bool,  # loss on the completion and EOS only
+    columns: list,  # of the data set
 ) -> list:  # sentences
     "What is in the way of tokenizing."
-    problems = []
+    missing = [repr(c) for c in dict.fromkeys((TRAINING_DATA_TEXT_FIELD, *template.fields)) if c not in columns]
+    problems = [f"the data set has no column {' or '.join(missing)}; format it with this template first"] if missing else []
+    eos = tokenizer.eos_token
     if not tokenizer.is_fast: problems.append(f"{type(tokenizer).__name__} is no fast tokenizer; the model folder needs a tokenizer.json")
-    if tokenizer.eos_token is None: problems.append("the tokenizer has no EOS token; set eos_token in its tokenizer_config.json")
+    if eos is None: problems.append("the tokenizer has no EOS token; set eos_token in its tokenizer_config.json")
+    elif tokenizer.eos_token_id not in (ids := tokenizer(eos, verbose=False)["input_ids"]):
+        problems.append(f"the tokenizer turns its EOS token {eos!r} into the tokens {tokenizer.convert_ids_to_tokens(ids)}; "
+                        "add it to the special tokens in tokenizer.json, or set an eos_token that is one")
     if completion_only and template.completion is None:
         problems.append("completion_only_loss needs a prompt whose prompt_template ends in its completion_template")
     return problems
 
 # %% ../nbs/06_tokens.ipynb #de19bf26
+def _forges(
+    plain: _PlainTokenizer,  # made from the tokenizer
+    text: str,  # of the row
+    tokens: tuple,  # (ids, offsets) of the text from `cut` on, EOS at the end
+    cut: int,  # character at which they begin
+    spans: list,  # (start, end) of each value
+) -> bool:  # True where a special token reaches into a value
+    "Does a value hit a special token?"
+    unk, name = plain.unknown, plain.tokenizer.unk_token  # stands for an unknown word too
+    hits = [(a + cut, b + cut) for i, (a, b) in zip(tokens[0][:-1], tokens[1])
+            if i in plain.ids and (i != unk or name in text[a + cut:b + cut])]
+    return any(a < y and b > x for a, b in hits for x, y in spans)
+
+# %% ../nbs/06_tokens.ipynb #eddc4e0c
+def _places(
+    template: PromptTemplate,  # that made the text
+    row: dict,  # column -> value
+    end: int,  # of the text, without its EOS
+) -> tuple:  # ([(start, end) of each value], start of the completion or None)
+    "Where values and completion lie; an EOS at the end of a value is the row's own."
+    spans, start = value_spans(template, row)
+    return [(min(a, end), min(b, end)) for a, b in spans], start
+
+# %% ../nbs/06_tokens.ipynb #8e44c74f
 def _tokenize_batch(
     batch: dict,  # column -> values
     plain: _PlainTokenizer,  # made from the tokenizer
     template: PromptTemplate,  # that made the text
     completion_only: bool,  # loss on the completion and EOS only
-) -> "Iterator":  # (ids, labels) of each row, or None where a value can't be plain
+    shared: _SharedStart = _SharedStart(),  # what the texts begin with
+) -> "Iterator":  # (ids, labels) of each row, or the special token that a value can't help becoming
     "Tokenize a batch at once, and again the rows whose values hit a special token."
-    texts, special = batch[TRAINING_DATA_TEXT_FIELD], {i for i, _ in plain.special.values()}
-    eos = plain.tokenizer.eos_token
-    for n, (ids, offsets) in enumerate(_encode(plain.tokenizer, texts)):
-        spans, start = value_spans(template, {f: batch[f][n] for f in template.fields})
-        end = len(texts[n]) - len(eos)
-        hits = [offsets[k] for k, t in enumerate(ids[:-1]) if t in special]
-        if any(a < min(y, end) and b > x for a, b in hits for x, y in spans):
-            row = _encode_plain(plain, texts[n], [(x, min(y, end)) for x, y in spans], start)
-            if row is None: yield None; continue
-            ids, offsets, start = row
-        if ids[-1] != plain.tokenizer.eos_token_id:
-            raise ValueError(f"the tokenizer turns text that ends in EOS {eos!r} into tokens that end in {ids[-1]}, not {plain.tokenizer.eos_token_id}")
-        yield ids, make_labels(ids, offsets, start if completion_only else None)
+    texts, tok, eos = batch[TRAINING_DATA_TEXT_FIELD], plain.tokenizer, plain.tokenizer.eos_token_id
+    if not all(t.startswith(shared.common) for t in texts): shared = _SharedStart()
+    cut, skipped = shared.cut, [-100]*len(shared.head) if completion_only else shared.head
+    for n, (text, tokens) in enumerate(zip(texts, shared.encode(tok, texts))):
+        ids, offsets = tokens = _end_once(*tokens, eos)
+        if ids[-1:] != [eos]: raise ValueError(_no_eos(tok, text, ids))
+        clean, spans, start = plain.ids.isdisjoint(ids[:-1]), [], None
+        if completion_only or not clean:
+            spans, start = _places(template, {f: batch[f][n] for f in template.fields}, len(text) - len(tok.eos_token))
+        if not completion_only: start = None
+        if not clean and _forges(plain, text, tokens, cut, spans):
+            row = _encode_plain(plain, text, spans, start)
+            yield row if isinstance(row, str) else (row[0], make_labels(*row))
+        else: yield shared.head + ids, skipped + make_labels(ids, offsets, None if start is None else start - cut)
 
 # %% ../nbs/06_tokens.ipynb #1c2eadf6
 @dataclass(frozen=True)
@@ -174,6 +278,16 @@ class TokenizedRows:
 
     def __len__(self): return len(self.kept)
 
+# %% ../nbs/06_tokens.ipynb #49d1ce4d
+def _table(
+    rows: list,  # (ids, labels) of each row
+) -> "pyarrow.Table":  # with the columns `input_ids` and `labels`
+    "Rows as `datasets` stores them."
+    import numpy as np, pyarrow as pa
+    ends = pa.array(np.cumsum([0] + [len(ids) for ids, _ in rows]), pa.int32())
+    flat = (np.fromiter(chain.from_iterable(o[c] for o in rows), np.int64) for c in range(2))
+    return pa.table([pa.ListArray.from_arrays(ends, pa.array(o)) for o in flat], ["input_ids", "labels"])
+
 # %% ../nbs/06_tokens.ipynb #41703130
 def tokenize_rows(
     dataset,  # a `Dataset` with the column `prediction`, and those that the template uses
@@ -183,32 +297,46 @@ def tokenize_rows(
     max_length: int = 2048,  # tokens; a longer row is dropped
 ) -> TokenizedRows:  # ids and labels, and the dropped rows with their reasons
     "Token ids and labels of every row; raises where EOS or the completion can't be found."
+    import pyarrow as pa
     from datasets import Dataset
     template = PromptTemplate(()) if template is None else read_template(template)
-    raise_problems(_tokenizing_problems(tokenizer, template, completion_only), "The rows can't be tokenized")
-    plain, ids, labels, kept, dropped = _PlainTokenizer(tokenizer), [], [], [], {}
+    raise_problems(_tokenizing_problems(tokenizer, template, completion_only, dataset.column_names), "The rows can't be tokenized")
+    dataset = dataset.select_columns(list(dict.fromkeys((TRAINING_DATA_TEXT_FIELD, *template.fields))))
+    spans, start = value_spans(template, dict.fromkeys(template.fields, ""))
+    some = dataset.select(range(0, len(dataset), max(1, len(dataset)//512)))[TRAINING_DATA_TEXT_FIELD][:]
+    shared = _shared_start(tokenizer, some, min([a for a, _ in spans] + [start or 0]*(start is not None), default=None))
+    plain, chunks, kept, dropped = _PlainTokenizer(tokenizer), [], [], {}
     for at in range(0, len(dataset), 1000):
-        for i, row in enumerate(_tokenize_batch(dataset[at:at + 1000], plain, template, completion_only), at):
-            if row is None: dropped[i] = "holds a special token that this tokenizer can't write as plain text"
+        good = []
+        for i, row in enumerate(_tokenize_batch(dataset[at:at + 1000], plain, template, completion_only, shared), at):
+            if isinstance(row, str): dropped[i] = f"a value can't be told from the special token {row!r}"
             elif len(row[0]) > max_length: dropped[i] = f"{len(row[0])} tokens, over max_length {max_length}"
-            else: ids.append(row[0]); labels.append(row[1]); kept.append(i)
-    return TokenizedRows(Dataset.from_dict({"input_ids": ids, "labels": labels}), tuple(kept), dropped)
+            else: good.append(row); kept.append(i)
+        chunks.append(_table(good))
+    return TokenizedRows(Dataset(pa.concat_tables(chunks or [_table([])])), tuple(kept), dropped)
 
 # %% ../nbs/06_tokens.ipynb #9fb73de2
 @dataclass(frozen=True)
 class TokenPreview:
-    "A row's tokens; those that carry loss are marked."
+    "A row's tokens, and what each is to the trainer."
     tokens: tuple  # text of each token
     trained: tuple  # whether it carries loss
+    special: tuple  # whether it is a special token
+    shared: int = 0  # tokens that all rows begin with
+    pad: str | None = None  # the pad token
 
     def __repr__(self): return "".join(f"[{t}]" if on else t for t, on in zip(self.tokens, self.trained))
 
     def _repr_html_(self):
         from html import escape
-        look = {True: "background:#ffe08a;color:#000", False: "color:#888"}
-        cell = "<span style='{}; border-right:1px solid #ddd'>{}</span>"
-        body = "".join(cell.format(look[on], escape(t).replace("\n", "⏎<br>")) for t, on in zip(self.tokens, self.trained))
-        return f"<div style='font-family:monospace; white-space:pre-wrap; line-height:1.6'>{body}</div>"
+        def span(i, text):
+            look = f"background:{'#ffe08a' if self.trained[i] else 'none'}; color:{'#888' if i < self.shared else '#000'}"
+            edge = "1px solid #c33" if self.special[i] else "none; border-right:1px solid #ddd"
+            return f"<span style='{look}; border:{edge}'>{escape(text).replace(chr(10), '⏎<br>')}</span>"
+        body = "".join(span(i, t) for i, t in enumerate(self.tokens))
+        note = f"{sum(self.trained)} of {len(self.tokens)} tokens carry loss; all rows share the first {self.shared}; padded with {self.pad}"
+        return ("<div style='font-family:monospace; white-space:pre-wrap; line-height:1.6; background:#fff; color:#000'>"
+                f"{body}<br><small>{escape(note)}</small></div>")
 
 # %% ../nbs/06_tokens.ipynb #263f25ce
 def preview(
@@ -217,5 +345,8 @@ def preview(
     i: int = 0,  # which row
 ) -> TokenPreview:  # shown coloured in a notebook, with brackets in a terminal
     "A row as the trainer sees it."
-    row = rows.dataset[i]
-    return TokenPreview(tuple(tokenizer.decode([t]) for t in row["input_ids"]), tuple(t != -100 for t in row["labels"]))
+    ids, labels = rows.dataset[i]["input_ids"], rows.dataset[i]["labels"]
+    special = {k for k, t in tokenizer.added_tokens_decoder.items() if t.special}
+    shared = len(commonprefix(rows.dataset["input_ids"][:])) if len(rows) > 1 else 0
+    return TokenPreview(tuple(tokenizer.decode([t]) for t in ids), tuple(t != -100 for t in labels),
+                        tuple(t in special for t in ids), shared, tokenizer.pad_token)
