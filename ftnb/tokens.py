@@ -325,6 +325,11 @@ class TokenPreview:
     shared: int = 0  # tokens that all rows begin with
     pad: str | None = None  # the pad token
 
+    def __getitem__(self, part):  # a slice of it
+        from dataclasses import replace
+        cut = {k: getattr(self, k)[part] for k in ("tokens", "trained", "special")}
+        return replace(self, **cut, shared=max(0, self.shared - part.indices(len(self.tokens))[0]))
+
     def __repr__(self): return "".join(f"[{t}]" if on else t for t, on in zip(self.tokens, self.trained))
 
     def _repr_html_(self):

@@ -62,6 +62,15 @@ def _rules():  # key -> (test, what would be right)
                 seed=(lambda v: whole(v) and v >= 0, "a whole number, 0 or more"), optim=one([o.value for o in OptimizerNames]),
                 lr_scheduler_type=one([o.value for o in SchedulerType]))
 
+# %% ../nbs/09_trainer.ipynb #f8c31f86
+def _tracker_problems(
+    asked,  # `report_to`: a name, a list of names, "all", "none" or None
+) -> list:  # a sentence for each name that is no tracker
+    "Which trackers don't exist."
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK as known
+    names = [asked] if isinstance(asked, str) else asked or []
+    return [f"training_arguments_config: report_to {o!r} is no tracker{nearest(o, known)}" for o in names if o not in (*known, "all", "none")]
+
 # %% ../nbs/09_trainer.ipynb #d3dec42f
 def training_problems(
     asked: dict,  # training arguments
@@ -77,6 +86,7 @@ def training_problems(
         ok, right = rules.get(RENAMED.get(k, k), (None, None))
         if ok and not ok(v): problems.append(f"{where}: {k} is {v!r}; it must be {right}")
         if RENAMED.get(k, k) != k and RENAMED[k] in asked: problems.append(f"{where}: {k} is the old name of {RENAMED[k]}; give one of them")
+    problems += _tracker_problems(asked.get("report_to"))
     if asked.get("fp16") is True and asked.get("bf16") is True: problems.append(f"{where}: fp16 and bf16 exclude each other")
     return problems
 
@@ -100,7 +110,7 @@ def _usable_trackers(
     if "all" in names: names = [o for o in ("mlflow", "tensorboard") if find_spec(o)]
     names = [o for o in names if o != "none"]
     missing = [o for o in names if not find_spec(o)]
-    note = f"report_to {', '.join(missing)}: not installed (pip install 'ftnb[{missing[0]}]'); metrics.jsonl is written all the same" if missing else None
+    note = f"report_to {', '.join(missing)}: not installed (pip install {' '.join(missing)}); metrics.jsonl is written all the same" if missing else None
     return [o for o in names if o not in missing] or ["none"], note
 
 # %% ../nbs/09_trainer.ipynb #91426574
@@ -118,6 +128,15 @@ class TrainingSettings:
     def rows_per_step(self) -> int:
         "Rows that make an optimizer step, on each process."
         return self.config.get("per_device_train_batch_size", 8) * self.config.get("gradient_accumulation_steps", 1)
+
+# %% ../nbs/09_trainer.ipynb #48276bcf
+def _try_config(
+    config: dict,  # keyword arguments of TRL's SFTConfig
+):
+    "Let the library check what it can before any weights are loaded."
+    from trl import SFTConfig
+    try: SFTConfig(**config)
+    except (ValueError, TypeError, KeyError) as e: raise_problems([f"training_arguments_config: {e}"], "The training arguments can't be used")
 
 # %% ../nbs/09_trainer.ipynb #f903b1b0
 def settle_training(
@@ -141,6 +160,7 @@ def settle_training(
                    gradient_checkpointing=precision.gradient_checkpointing, max_length=None, disable_tqdm=True,
                    logging_nan_inf_filter=False, dataset_kwargs={"skip_prepare_dataset": True})
     config = {"eval_on_start": True, "logging_steps": 1, "save_total_limit": 2, "seed": 42, "dataloader_pin_memory": precision.device != "cpu"} | config
+    _try_config(config)
     return TrainingSettings(config, completion_only, max_length, shared_prefix, budget, tuple(n for n in [*notes, optim_note, tracker_note] if n))
 
 # %% ../nbs/09_trainer.ipynb #e1d56904
@@ -365,6 +385,8 @@ def _make_trainer(
     if os.path.exists(path) and int(os.environ.get("RANK", "0")) == 0: os.remove(path)  # of an earlier run in this folder
     trainer = _trainer_class()(model, args=SFTConfig(**config), train_dataset=train, eval_dataset=test if len(test) else None,
                                processing_class=tokenizer, callbacks=[_run_callback(path, totals, bar)])
+    for p in model.parameters():
+        if p.requires_grad: p.data = p.data.float()  # TRL makes LoRA on a quantised base bf16; PEFT loads it as float32
     trainer.totals, trainer.own, trainer.budget = totals, torch.zeros(3, dtype=torch.long), budget
     return trainer
 
