@@ -80,15 +80,15 @@ def _loss_pairs(
     prefix: int,  # tokens that all rows share
 ) -> tuple:  # (flat position, target, count) of each pair, sorted by position
     "Each prediction once, with the number of rows it stands for."
-    import torch
+    import numpy as np, torch
     lengths = torch.tensor([len(o) for o in labels])
-    flat, row = torch.cat([torch.as_tensor(o) for o in labels]), torch.arange(len(labels)).repeat_interleave(lengths)
+    flat, row = torch.from_numpy(np.concatenate([np.asarray(o, dtype=np.int64) for o in labels])), torch.arange(len(labels)).repeat_interleave(lengths)
     at = torch.arange(len(flat)) - (lengths.cumsum(0) - lengths)[row]  # place in its own row
     before = (lengths - prefix).cumsum(0) - (lengths - prefix)  # rests of earlier rows
     position = torch.where(at <= prefix, at - 1, at - 1 + before[row])
-    keep = (at > 0) & (flat != -100)
-    pairs, count = torch.unique(torch.stack([position[keep], flat[keep]], 1), dim=0, return_counts=True)
-    return pairs[:, 0], pairs[:, 1], count
+    keep, top = (at > 0) & (flat != -100), flat.max() + 1
+    pair, count = torch.unique(position[keep] * top + flat[keep], return_counts=True)
+    return pair // top, pair % top, count
 
 # %% ../nbs/08_packing.ipynb #7a90ff3a
 @dataclass(frozen=True)
