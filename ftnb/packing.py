@@ -445,20 +445,30 @@ def packed_loss(
         raise ValueError("the model doesn't take packed batches: call packed_loss within `with packing_attention(model):`")
     return model(packed=batch, num_items=num_items)
 
+# %% ../nbs/08_packing.ipynb #4c9c35dd
+def _first_fit(
+    sizes: list,  # tokens that each row adds
+    room: int,  # tokens that a pass takes
+) -> list:  # lists of row indices
+    "The longest row first, each into the first pass that has room."
+    passes, free = [], []
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        at = next((j for j, n in enumerate(free) if n >= sizes[i]), None)
+        if at is None: at = len(passes); passes.append([]); free.append(room)
+        passes[at].append(i); free[at] -= sizes[i]
+    return passes
+
 # %% ../nbs/08_packing.ipynb #97bbd86b
 def split_passes(
     lengths: list,  # tokens of each row, prefix included
     prefix: int,  # tokens that all rows share
     budget: int,  # tokens that a pass may compute; a longer row gets a pass of its own
 ) -> list:  # lists of row indices, in their order
-    "Spread rows over passes of at most `budget` computed tokens."
-    passes, room = [], []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        own = lengths[i] - prefix
-        at = next((j for j, free in enumerate(room) if free >= own), None)
-        if at is None: at = len(passes); passes.append([]); room.append(budget - prefix)
-        passes[at].append(i); room[at] -= own
-    return sorted(map(sorted, passes))
+    "Spread rows over few passes, of much the same size, of at most `budget` computed tokens."
+    own = [n - prefix for n in lengths]
+    passes = _first_fit(own, budget - prefix)
+    even = _first_fit(own, min(budget - prefix, -(-sum(own) // max(len(passes), 1)) + max(own, default=0)))
+    return sorted(map(sorted, even if len(even) == len(passes) else passes))
 
 # %% ../nbs/08_packing.ipynb #6c3fb95c
 @dataclass(frozen=True)

@@ -268,7 +268,7 @@ def tokens_per_pass(
     hidden, layers = config.hidden_size, config.num_hidden_layers
     layer = (18 * hidden + 6 * (getattr(config, "intermediate_size", None) or 4 * hidden)) * weight.element_size()
     token = layer + layers * hidden * weight.element_size() if checkpointing else layer * layers
-    return max(256, min(free // 2 // token, 8 * prefix + (16_384 if weight.is_cuda else 2048)))
+    return max(256, min(free // 2 // token, max(16_384 if weight.is_cuda else 1024, 4 * prefix)))
 
 # %% ../nbs/09_trainer.ipynb #e689b566
 def packed_passes(
