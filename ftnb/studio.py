@@ -94,7 +94,7 @@ def _passes(
     if not isinstance(e, sa.exc.OperationalError): return False
     if re.search(r"\b(locked|locking|busy)\b", str(e.orig)): return True
     lost = e.connection_invalidated or e.statement is None  # while connecting or committing
-    return not isinstance(e.orig, sqlite3.Error) and bool(lost or re.search(r"lock", str(e.orig), re.I))
+    return not isinstance(e.orig, sqlite3.Error) and bool(lost or re.search(r"lock|serialize", str(e.orig), re.I))
 
 # %% ../nbs/02_studio.ipynb #2fbb074d
 def open_studio(
@@ -376,18 +376,18 @@ def _write(
 ):  # what `work` returns
     "Run a short transaction that writes; try again while the database is in use."
     import sqlalchemy as sa
-    start, pause = time.monotonic(), 0.1
+    start, pause, sqlite = time.monotonic(), 0.1, engine.dialect.name == "sqlite"
     while True:
         left = max(0, start + wait - time.monotonic())
         try:
-            with engine.begin() as con:
-                if engine.dialect.name == "sqlite":
+            with (engine if sqlite else engine.execution_options(isolation_level="SERIALIZABLE")).begin() as con:
+                if sqlite:
                     con.exec_driver_sql(f"PRAGMA busy_timeout = {min(1000, int(1000 * left))}")
                     con.exec_driver_sql("BEGIN IMMEDIATE")
                 return work(con)
         except sa.exc.DBAPIError as e:
             if not left or not _passes(e): raise
-            if pause == 0.1: print(f"waiting for the Studio database {studio_place(engine)}, up to {wait:g} s: {e.orig}", flush=True)
+            if pause == 0.1: print(f"waiting for the Studio database {studio_place(engine)}, up to {wait:g} s: {str(e.orig).splitlines()[0]}", flush=True)
         time.sleep(min(pause, max(0, start + wait - time.monotonic())))
         pause = min(2 * pause, 15)
 
@@ -424,7 +424,7 @@ def register_adapter(
     put = lambda con: _put_adapter(con, experimentid, name, model_id=model_id, prompt_id=prompt_id, location=location)
     try: return _write(engine, put, wait)
     except sa.exc.DBAPIError as e:
-        where, why = studio_place(engine), str(e.orig)
+        where, why = studio_place(engine), str(e.orig).strip()
         if "readonly" in why: why += ": SQLite must be able to write to the file and to its folder"
         if "unable to open" in why and not os.path.exists(where): why += ": it is not there"
         raise ValueError(f"the adapter {name!r} can't be registered in the Studio database {where}: {why}") from None
