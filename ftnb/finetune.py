@@ -358,7 +358,8 @@ def _saved_arguments(
     try:
         run = json.loads(file.read_text(encoding="utf-8"))
         args, asked = jobargs.parse_job_arguments(run["arguments"], {}), run["adapter_sha256"]
-    except (ValueError, KeyError, TypeError, RecursionError) as e: raise ValueError(f"{file} isn't as a job writes it: {e!r}") from None
+    except (KeyError, TypeError): raise ValueError(f"{file} isn't as a job writes it: it has no arguments or no adapter_sha256") from None
+    except (ValueError, RecursionError) as e: raise ValueError(f"{file} isn't as a job writes it: {e}") from None
     found = sha256(weights.read_bytes()).hexdigest()
     if found != asked: raise ValueError(f"{weights} isn't what the job saved: its SHA-256 is {found}, and run.json says {asked}")
     return args
