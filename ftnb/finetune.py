@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Job', 'place_problems', 'job_problems', 'settle_job', 'row_ledger', 'describe_ledger', 'JobRows', 'prepare_rows',
            'build_model', 'SavedAdapter', 'train_and_save', 'library_versions', 'describe_run', 'finetune',
-           'run_command']
+           'register_saved', 'register_command', 'run_command']
 
 # %% ../nbs/14_finetune.ipynb #97da8fe1
 import os, sys
@@ -14,7 +14,7 @@ if __name__ == "__main__" and not __package__ and "__file__" in globals():  # ru
 
 # %% ../nbs/14_finetune.ipynb #52c98fbd
 import json, time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import ftnb.adapters as adapters
 import ftnb.consts as consts
@@ -282,6 +282,22 @@ def _write_json(
     with open(f"{path}.part", "w", encoding="utf-8") as f: json.dump(value, f, indent=1, ensure_ascii=False, default=str)
     os.replace(f"{path}.part", path)
 
+# %% ../nbs/14_finetune.ipynb #4e5cf850
+def _register(
+    job: Job,  # whose adapter is in its place
+    wait: float = 300,  # seconds to go on trying while the database is in use
+):
+    "Register the adapter; where that fails, say how to do it later."
+    import shlex
+    args, place = job.args, studio.studio_place(job.engine)
+    try: id = studio.register_adapter(job.engine, name=args.adapter_name, model_id=args.base_model_id, prompt_id=args.prompt_id,
+                                      location=args.out_dir, experimentid=args.experimentid, wait=wait)
+    except Exception as e:
+        command = shlex.join(["ftnb_register", os.path.abspath(args.out_dir), *([] if "://" in place else ["--db", place])])
+        raise RuntimeError(f"{e}\nThe adapter stays, whole, in {args.out_dir}. This registers it (--name NAME gives it another name):\n{command}") from (
+            None if isinstance(e, ValueError) else e)
+    print(f"registered: {args.adapter_name} as {id}", flush=True)
+
 # %% ../nbs/14_finetune.ipynb #c35c56a3
 def _finish(
     job: Job,  # from `settle_job`
@@ -300,10 +316,7 @@ def _finish(
         shutil.rmtree(saved.folder, ignore_errors=True)
         raise
     print(f"adapter: {job.args.out_dir} (loaded back: its logits are within {difference:.1g} of the trained model's)", flush=True)
-    if job.args.auto_add_adapter:
-        id = studio.register_adapter(job.engine, name=job.args.adapter_name, model_id=job.args.base_model_id, prompt_id=job.args.prompt_id,
-                                     location=job.args.out_dir, experimentid=job.args.experimentid)
-        print(f"registered: {job.args.adapter_name} as {id}", flush=True)
+    if job.args.auto_add_adapter: _register(job)
     return run
 
 # %% ../nbs/14_finetune.ipynb #5c8a0ba4
@@ -331,6 +344,60 @@ def finetune(
     _write_json(os.path.join(args.train_out_dir, "ledger.json"), rows.ledger)
     saved = train_and_save(job, tokenizer, rows, bar)
     return _finish(job, rows, saved, start)
+
+# %% ../nbs/14_finetune.ipynb #25098c30
+def _saved_arguments(
+    out_dir: "str | Path",  # folder of a job's adapter
+) -> jobargs.JobArgs:  # of that job
+    "Read the arguments of the job that an adapter is from; raises where its weights are not what the job saved."
+    from hashlib import sha256
+    from pathlib import Path
+    file, weights = Path(out_dir)/"run.json", Path(out_dir)/"adapter_model.safetensors"
+    for o in (file, weights):
+        if not o.is_file(): raise ValueError(f"{out_dir} holds no {o.name}: name the out_dir of a job that has trained")
+    try:
+        run = json.loads(file.read_text(encoding="utf-8"))
+        args, asked = jobargs.parse_job_arguments(run["arguments"], {}), run["adapter_sha256"]
+    except (KeyError, TypeError): raise ValueError(f"{file} isn't as a job writes it: it has no arguments or no adapter_sha256") from None
+    except (ValueError, RecursionError) as e: raise ValueError(f"{file} isn't as a job writes it: {e}") from None
+    found = sha256(weights.read_bytes()).hexdigest()
+    if found != asked: raise ValueError(f"{weights} isn't what the job saved: its SHA-256 is {found}, and run.json says {asked}")
+    return args
+
+# %% ../nbs/14_finetune.ipynb #02a19b96
+def register_saved(
+    out_dir: "str | Path",  # folder of a job's adapter
+    db: "str | Path | None" = None,  # path or URL of the Studio database; default: what the job would use
+    name: str | None = None,  # of the adapter; default: what the job was told
+    wait: float = 300,  # seconds to go on trying while the database is in use
+) -> str:  # id of the adapter
+    "Register an adapter that a job has saved; once more changes nothing."
+    args = _saved_arguments(out_dir)
+    if not (name or args.adapter_name): raise ValueError("the job was told no adapter_name: give one (--name)")
+    args = replace(args, adapter_name=name or args.adapter_name, auto_add_adapter=True)
+    engine = studio.open_studio(db or studio.studio_url())
+    rows = {"models": args.base_model_id, "prompts": args.prompt_id}
+    consts.raise_problems([f"{table} {id}: there is no such row" for table, id in rows.items() if studio.fetch(engine, table, id) is None],
+                          f"The job's records aren't in {studio.studio_place(engine)}")
+    same = os.path.realpath(out_dir) == os.path.realpath(args.out_dir)  # or it was moved
+    return studio.register_adapter(engine, name=args.adapter_name, model_id=args.base_model_id, prompt_id=args.prompt_id, wait=wait,
+                                   location=args.out_dir if same else os.path.abspath(out_dir), experimentid=args.experimentid)
+
+# %% ../nbs/14_finetune.ipynb #963ac792
+def register_command(
+    argv: list | None = None,  # arguments; default: the command line's
+):
+    "The console script `ftnb_register`."
+    from argparse import ArgumentParser
+    parser = ArgumentParser("ftnb_register", description="Register an adapter that a job has saved, when it couldn't. Once more changes nothing.")
+    parser.add_argument("out_dir", metavar="OUT_DIR", help="folder of the adapter, with its run.json")
+    parser.add_argument("--db", help=f"path or URL of the Studio database (default: {consts.STUDIO_DB}, else {consts.STUDIO_DB_DEFAULT})")
+    parser.add_argument("--name", help="name for the adapter (default: what the job was told)")
+    parser.add_argument("--wait", type=float, default=300, metavar="SECONDS", help="how long to go on trying while the database is in use (default: %(default)s)")
+    given = parser.parse_args(argv)
+    try: id = register_saved(**vars(given))
+    except (ValueError, OSError) as e: sys.exit(str(e))
+    print(f"registered: {given.out_dir} as {id}")
 
 # %% ../nbs/14_finetune.ipynb #22c8125b
 def _in_kernel() -> bool:  # True in Jupyter, where `sys.argv` is the kernel's own
