@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONTENDERS', 'BenchJob', 'bench_rows', 'run_contender', 'matmul_gflops', 'BenchResult', 'run_bench', 'save_bench',
-           'plot_bench', 'run_bench_command']
+           'load_bench', 'plot_bench', 'run_bench_command']
 
 # %% ../nbs/17_bench.ipynb #ec978ca1
 import csv, json, os, subprocess, sys, time
@@ -301,6 +301,14 @@ def save_bench(
 ):
     "Write everything that was measured."
     Path(path).write_text(json.dumps(asdict(result) | {"table": repr(result)}, indent=1), encoding="utf-8")
+
+# %% ../nbs/17_bench.ipynb #c3751997
+def load_bench(
+    path: str,  # a JSON file of `save_bench`
+) -> BenchResult:  # as it was measured
+    "Read a benchmark's figures."
+    found = json.loads(Path(path).read_text(encoding="utf-8"))
+    return BenchResult(BenchJob(**found["job"]), found["machine"], found["gflops"], found["steps"])
 
 # %% ../nbs/17_bench.ipynb #b4bc57b4
 def plot_bench(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RENAMED', 'IGNORED', 'REFUSED', 'training_problems', 'TrainingSettings', 'settle_training', 'RunTotals',
            'append_metrics', 'wants_bar', 'progress_line', 'free_memory', 'tokens_per_pass', 'packed_passes',
-           'sharing_obstacle', 'TrainedRun', 'train_adapter']
+           'sharing_obstacle', 'TrainedRun', 'usable_cores', 'train_adapter']
 
 # %% ../nbs/09_trainer.ipynb #4b5e6610
 import json, os, sys, time
@@ -407,6 +407,16 @@ class TrainedRun:
     metrics: dict  # final numbers: losses, steps, rows, tokens given and computed, seconds
     unshared: str = ""  # why rows were trained in padded batches; "" where they shared their prefix
 
+# %% ../nbs/09_trainer.ipynb #adc32a8c
+def usable_cores() -> int:  # 1 or more
+    "Cores that this process may use, within the limits of its container."
+    cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try: quota, period = (int(o) for o in " ".join(open(f"/sys/fs/cgroup/{o}").read() for o in files).split())
+        except (OSError, ValueError): continue  # no such file, or no limit
+        if quota > 0: cores = min(cores, quota / period)
+    return max(1, round(cores))
+
 # %% ../nbs/09_trainer.ipynb #0a9c30f1
 def _settle_budget(
     model,  # a `PeftModel`
@@ -430,8 +440,10 @@ def train_adapter(
     bar: bool | None = None,  # a tqdm bar; default: where somebody is watching
 ) -> TrainedRun:  # the trained model, losses before and after
     "Train with TRL's SFTTrainer (https://huggingface.co/docs/trl/sft_trainer) and evaluate before and after."
+    import torch
     from contextlib import nullcontext
     if not len(train): raise ValueError("there is no row to train on")
+    if torch.get_num_threads() > usable_cores(): torch.set_num_threads(usable_cores())
     budget, why = _settle_budget(model, train, settings)
     if why: print(f"rows are trained in padded batches: {why}", flush=True)
     trainer = _make_trainer(model, tokenizer, train, test, settings, budget, wants_bar() if bar is None else bar)
