@@ -20,5 +20,6 @@ from .evaluate import *
 from .finetune import *
 from .tiny import *
 from .demo import *
+from .bench import *
 
 __all__ = [name for name in dir() if not name.startswith("_")]

@@ -7,7 +7,7 @@ __all__ = ['CONTENDERS', 'BenchJob', 'bench_rows', 'run_contender', 'matmul_gflo
            'load_bench', 'plot_bench', 'run_bench_command']
 
 # %% ../nbs/17_bench.ipynb #ec978ca1
-import csv, json, os, subprocess, sys, time
+import csv, json, os, subprocess, sys, tempfile, time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -16,7 +16,6 @@ from .adapters import apply_lora, choose_precision, load_base_model, load_tokeni
 from .consts import DEFAULT_LORA_CONFIG, raise_problems
 from .demo import demo_base_model, demo_data
 from .packing import packing_attention
-from .tiny import save_tiny
 from .tokens import configure_tokenizer_padding
 from .trainer import _make_trainer, _quiet, _settle_budget, packed_passes, settle_training
 
@@ -100,12 +99,12 @@ def _trl_trainer(
     folder: str,  # for logs
 ):  # a trainer
     "TRL's own, as it comes."
+    import torch
     from trl import SFTConfig, SFTTrainer
     together = min(job.batch, 4 if packed else job.trl_rows)
     sizes = dict(per_device_train_batch_size=1 if packed else together, gradient_accumulation_steps=job.batch // together)
     longest = max(map(len, rows["input_ids"]))
     how = dict(packing=True, packing_strategy="bfd", max_length=longest * together) if packed else dict(max_length=None)
-    import torch
     cpu = not torch.cuda.is_available()
     args = SFTConfig(folder, use_cpu=cpu, **({"bf16": False} if cpu else {}), disable_tqdm=True, **sizes, **how, **_common(job))
     return SFTTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer)
@@ -148,7 +147,7 @@ def run_contender(
     job: dict,  # fields of a `BenchJob`
 ):
     "One contender: trains, a step whenever it is told to, and reports each on standard output."
-    import contextlib, tempfile, torch, warnings
+    import contextlib, torch, warnings
     from datasets import Dataset
     warnings.simplefilter("ignore")
     out, sys.stdout, job, counts = sys.stdout, sys.stderr, BenchJob(**job), [0, 0, 0]
@@ -188,7 +187,7 @@ class _Process:
     "A contender in a process of its own."
     def __init__(self, kind, job):
         command = f"import json, sys; from ftnb.bench import run_contender; run_contender({kind!r}, json.loads(sys.argv[1]))"
-        self.kind, self.log = kind, __import__("tempfile").TemporaryFile("w+")
+        self.kind, self.log = kind, tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen([sys.executable, "-c", command, json.dumps(asdict(job))], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         stderr=self.log, text=True)
         self.counts = [0, 0, 0]

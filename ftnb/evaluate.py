@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from .consts import raise_problems
+from .packing import common_prefix
 
 # %% ../nbs/11_evaluate.ipynb #8bfb0f59
 def _prompt_ids(
@@ -23,15 +24,6 @@ def _prompt_ids(
     raise_problems([f"prompt {i} has no tokens: {prompts[i]!r}; a model needs at least one to go on from"
                     for i, ids in enumerate(rows) if not ids], "No answers can be made")
     return rows
-
-# %% ../nbs/11_evaluate.ipynb #2df9fa95
-def _common_prefix(
-    rows: list,  # of lists of token ids, none empty
-) -> list:  # token ids
-    "The tokens that all rows begin with, leaving each row at least one of its own."
-    low, high = min(rows), max(rows)  # the two that differ first
-    same = next((i for i, (a, b) in enumerate(zip(low, high)) if a != b), min(len(low), len(high)))
-    return low[:min(same, min(map(len, rows)) - 1)]
 
 # %% ../nbs/11_evaluate.ipynb #1c117d52
 def _last_logits(
@@ -109,7 +101,7 @@ def _shared_cache(
 ) -> "transformers.DynamicCache":  # empty where the rows share nothing
     "Keys and values of the tokens that all rows begin with."
     from transformers import DynamicCache
-    cache, prefix = DynamicCache(config=model.config), _common_prefix(rows) if rows else []
+    cache, prefix = DynamicCache(config=model.config), rows[0][:common_prefix(rows)] if rows else []
     if prefix: _last_logits(model, [prefix], cache)
     return cache
 

@@ -251,8 +251,9 @@ def free_memory(
     if device != "cpu": return torch.cuda.mem_get_info(device)[0]
     free = psutil.virtual_memory().available
     for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
-        try: free = min(free, *(int(a) - int(b) for a, b in [[open(f"/sys/fs/cgroup/{o}").read() for o in (limit, used)]]))
-        except (OSError, ValueError): pass  # no such file, or no limit
+        try: most, taken = (int(open(f"/sys/fs/cgroup/{o}").read()) for o in (limit, used))
+        except (OSError, ValueError): continue  # no such file, or no limit
+        free = min(free, most - taken)
     return max(free, 0)
 
 # %% ../nbs/09_trainer.ipynb #265cd19e
@@ -305,7 +306,7 @@ def _run_passes(
 ) -> tuple:  # (the loss, a scalar tensor; tokens computed)
     "Forward, and backward while training, of a step's rows in flat passes."
     from contextlib import nullcontext
-    passes, loss, last = packed_passes(inputs, trainer.budget), 0, 1
+    passes, loss = packed_passes(inputs, trainer.budget), 0
     share = trainer.accelerator.num_processes if train and num_items is not None else 1  # gradients are averaged over processes
     if num_items is None: num_items = sum(p.num_items for p in passes)
     for last, batch in zip(range(len(passes) - 1, -1, -1), passes):
@@ -443,7 +444,7 @@ def train_adapter(
     import torch
     from contextlib import nullcontext
     if not len(train): raise ValueError("there is no row to train on")
-    if torch.get_num_threads() > usable_cores(): torch.set_num_threads(usable_cores())
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
     budget, why = _settle_budget(model, train, settings)
     if why: print(f"rows are trained in padded batches: {why}", flush=True)
     trainer = _make_trainer(model, tokenizer, train, test, settings, budget, wants_bar() if bar is None else bar)
