@@ -16,6 +16,7 @@ from .tokens import *
 from .adapters import *
 from .packing import *
 from .trainer import *
+from .preflight import *
 from .evaluate import *
 from .finetune import *
 from .tiny import *
