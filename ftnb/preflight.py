@@ -728,7 +728,7 @@ def _as_in_training(
     "Modes, checkpointing and autocast as the trainer sets them; all is put back, gradients and random state too."
     import torch
     inner, was = packing.causal_model(model), {m: m.training for m in model.modules()}
-    kind, fresh = precision.device.split(":")[0], precision.gradient_checkpointing and not inner.is_gradient_checkpointing
+    kind, fresh = precision.device.split(":")[0], precision.gradient_checkpointing and not inner.is_activation_checkpointing
     hooked = bool(getattr(inner, "_require_grads_hooks", None))
     if fresh: inner.activation_checkpointing_enable()
     try:
