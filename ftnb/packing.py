@@ -43,7 +43,9 @@ class Packing:
     shapes: tuple  # (rows, longest rest) of each attention group
     index: object = field(repr=False)  # padded places of all groups -> flat positions after the prefix
     slots: object = field(repr=False)  # flat positions after the prefix -> padded places
+    frugal: bool = True  # lay keys and values out again for `backward` instead of keeping them
     masks: dict = field(default_factory=dict, repr=False, compare=False)  # made once a pass, used in each layer
+    space: dict = field(default_factory=dict, repr=False, compare=False)  # memory that layers lay their keys and values out in
     calls: list = field(default_factory=list, repr=False, compare=False)  # layers that came by, one entry a call
 
     def to(
@@ -52,7 +54,7 @@ class Packing:
         **kwargs,  # as `Tensor.to` takes them
     ) -> "Packing":  # on it
         "Move the tensors."
-        return replace(self, index=self.index.to(device, **kwargs), slots=self.slots.to(device, **kwargs), masks={}, calls=[])
+        return replace(self, index=self.index.to(device, **kwargs), slots=self.slots.to(device, **kwargs), masks={}, space={}, calls=[])
 
 # %% ../nbs/08_packing.ipynb #40ecd390
 def _make_packing(
@@ -169,20 +171,44 @@ def _dot_product(
     weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
     return F.dropout(weights.to(q.dtype), dropout) @ v
 
+# %% ../nbs/08_packing.ipynb #dcab1663
+def _space(
+    packing: Packing,  # keeps it for the layers that follow, where they lay out again for `backward`
+    key: tuple,  # what it is for
+    part,  # (rows, length, heads, size) of a group
+    prefix: int,  # tokens before each row
+):  # (rows, prefix + length, heads, size), with no value yet
+    "Memory for a group's keys or values."
+    rows, length, *rest = part.shape
+    key = (*key, *rest, part.dtype)
+    if not packing.frugal: return part.new_empty(rows, prefix + length, *rest)
+    if key not in packing.space: packing.space[key] = part.new_empty(rows, prefix + length, *rest)
+    return packing.space[key].detach()
+
 # %% ../nbs/08_packing.ipynb #745495e4
 @lru_cache
-def _regroup():  # an autograd function of (values, index, slots)
-    "Pick by `index` going forward and by `slots` going back, both cheap."
+def _layout():  # an autograd function of (flat values, packing, name): (rows, length, heads, size) of each group
+    "Lays flat values out by group; keys and values begin with the prefix."
     import torch
-    class Regroup(torch.autograd.Function):
+    class Layout(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, values, index, slots):
-            ctx.save_for_backward(slots)
-            return values.index_select(0, index)
+        def forward(ctx, values, packing, name):
+            n = 0 if name == "query" else packing.prefix
+            ctx.packing, ctx.n, groups = packing, n, []
+            own = values[packing.prefix:].index_select(0, packing.index)
+            for i, part in enumerate(own.split([rows * length for rows, length in packing.shapes])):
+                part = part.unflatten(0, packing.shapes[i])
+                if n: part = torch.cat([values[None, :n].expand(len(part), -1, -1, -1), part], 1, out=_space(packing, (name, i), part, n))
+                groups.append(part)
+            return tuple(groups)
 
         @staticmethod
-        def backward(ctx, grad): return grad.index_select(0, ctx.saved_tensors[0]), None, None
-    return Regroup.apply
+        def backward(ctx, *grads):
+            n, packing = ctx.n, ctx.packing
+            own = torch.cat([g[:, n:].flatten(0, 1) for g in grads]).index_select(0, packing.slots)
+            head = sum(g[:, :n].sum(0) for g in grads) if n else own.new_zeros(packing.prefix, *own.shape[1:])
+            return torch.cat([head, own]), None, None
+    return Layout.apply
 
 # %% ../nbs/08_packing.ipynb #959778dd
 def _seen(
@@ -235,7 +261,25 @@ def _attend_group(
     allowed = None if plain else _allowed(packing, n, before, window, q.device)
     return _dot_product(*(o.transpose(1, 2) for o in (q, k, v)), allowed, **kwargs).transpose(1, 2).flatten(0, 1)
 
-# %% ../nbs/08_packing.ipynb #61a0d113
+# %% ../nbs/08_packing.ipynb #54798858
+@contextlib.contextmanager
+def _laid_out_again(
+    packing: Packing,  # of this pass
+    made: list,  # (flat values, name, what `_layout` made of them)
+):
+    "Within this, autograd keeps flat values where an operation would have it keep what was made of them."
+    import torch
+    known = {g.data_ptr(): (values.detach(), name, i, g.numel()) for values, name, groups in made for i, g in enumerate(groups)}
+    def pack(kept):
+        values, name, i, size = known.get(kept.data_ptr(), (None, "", 0, -1))
+        return (values, name, i, kept.shape, kept.stride()) if kept.numel() == size else kept
+    def unpack(kept):
+        if isinstance(kept, torch.Tensor): return kept
+        values, name, i, shape, stride = kept
+        return _layout()(values, packing, name)[i].as_strided(shape, stride)
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack): yield
+
+# %% ../nbs/08_packing.ipynb #0566e5e4
 def _attend_flat(
     packing: Packing,  # of this pass
     q, k, v,  # (tokens, heads, size) of the flat sequence
@@ -245,14 +289,12 @@ def _attend_flat(
     "Attention of a flat pass: the prefix to itself, each row to the prefix and itself."
     import torch
     if q.is_cuda and not kwargs["dropout"]: return _attend_flex(packing, q, k, v, window, **kwargs)
-    n, sizes = packing.prefix, [rows * length for rows, length in packing.shapes]
-    head = [_attend_group(packing, *(o[None, :n] for o in (q, k, v)), window, **kwargs)] if n else []
-    parts, out = zip(*(_regroup()(o[n:], packing.index, packing.slots).split(sizes) for o in (q, k, v))), []
-    for shape, own in zip(packing.shapes, parts):
-        gq, gk, gv = (o.unflatten(0, shape) for o in own)
-        if n: gk, gv = (torch.cat([o[None, :n].expand(shape[0], -1, -1, -1), g], 1) for o, g in ((k, gk), (v, gv)))
-        out.append(_attend_group(packing, gq, gk, gv, window, **kwargs))
-    return torch.cat(head + [torch.cat(out).index_select(0, packing.slots)])
+    n = packing.prefix
+    out = [_attend_group(packing, *(o[None, :n] for o in (q, k, v)), window, **kwargs)] if n else []
+    made = [(o, name, _layout()(o, packing, name)) for o, name in ((q, "query"), (k, "key"), (v, "value"))]
+    with _laid_out_again(packing, made) if packing.frugal else contextlib.nullcontext():
+        rows = [_attend_group(packing, *group, window, **kwargs) for group in zip(*(groups for _, _, groups in made))]
+    return torch.cat(out + [torch.cat(rows).index_select(0, packing.slots)])
 
 # %% ../nbs/08_packing.ipynb #285415b4
 def shared_prefix_attention(
@@ -384,6 +426,15 @@ def _flat_hidden(
     return model.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=no_mask, use_cache=False,
                             packing=batch.packing).last_hidden_state[0]
 
+# %% ../nbs/08_packing.ipynb #e9913014
+@lru_cache
+def _trim():  # a function without arguments
+    "Gives freed memory back to the system, where the C library can ([malloc_trim](https://man7.org/linux/man-pages/man3/malloc_trim.3.html))."
+    import ctypes
+    try: trim = ctypes.CDLL(None).malloc_trim
+    except (OSError, TypeError, AttributeError): return lambda: None  # no glibc
+    return lambda: trim(0)
+
 # %% ../nbs/08_packing.ipynb #59c5fe0d
 def _pass_loss(
     model,  # a causal language model of transformers, its attention ours
@@ -393,6 +444,8 @@ def _pass_loss(
     "Run a flat pass and its loss."
     import torch
     batch, head = batch.to(model.get_input_embeddings().weight.device), model.get_output_embeddings()
+    if torch.is_grad_enabled() and not batch.input_ids.is_cuda: _trim()()
+    batch = replace(batch, packing=replace(batch.packing, frugal=not model.is_activation_checkpointing))
     hidden = _flat_hidden(model, batch).index_select(0, batch.positions)
     step = max(32, 2**23 // model.config.get_text_config().vocab_size)  # logits of a chunk stay below 32 MB
     loss = _output_loss()(hidden, batch.pair, batch.targets, batch.weights, lambda h: _logits(model, h), step, *head.parameters())
