@@ -6,8 +6,9 @@
 __all__ = ['MANIFEST', 'NEEDED', 'SAVE_SECONDS', 'read_manifest', 'seal_checkpoint', 'checkpoint_problem', 'checkpoint_folders',
            'identity_differences', 'find_checkpoint', 'drop_old_checkpoints', 'rows_fingerprint', 'run_identity',
            'planned_tokens', 'RunTotals', 'storage_error', 'append_metrics', 'keep_metrics', 'seeded_order',
-           'step_rows', 'check_finite', 'RunStopped', 'StopRequest', 'stop_on_sigterm', 'guarded_tracker',
-           'save_checkpoint', 'load_trained', 'flow_callback', 'whole_checkpoint', 'resumable', 'begin_or_resume']
+           'step_rows', 'weights_finite', 'check_finite', 'RunStopped', 'StopRequest', 'stop_on_sigterm',
+           'guarded_tracker', 'save_checkpoint', 'load_trained', 'flow_callback', 'whole_checkpoint', 'resumable',
+           'begin_or_resume']
 
 # %% ../nbs/08_checkpoints.ipynb #ecf63c03
 import contextlib, errno, json, os, shutil, time
@@ -243,7 +244,7 @@ class RunTotals:
     def __str__(self):
         return f"{self.tokens_given:,} tokens given, {self.tokens_computed:,} computed ({self.tokens_given / max(self.tokens_computed, 1):.1f} times fewer)"
 
-# %% ../nbs/08_checkpoints.ipynb #1231ac7d
+# %% ../nbs/08_checkpoints.ipynb #7b226f95
 def storage_error(
     e: Exception,  # raised while writing
     path: str,  # where
@@ -254,7 +255,7 @@ def storage_error(
             errno.EROFS: "it can't be written to (read-only): make it writable", errno.EACCES: "this user may not write there: change its permissions",
             errno.EPERM: "this user may not write there: change its permissions"}
     number = next((n for n in ways if n == getattr(e, "errno", None) or os.strerror(n) in str(e)), None)
-    if number is None and isinstance(e, RuntimeError) and "write" in str(e):  # torch gives no reason
+    if number is None and isinstance(e, RuntimeError) and any(o in str(e) for o in ("write", "inline_container")):  # torch gives no reason
         with contextlib.suppress(OSError): number = errno.ENOSPC if shutil.disk_usage(path).free < 1 << 20 else None
     if number is None and not isinstance(e, OSError): return e
     return OSError(f"{what} can't be written to {path}: {ways.get(number, e)}, or give another train_out_dir. The checkpoints there stay as they are.")
@@ -305,19 +306,29 @@ def seeded_order(
             return iter(self.rows)
     return SeededOrder()
 
-# %% ../nbs/08_checkpoints.ipynb #8a005424
+# %% ../nbs/08_checkpoints.ipynb #b4835850
 def step_rows(
     trainer,  # in training
+    done: bool = False,  # has the step been counted already?
 ) -> str:  # the rows of the step in progress, as a person finds them
     "Which rows make the step."
     if not trainer.order or not trainer.order.rows: return "its rows are not known"
     size = trainer.get_total_train_batch_size(trainer.args)
-    at = trainer.state.global_step % trainer.epoch_steps * size
+    at = (trainer.state.global_step - done) % trainer.epoch_steps * size
     numbers = sorted(trainer.row_numbers[i] if trainer.row_numbers else i for i in trainer.order.rows[at:at + size])
     shown = ", ".join(map(str, numbers[:64])) + f" and {len(numbers) - 64} more" * (len(numbers) > 64)
     return f"its rows are {shown} of the {'data set' if trainer.row_numbers else 'training rows'}, counted from 0"
 
-# %% ../nbs/08_checkpoints.ipynb #c3ce3701
+# %% ../nbs/08_checkpoints.ipynb #8f1cfff6
+def weights_finite(
+    model,  # in training
+) -> bool:
+    "Can the trained weights be computed with?"
+    import torch
+    squares = [p.detach().float().square().sum() for p in model.parameters() if p.requires_grad]
+    return not squares or bool(torch.stack([o.to(squares[0].device) for o in squares]).isfinite().all())
+
+# %% ../nbs/08_checkpoints.ipynb #63babeb5
 def check_finite(
     trainer,  # with `step_loss`, the sum of the step's losses
     norm,  # of the step's gradient, before the weights change
@@ -327,8 +338,9 @@ def check_finite(
     loss, norm, scaler = float(trainer.step_loss), float(norm), getattr(trainer.accelerator, "scaler", None)
     trainer.step_loss = 0.0
     overflow = scaler is not None and isfinite(loss) and scaler.get_scale() >= 1  # fp16: the scaler leaves the step out and tries a smaller scale
-    if isfinite(loss) and isfinite(norm) or overflow: return
-    what = f"loss is {loss}" if not isfinite(loss) else f"gradient's norm is {norm}"
+    sound = weights_finite(trainer.model)
+    if sound and (isfinite(loss) and isfinite(norm) or overflow): return
+    what = f"loss is {loss}" if not isfinite(loss) else f"gradient's norm is {norm}" if not isfinite(norm) else "weights are beyond what float32 can compute with"
     raise FloatingPointError(f"the {what} at step {trainer.state.global_step + 1}; {step_rows(trainer)}. Nothing of it is saved. A lower learning_rate or max_grad_norm may help")
 
 # %% ../nbs/08_checkpoints.ipynb #819c5e3a
@@ -453,15 +465,15 @@ def _together(
         if reasons and not problem: problem = RuntimeError(f"another process: {reasons[0]}")
     if problem: raise problem
 
-# %% ../nbs/08_checkpoints.ipynb #6371ae8f
+# %% ../nbs/08_checkpoints.ipynb #960e553e
 def save_checkpoint(
     trainer,  # at the end of a step; all processes call this together
 ) -> str:  # its folder
     "Write a checkpoint; where that fails, nothing of it stays and the earlier ones do."
     step, out, first = trainer.state.global_step, trainer.args.output_dir, trainer.is_world_process_zero()
     place, part, state = os.path.join(out, f"checkpoint-{step}"), os.path.join(out, f".checkpoint-{step}.part"), _run_state(trainer)
-    if not all(p.isfinite().all() for p in trainer.model.parameters() if p.requires_grad):
-        raise FloatingPointError(f"weights aren't finite after step {step}; nothing of it is saved. A lower learning_rate or max_grad_norm may help")
+    if not weights_finite(trainer.model):
+        raise FloatingPointError(f"the weights aren't finite after step {step}; {step_rows(trainer, True)}. Nothing of it is saved. A lower learning_rate or max_grad_norm may help")
     def begin(): shutil.rmtree(part, ignore_errors=True); os.makedirs(part)
     def end():
         if os.path.lexists(place): _set_aside(place)
@@ -504,7 +516,7 @@ def _agree(
     said = trainer.accelerator.reduce(torch.tensor([due, bool(trainer.stop.by)], dtype=torch.long, device=trainer.accelerator.device)).tolist()
     return said[0] > 0, said[1] > 0
 
-# %% ../nbs/08_checkpoints.ipynb #64b52dd5
+# %% ../nbs/08_checkpoints.ipynb #5ed21910
 def flow_callback(
     trainer,  # that it steers
 ):  # a `TrainerCallback`
@@ -521,6 +533,8 @@ def flow_callback(
             wanted = control.should_save or due or trainer.stopping or last
             self.owed = wanted and (control.should_training_stop or state.global_step % trainer.epoch_steps == 0)
             control.should_save = wanted and not self.owed
+        def on_train_end(self, args, state, control, **kw):
+            if not weights_finite(trainer.model): raise FloatingPointError(f"the weights aren't finite after step {state.global_step}; {step_rows(trainer, True)}. Nothing of it is saved. A lower learning_rate may help")
         def on_epoch_end(self, args, state, control, **kw):
             control.should_save, self.owed = control.should_save or self.owed, False
     return FlowCallback()
