@@ -64,7 +64,7 @@ def _value_problem(
 ) -> str:  # a sentence, or "" for a good value
     "What is wrong with a value."
     if value == "": return "has no value"
-    if kind == "secret": return "" if isinstance(value, Secret) and len(value.reveal().split()) == 1 else "must be one word"
+    if kind == "secret": return "" if isinstance(value, Secret) and re.fullmatch("[!-~]+", value.reveal()) else "must be one word, of plain letters, digits and signs"
     if kind == "framework" and value == "axolotl": return "is 'axolotl': that belongs to the Studio's axolotl script; this one runs legacy"
     is_text = kind in ("id", "folder", "name", "config")
     if kind == "config":
