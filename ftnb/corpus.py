@@ -487,11 +487,12 @@ def _file_problems(
     files: dict,  # split -> the files that the library would read for it
     faults: Faults,  # takes the problems
 ):
-    "Note files that are in two splits, and in a folder those that are in none."
+    "Note files that are in two splits, in a folder those that are in none, and those that a data set of the hub may not name."
     splits = {}
     for split, names in files.items():
         for name in dict.fromkeys(names): splits.setdefault(name, []).append(str(split))
     for name, found in splits.items():
+        if not os.path.isdir(source) and not re.match(r"(hf|https?)://", str(name)): faults.add(source, f"its card names {name}, which is on this machine")
         if len(found) > 1: faults.add(_file_name(source, name), f"by its name it is part of {' and '.join(found)}: rename it")
     if os.path.isdir(source):
         for name in _left_out(source, splits):
@@ -561,6 +562,40 @@ def _saved(
     found = datasets.load_from_disk(folder, keep_in_memory=True).with_format(None)
     return found if isinstance(found, datasets.DatasetDict) else datasets.DatasetDict(train=found)
 
+# %% ../nbs/03_corpus.ipynb #ca5d8cc9
+def _named(
+    folder: str,  # of a data set
+) -> "Iterator":  # (list, name) of each file or folder
+    "The files that the lists in a folder name."
+    import yaml
+    from huggingface_hub.repocard import metadata_load
+    for root, _, there in os.walk(folder):
+        for name in sorted({"state.json", "dataset_dict.json"} & set(there)):
+            with open(os.path.join(root, name), encoding="utf-8") as f: listed = json.load(f)
+            yield from ((name, o["filename"]) for o in listed.get("_data_files") or [])
+            yield from ((name, o) for o in listed.get("splits") or [])
+    for name, read in (("README.md", metadata_load), (".huggingface.yaml", lambda path: yaml.safe_load(open(path, encoding="utf-8")))):
+        settings = read(os.path.join(folder, name)) if os.path.isfile(os.path.join(folder, name)) else None
+        for part in (settings or {}).get("configs") or []: yield from ((name, o) for k in ("data_files", "data_dir") for o in _leaves(part.get(k)))
+
+# %% ../nbs/03_corpus.ipynb #28a7281f
+def _leaves(
+    value,  # of a card
+) -> list:  # the texts in it
+    "The texts in lists and dictionaries."
+    if isinstance(value, dict): value = list(value.values())
+    return [o for v in value for o in _leaves(v)] if isinstance(value, list) else [value] if isinstance(value, str) else []
+
+# %% ../nbs/03_corpus.ipynb #5d198146
+def _outside(
+    folder: str,  # of a data set
+    faults: Faults,  # takes the problems
+):
+    "Note names that lead out of a folder."
+    for file, name in _named(folder):
+        if re.search("::|:/", name) or os.path.isabs(os.path.expanduser(name)) or ".." in re.split(r"[/\\\\]", name):
+            faults.add(os.path.join(folder, file), f"it names {name!r}, which is not in this folder: copy the file into it")
+
 # %% ../nbs/03_corpus.ipynb #08ce168e
 def _fetch(
     source: str,  # folder with data files, or name on the hub
@@ -570,6 +605,8 @@ def _fetch(
 ) -> tuple:  # split -> {file: path on this disk} and their reader, or a `DatasetDict` and None
     "Find and fetch the files of a data set; formats that are not ours are read by the library at once."
     import datasets
+    if os.path.isdir(source): _outside(source, faults)
+    if faults.count: return {}, None
     if _is_saved(source): return _saved(source), None
     cache = scratch if os.path.isdir(source) else None
     builder = datasets.load_dataset_builder(os.path.abspath(source) if cache else source, cache_dir=cache, token=token)

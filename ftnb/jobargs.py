@@ -46,8 +46,8 @@ def _json_problem(
 
 # %% ../nbs/01_jobargs.ipynb #589fcd1e
 _RULES = {  # kind -> (what passes, what would be right)
-    "id": (lambda v: bool(re.fullmatch(r"[^\s/\\]+", v)), "write an id: one word, without / or \\"),
-    "folder": (lambda v: v == v.strip() and not re.search(r"[\0-\x1f\x7f]", v), "write the path of a folder"),
+    "id": (lambda v: bool(re.fullmatch(r"(?!\.+\Z)[^\s/\\]+", v)), "write an id: one word, without / or \\"),
+    "folder": (lambda v: v == v.strip() and not re.search(r"[\0-\x1f\x7f]|(?<![^/\\])\.\.(?![^/\\])", v), "write the path of a folder, without .."),
     "name": (lambda v: bool(re.fullmatch(r"[a-zA-Z0-9-]+", v)), "use only letters, digits and -"),
     "share": (lambda v: isinstance(v, (int, float)) and v is not True and 0 < v <= 1, "write a number above 0, up to 1"),
     "flag": (lambda v: isinstance(v, bool), "write true or false, or nothing for true"),
@@ -64,7 +64,7 @@ def _value_problem(
 ) -> str:  # a sentence, or "" for a good value
     "What is wrong with a value."
     if value == "": return "has no value"
-    if kind == "secret": return "" if isinstance(value, Secret) and len(value.reveal().split()) == 1 else "must be one word"
+    if kind == "secret": return "" if isinstance(value, Secret) and re.fullmatch("[!-~]+", value.reveal()) else "must be one word, of plain letters, digits and signs"
     if kind == "framework" and value == "axolotl": return "is 'axolotl': that belongs to the Studio's axolotl script; this one runs legacy"
     is_text = kind in ("id", "folder", "name", "config")
     if kind == "config":

@@ -218,12 +218,16 @@ def _once(
     return dict(pairs)
 
 # %% ../nbs/02_studio.ipynb #47966448
-def _real(
-    text: str,  # a number, as written
-) -> float:  # a finite one
-    "A number that JSON and arithmetic both know."
-    if (value := float(text)) - value: raise ValueError(f"{text} is no number to work with")
-    return value
+def _numbers(
+    value,  # parsed JSON
+    place: str = "",  # where it stands
+) -> "Iterator":  # (place, number) of each
+    "The numbers in a JSON value."
+    if isinstance(value, dict):
+        for k, v in value.items(): yield from _numbers(v, f"{place}.{k}".lstrip("."))
+    elif isinstance(value, list):
+        for i, v in enumerate(value): yield from _numbers(v, f"{place}[{i}]")
+    elif isinstance(value, (int, float)) and not isinstance(value, bool): yield place, value
 
 # %% ../nbs/02_studio.ipynb #b6335ec2
 def _depth(
@@ -244,11 +248,13 @@ def read_config(
     size = len(text.encode("utf-8", "replace"))
     if size > 2**16: raise ValueError(f"it has {size:,} bytes, where {2**16:,} are allowed")
     if (depth := _depth(text)) > 16: raise ValueError(f"it is nested {depth} levels deep, where 16 are allowed")
-    try: value = json.loads(text, object_pairs_hook=_once, parse_constant=_real, parse_float=_real)
+    try: value = json.loads(text, object_pairs_hook=_once, parse_int=lambda o: int(o) if len(o) < 40 else float("inf"))
     except json.JSONDecodeError as e:
         near = text[max(0, e.pos - 12):e.pos + 12]
         raise ValueError(f"broken JSON at line {e.lineno}, column {e.colno}: {e.msg} (near {near!r})") from None
     if not isinstance(value, dict): raise ValueError(f"it is {text.strip()[:20]!r}, where an object {{...}} belongs")
+    wrong = [k for k, v in _numbers(value) if not abs(v) < (2**63 if isinstance(v, int) else float("inf"))]
+    if wrong: raise ValueError(f"{', '.join(map(repr, wrong))} is no number to work with: NaN, infinite, or over 64 bits")
     return value
 
 # %% ../nbs/02_studio.ipynb #0188ce3d
