@@ -70,9 +70,10 @@ def chat(
 # %% ../nbs/12_chat.ipynb #76fbd0f6
 @patch
 def __repr__(self: Chat):
+    def plain(text): return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
     def lines(asked, answers):
         width = max(map(len, [*asked, *answers]))
-        return [f"{'> ' if k in asked else '  '}{k.ljust(width)}  {' '.join(v.split())}" for k, v in (*asked.items(), *answers.items())]
+        return [f"{'> ' if k in asked else '  '}{k.ljust(width)}  {plain(v)}" for k, v in (*asked.items(), *answers.items())]
     shown = [line for said in self.said[-5:] for line in lines(*said)]
     how = ", ".join(f"{slot!r}" for slot in self.slots)
     return "\n".join([f"Chat with {', '.join(self.models.names)}; .ask({how})", *shown])

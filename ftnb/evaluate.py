@@ -184,7 +184,8 @@ class AnswerTable:
         return [right if s == 1 else wrong if s == 0 else f"{s:.2g}" for s in scores]
 
     def __str__(self):
-        def fit(text): return text if len(text := " ".join(text.split())) <= 44 else text[:41] + "..."
+        def plain(text): return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))  # nothing that moves a terminal
+        def fit(text): return text if len(text := plain(text)) <= 44 else text[:41] + "..."
         lines = [("message", "expected", *("  " + name for name in self.models))]
         lines += [(fit(row[0]), fit(row[1]), *(fit(f"{m} {a.strip()}") for m, a in zip(self.marks(row), row[2:]))) for row in self.rows]
         widths = [max(map(len, column)) for column in zip(*lines)]
