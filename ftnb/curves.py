@@ -31,7 +31,7 @@ class _Span:
         self.low, self.high = min(self.low, other.low), max(self.high, other.high)
         return self
 
-# %% ../nbs/11_curves.ipynb #14af4641
+# %% ../nbs/11_curves.ipynb #58aa7b15
 @dataclass
 class Curve:
     "A curve of at most 1,000 points."
@@ -45,9 +45,12 @@ class Curve:
         value: float,  # finite
     ):
         "Take in a point."
-        new = _Span(step, 1, value, (value, step), (value, step))
-        if self.spans and self.spans[-1].count < self.size: self.spans[-1].join(new)
-        else: self.spans.append(new)
+        last, point = self.spans[-1] if self.spans else None, (value, step)
+        if last is None or last.count >= self.size: self.spans.append(_Span(step, 1, value, point, point))
+        else:
+            last.count, last.total = last.count + 1, last.total + value
+            if value < last.low[0]: last.low = point
+            if value > last.high[0]: last.high = point
         if len(self.spans) > self.most:
             self.spans = [a.join(*b) for a, *b in (self.spans[i:i + 2] for i in range(0, len(self.spans), 2)) if b] + self.spans[len(self.spans) // 2 * 2:]
             self.size *= 2
@@ -69,7 +72,7 @@ def means(
     "The curve without its noise."
     return [((s.low[1] + s.high[1]) / 2, s.total / s.count) for s in self.spans]
 
-# %% ../nbs/11_curves.ipynb #2f90ec08
+# %% ../nbs/11_curves.ipynb #da68a8d8
 @patch
 def rewind(
     self: Curve,
@@ -79,6 +82,7 @@ def rewind(
     while self.spans and self.spans[-1].first >= step: self.spans.pop()
     if not self.spans: return
     last = self.spans[-1]
+    if last.low[1] < step and last.high[1] < step: return
     kept = [p for p in (last.low, last.high) if p[1] < step]
     if not kept: self.spans.pop()
     elif len(kept) == 1: last.low = last.high = kept[0]
@@ -256,12 +260,13 @@ def seconds_left(
     each = [(t2 - t1) / (s2 - s1) for (s1, t1), (s2, t2) in zip(times, times[1:]) if s2 > s1 and t2 >= t1]
     return median(each) * max(most - metrics.step, 0) if most and each else None
 
-# %% ../nbs/11_curves.ipynb #a626d5f6
+# %% ../nbs/11_curves.ipynb #28c17f5e
 def short_time(
     seconds: float,  # 0 or more
 ) -> str:  # such as "1 h 05 min"
     "A time as a person reads it."
     s = round(seconds)
+    if s >= 172_800: return f"{s // 86_400} days"
     return f"{s} s" if s < 100 else f"{s // 60} min {s % 60:02d} s" if s < 3600 else f"{s // 3600} h {s % 3600 // 60:02d} min"
 
 # %% ../nbs/11_curves.ipynb #17273b0b
@@ -313,7 +318,7 @@ def _wide(
     low = min(values, default=0)
     return low > 0 and max(values) > 30 * low
 
-# %% ../nbs/11_curves.ipynb #069a4e5a
+# %% ../nbs/11_curves.ipynb #5904b449
 def _dress(
     ax,  # of matplotlib
     title: str,  # what is shown, and its unit
@@ -326,7 +331,8 @@ def _dress(
     if log: ax.set_yscale("log")
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12) if log else MaxNLocator(4, steps=[1, 2, 5, 10]))
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
-    for axis in (ax.xaxis, ax.yaxis): axis.set_major_formatter(FuncFormatter(short_number))
+    ax.yaxis.set_major_formatter(FuncFormatter(short_number))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 1000:,g}k" if abs(v) >= 10_000 else f"{v:,.0f}"))
     ax.yaxis.set_minor_formatter(NullFormatter())
     if zero: ax.set_ylim(0, max(values, default=1) * 1.12)
     ax.set_title(title, loc="left", size=9, color="#333")
@@ -456,14 +462,14 @@ def read_record(
     run = next((r for o in (out, folder) if o and (r := _read_json(Path(o)/"run.json"))), {})
     return {**_given(run or job), **job, **run}
 
-# %% ../nbs/11_curves.ipynb #665ec620
+# %% ../nbs/11_curves.ipynb #3be547c7
 def run_name(
     path: "str | Path",  # train_out_dir, or its metrics.jsonl
 ) -> str:  # the adapter's name where it is known, else the folder's
     "What to call a run."
     path = Path(path)
     folder = path.parent if path.suffix == ".jsonl" else path
-    return read_record(folder).get("adapter_name") or folder.absolute().name
+    return str(read_record(folder).get("adapter_name") or folder.absolute().name)
 
 # %% ../nbs/11_curves.ipynb #4d53e8fe
 def plot_run(
