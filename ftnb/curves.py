@@ -269,7 +269,7 @@ def short_time(
     if s >= 172_800: return f"{s // 86_400} days"
     return f"{s} s" if s < 100 else f"{s // 60} min {s % 60:02d} s" if s < 3600 else f"{s // 3600} h {s % 3600 // 60:02d} min"
 
-# %% ../nbs/11_curves.ipynb #17273b0b
+# %% ../nbs/11_curves.ipynb #ee2c4cf7
 def figure_png(
     figure,  # of matplotlib
     dpi: float | None = None,  # dots an inch; default: the figure's own
@@ -282,7 +282,9 @@ def figure_png(
     figure.set_dpi(dpi or figure.dpi)
     canvas, out = FigureCanvasAgg(figure), BytesIO()
     canvas.draw()
-    Image.fromarray(asarray(canvas.buffer_rgba())).convert("RGB").quantize(128, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    few = Image.fromarray(asarray(canvas.buffer_rgba())).convert("RGB").quantize(128, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    few.putpalette([255 if v > 252 else v for v in few.getpalette()])  # white stays white
+    few.save(out, "PNG", optimize=True)
     return out.getvalue()
 
 # %% ../nbs/11_curves.ipynb #ec8264e8

@@ -26,7 +26,7 @@ def sparkline(
     low, reach = min(means), max(means) - min(means) or 1
     return "".join("▁▂▃▄▅▆▇█"[int((m - low) / reach * 7.999)] for m in means)
 
-# %% ../nbs/12_monitor.ipynb #c7ad2eb6
+# %% ../nbs/12_monitor.ipynb #eb834350
 def _numbers(
     metrics: curves.RunMetrics,  # from `read_metrics`
 ) -> str:  # a line
@@ -35,7 +35,7 @@ def _numbers(
     words = [curves.loss_ends(metrics).rsplit(" · ", 1)[0]] if metrics.curve("loss").spans or metrics.curve("eval_loss").spans else []
     for name, unit in (("rows_per_second", "rows/s"), ("tokens_given_per_second", "tokens/s")):
         points = metrics.curve(name).means()[-20:]
-        if points: words.append(f"{curves.short_number(sum(v for _, v in points) / len(points))} {unit}")
+        if points: words.append(f"{curves.short_number(float(f'{sum(v for _, v in points) / len(points):.3g}'))} {unit}")
     if (rate := last("learning_rate")) is not None: words.append(f"learning rate {curves.short_number(rate)}")
     if (memory := last("memory")) is not None: words.append(preflight.in_units(memory))
     return " · ".join(words)
@@ -121,17 +121,17 @@ def over(
     "Whether the run has ended, and its last evaluation is in."
     return curves.run_state(self.metrics) in ("finished", "stopped", "failed") and curves.quiet_seconds(self.metrics) > curves.run_patience(self.metrics)
 
-# %% ../nbs/12_monitor.ipynb #88b8d8c8
+# %% ../nbs/12_monitor.ipynb #f3461e7d
 def _watch(
     monitor: Monitor,  # with its widgets
 ):
     "Look until the run is over or the monitor closed."
     pause = monitor.every
     while not monitor.closed.wait(pause) and not monitor.over():
-        start = time.perf_counter()
+        start = time.thread_time()
         try: monitor.look()
         except Exception as e: monitor.metrics.messages.append((monitor.metrics.step, f"the picture couldn't be drawn: {type(e).__name__}: {e}"))
-        pause = max(monitor.every, 20 * (time.perf_counter() - start))
+        pause = max(monitor.every, 10 * (time.thread_time() - start))
     monitor.close()
 
 # %% ../nbs/12_monitor.ipynb #bdec24ae
@@ -141,7 +141,7 @@ def close(self: Monitor):
     self.closed.set()
     if self.box is not None: self.box.children[3].description, self.box.children[3].disabled = "Not watching any more", True
 
-# %% ../nbs/12_monitor.ipynb #97e75084
+# %% ../nbs/12_monitor.ipynb #b44855ea
 @patch
 def show(
     self: Monitor,
@@ -150,7 +150,7 @@ def show(
     import ipywidgets as w
     if self.box is not None: return self.box
     wide = w.Layout(width="100%", max_width="900px")
-    close = w.Button(description="Stop watching", tooltip="Leave the picture as it is; the run goes on", layout=w.Layout(width="auto"))
+    close = w.Button(description="Stop watching", tooltip="Leave the picture as it is; the run goes on", layout=w.Layout(width="max-content"))
     close.on_click(lambda _: self.close())
     self.box = w.VBox([w.HTML(layout=wide), w.Image(format="png", layout=wide), w.HTML(layout=wide), close])
     self.look()
