@@ -18,6 +18,9 @@ from .packing import *
 from .trainer import *
 from .preflight import *
 from .evaluate import *
+from .curves import *
+from .monitor import *
+from .runs import *
 from .finetune import *
 from .tiny import *
 from .demo import *
