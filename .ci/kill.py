@@ -1,5 +1,5 @@
 "A job is killed at each of its phases and run again: the same adapter, one row: `python .ci/kill.py [WORDS OF A CASE ...]`."
-import importlib, itertools, json, os, pkgutil, re, resource, shutil, signal, sqlite3, sys, tempfile, time, traceback
+import importlib, itertools, json, os, pkgutil, re, resource, shutil, signal, sqlite3, subprocess, sys, tempfile, time, traceback
 BEGAN = time.monotonic()
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # no threads of the libraries' own when a process is forked
 from contextlib import closing, suppress
@@ -175,10 +175,10 @@ def make_place(folder, base):
     shutil.copytree(project.folder, folder/"template")
     return Place(folder, project)
 
-def plain(values): return {k: v for k, v in values.items() if not re.search("time|second", k)}
+def plain(values): return {k: v for k, v in values.items() if not re.search("time|second|memory", k)}
 
 def state(project):
-    "All that a finished job leaves, without times; what differs between two projects is left out."
+    "All that a finished job leaves, without times and memory; what differs between two projects is left out."
     out, key = project.out_dir, project.experiment_id
     with closing(sqlite3.connect(project.db)) as con:
         rows = con.execute("SELECT id, fine_tuning_job_id = ?, location = ?, name FROM adapters", [key, str(out)]).fetchall()
@@ -258,23 +258,49 @@ def studio_writes(place, right):
         if not con.execute("SELECT 1 FROM configs WHERE id = 'studio'").fetchall(): found.append("the Studio's row is lost")
     return found
 
-def sigterm(place, right):
-    "A run is told to stop in step 3."
+def paused(place):
+    "Start a run that waits in its third step for the file `go`; returns its process id."
     place.renew()
-    go, error = place.folder/"go", f"RunStopped: stopped by SIGTERM at step 3 of {STEPS}; a checkpoint is in {place.project.train_out_dir}/checkpoint-3; run the job again with the same arguments to go on"
-    go.unlink(missing_ok=True)
+    (go := place.folder/"go").unlink(missing_ok=True)
     def in_step_3(real, trainer, *args):
         norm = real()
         if trainer.state.global_step == 2: wait_for(go.exists)
         return norm
     pid = start(place, lambda: wrapped("ftnb.checkpoints.check_finite", in_step_3))
     wait_for(lambda: (place.folder/"steps").read_text() == "1\n2\n3\n" or os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT))
+    return pid
+
+def sigterm(place, right):
+    "A run is told to stop in its third step."
+    pid, folder = paused(place), place.project.train_out_dir
+    error = f"RunStopped: stopped by SIGTERM at step 3 of {STEPS}; a checkpoint is in {folder}/checkpoint-3; run the job again with the same arguments to go on"
     os.kill(pid, signal.SIGTERM)
-    go.write_text("")
+    (place.folder/"go").write_text("")
     stopped, found = ended(place, pid), []
     if stopped.status != 1 or error not in stopped.printed: found.append(f"it ends with {stopped.status}, and {error!r} is not in\n{stopped.printed}")
-    if why := ftnb.checkpoints.checkpoint_problem(str(place.project.train_out_dir/"checkpoint-3")): found.append(why)
+    if why := ftnb.checkpoints.checkpoint_problem(str(folder/"checkpoint-3")): found.append(why)
     return found + problems(place, right, run(place), ALL[3:])
+
+def twice_at_once(place, right):
+    "While a run is at work, the job is started again."
+    first, found = paused(place), []
+    second = run(place)
+    if second.status != 1 or second.steps or "is in use by process" not in second.printed: found.append(f"the second run ends with {second.status}:\n{second.printed}")
+    (place.folder/"go").write_text("")
+    return found + problems(place, right, ended(place, first), ALL[3:])
+
+def by_its_own_door(place, right):
+    "A process of its own, not forked from this one, is killed at any moment after its first checkpoint."
+    place.renew()
+    env = {**os.environ, "JOB_ARGUMENTS": place.project.job_arguments, "FINE_TUNING_STUDIO_SQLITE_DB": str(place.project.db)}
+    job = partial(subprocess.Popen, [sys.executable, "-m", "ftnb.finetune"], env=env, cwd=place.project.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    first = job()
+    wait_for(lambda: (place.project.train_out_dir/"checkpoint-2").exists() or first.poll() is not None)
+    first.kill()
+    printed, second = first.communicate()[0], job()
+    again = second.communicate()[0]
+    if second.returncode: return [f"run again, it ends with {second.returncode}:\n{printed}\n{again}"]
+    return problems(place, right, Run(0, (), again), ())
 
 # All of them, on as many processes as there are cores
 
@@ -304,7 +330,8 @@ def work_off(place, right, cases, tasks, results):
 
 def main(words):
     cases = [(f"killed: {case.name}", partial(die_and_go_on, case)) for case in CASES]
-    cases = [("killed: waiting for the Studio's writer, then waiting again", studio_writes), ("SIGTERM: step 3", sigterm), *cases]
+    cases = [("killed: a process of its own", by_its_own_door), ("killed: waiting for the Studio's writer", studio_writes),
+             ("SIGTERM: step 3", sigterm), ("started again while it runs", twice_at_once), *cases]
     cases, passed = [(name, case) for name, case in cases if not words or " ".join(words) in name], 0
     with tempfile.TemporaryDirectory() as folder:
         folder, context, cores = Path(folder).resolve(), get_context("fork"), min(ftnb.trainer.usable_cores(), len(cases))
