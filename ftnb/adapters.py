@@ -6,7 +6,7 @@
 __all__ = ['REFUSED_LORA', 'get_model_parameters', 'bf16_speedup', 'Precision', 'local_device', 'choose_precision',
            'lora_problems', 'bnb_problems', 'base_model_problems', 'load_tokenizer', 'load_base_model',
            'vocabulary_problems', 'apply_lora', 'target_problems', 'link_problem', 'save_adapter', 'as_loaded',
-           'probe_logits', 'prove_adapter', 'publish_folder']
+           'probe_logits', 'prove_adapter', 'publish_folder', 'clear_leftovers']
 
 # %% ../nbs/07_adapters.ipynb #58f558b4
 import os
@@ -335,6 +335,16 @@ def prove_adapter(
         raise RuntimeError(f"the saved adapter, loaded onto {source}, gives logits that differ by {difference:.3g} from the trained model's (limit {limit:.3g})")
     return difference
 
+# %% ../nbs/07_adapters.ipynb #756763ab
+def _flush(
+    path: str,  # file or folder
+):
+    "Have it on the disk, where the drive can do that."
+    handle = os.open(path, os.O_RDONLY)
+    try: os.fsync(handle)
+    except OSError: pass
+    finally: os.close(handle)
+
 # %% ../nbs/07_adapters.ipynb #eee06f3c
 def publish_folder(
     folder: str,  # a whole and proven one, beside its place
@@ -344,6 +354,7 @@ def publish_folder(
     import shutil
     if problem := link_problem(out_dir): raise ValueError(problem)
     out = os.path.realpath(out_dir)
+    for name in [*os.listdir(folder), "."]: _flush(os.path.join(folder, name))
     try: os.rename(folder, out)  # also replaces an empty folder
     except OSError:
         if not os.path.isdir(out): raise
@@ -355,3 +366,16 @@ def publish_folder(
             raise
         for name in set(os.listdir(old)) - set(os.listdir(out)): os.rename(os.path.join(old, name), os.path.join(out, name))
         shutil.rmtree(old)
+
+# %% ../nbs/07_adapters.ipynb #735aa4e5
+def clear_leftovers(
+    out_dir: str,  # an adapter's place, no other process at work on it
+):
+    "Remove what a dead process left beside an adapter's place."
+    import re, shutil
+    out = os.path.realpath(out_dir)
+    beside, name = os.path.split(out)
+    for o in sorted(os.listdir(beside), reverse=True) if os.path.isdir(beside) else ():  # `.old` comes first
+        if not re.fullmatch(rf"\.{re.escape(name)}\.\w{{8}}(\.old)?", o) or os.path.islink(path := os.path.join(beside, o)): continue
+        if o.endswith(".old") and not os.path.lexists(out): os.rename(path, out)
+        else: shutil.rmtree(path)

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'NEEDED', 'SAVE_SECONDS', 'read_manifest', 'seal_checkpoint', 'checkpoint_problem', 'checkpoint_folders',
-           'identity_differences', 'find_checkpoint', 'drop_old_checkpoints', 'rows_fingerprint', 'run_identity',
-           'planned_tokens', 'RunTotals', 'storage_error', 'append_metrics', 'keep_metrics', 'seeded_order',
-           'step_rows', 'weights_finite', 'check_finite', 'RunStopped', 'StopRequest', 'stop_on_sigterm',
-           'guarded_tracker', 'save_checkpoint', 'load_trained', 'flow_callback', 'whole_checkpoint', 'resumable',
-           'begin_or_resume']
+           'identity_differences', 'find_checkpoint', 'drop_old_checkpoints', 'only_one', 'rows_fingerprint',
+           'run_identity', 'planned_tokens', 'RunTotals', 'storage_error', 'append_metrics', 'keep_metrics',
+           'seeded_order', 'step_rows', 'weights_finite', 'check_finite', 'RunStopped', 'StopRequest',
+           'stop_on_sigterm', 'guarded_tracker', 'save_checkpoint', 'load_trained', 'flow_callback', 'whole_checkpoint',
+           'resumable', 'begin_or_resume']
 
 # %% ../nbs/08_checkpoints.ipynb #ecf63c03
 import contextlib, errno, json, os, shutil, time
@@ -173,6 +173,29 @@ def drop_old_checkpoints(
         os.rename(place, gone)
         shutil.rmtree(gone)
 
+# %% ../nbs/08_checkpoints.ipynb #eef22782
+@contextlib.contextmanager
+def only_one(
+    folder: str,  # `train_out_dir`; made where it isn't there
+):
+    "Within this, no other process works in the folder; raises where one does."
+    try: import fcntl
+    except ImportError: yield; return  # Windows
+    try:
+        os.makedirs(folder, exist_ok=True)
+        lock = open(os.path.join(folder, ".lock"), "a+", encoding="utf-8")
+    except OSError as e: raise storage_error(e, folder, "train_out_dir") from e
+    with lock:
+        try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise ValueError(f"{folder} is in use by {lock.read(200).strip() or 'another process'}: the job runs already. Wait for it, stop it, or give another train_out_dir") from None
+        except OSError: pass  # a network drive without locks
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {os.uname().nodename}")
+        lock.flush()
+        yield
+
 # %% ../nbs/08_checkpoints.ipynb #fb331e6d
 def rows_fingerprint(
     dataset,  # `Dataset` with `input_ids` and `labels`
@@ -315,9 +338,9 @@ def step_rows(
     if not trainer.order or not trainer.order.rows: return "its rows are not known"
     size = trainer.get_total_train_batch_size(trainer.args)
     at = (trainer.state.global_step - done) % trainer.epoch_steps * size
-    numbers = sorted(trainer.row_numbers[i] if trainer.row_numbers else i for i in trainer.order.rows[at:at + size])
+    numbers = sorted(trainer.row_numbers[i] if trainer.row_numbers else i + 1 for i in trainer.order.rows[at:at + size])
     shown = ", ".join(map(str, numbers[:64])) + f" and {len(numbers) - 64} more" * (len(numbers) > 64)
-    return f"its rows are {shown} of the {'data set' if trainer.row_numbers else 'training rows'}, counted from 0"
+    return f"its rows are {shown} of the {'data set' if trainer.row_numbers else 'training rows'}, counted from 1"
 
 # %% ../nbs/08_checkpoints.ipynb #8f1cfff6
 def weights_finite(

@@ -91,12 +91,19 @@ def attempt(
         self.cause = self.cause or e
         self.add("error", about, *problem_lines(e))
 
+# %% ../nbs/10_preflight.ipynb #0d676ebd
+def _shows_token(p: Preflight) -> bool:
+    "Would the traceback of a library's error show the job's token?"
+    import traceback
+    secrets = [o for o in (p.known.get("token"), p.args.hf_token and p.args.hf_token.reveal()) if o]
+    return bool(secrets) and any(o in "".join(traceback.format_exception(p.cause)) for o in secrets)
+
 # %% ../nbs/10_preflight.ipynb #00330938
 @patch
 def raise_errors(self: Preflight):
     "Raise one `ValueError` with every error found; do nothing when there are none."
     try: consts.raise_problems(list(dict.fromkeys(self.lines("error"))))
-    except ValueError as e: raise e from (None if isinstance(self.cause, (ValueError, OSError)) else self.cause)
+    except ValueError as e: raise e from (None if isinstance(self.cause, (ValueError, OSError)) or _shows_token(self) else self.cause)
 
 # %% ../nbs/10_preflight.ipynb #18abb1a9
 @patch
@@ -196,7 +203,7 @@ def place_problem(
     if table == "datasets": return ""
     files = os.listdir(place) if os.path.isdir(place) else []
     if "config.json" not in files: return f"{where} holds no model; name a folder with a config.json{seen}"
-    if not any(f.endswith((".safetensors", ".gguf")) for f in files): return f"{where} holds no weights; put the model's *.safetensors there{seen}"
+    if not any(f.endswith(".safetensors") for f in files): return f"{where} holds no weights; put the model's *.safetensors there{seen}"
     return ""
 
 # %% ../nbs/10_preflight.ipynb #2a6654df
@@ -232,7 +239,7 @@ def _check_places(p: Preflight):
     for key in ("out_dir", "train_out_dir"):
         path = getattr(p.args, key)
         beside = os.path.dirname(os.path.realpath(path)) if os.path.isdir(path) else path  # an adapter is put in the place of an older one
-        if text := p.attempt("folders", lambda: folder_problem(path) or folder_problem(beside)): problems.append(f"--{key} {text}")
+        if text := p.attempt("folders", lambda: adapters.link_problem(path) or folder_problem(path) or folder_problem(beside)): problems.append(f"--{key} {text}")
     p.add("error", "folders", *problems)
     if not problems: p.add("ok", "folders", "out_dir and train_out_dir can be written")
     if not p.args.auto_add_adapter or "engine" not in p.known: return
@@ -281,7 +288,9 @@ def plan_model(
 def _check_model(p: Preflight):
     "Tokenizer, settings of the model, and whether LoRA fits it."
     if "model" not in p.known: return
-    files = p.attempt("model", lambda: load_base_files(base_source(p.known["model"]), p.known["token"]))
+    source = base_source(p.known["model"]), p.known["token"]
+    if problems := p.attempt("model", adapters.base_model_problems, *source): return p.add("error", "model", *problems)
+    files = p.attempt("model", load_base_files, *source)
     if not files: return
     p.known["tokenizer"], config, notes = files
     p.known["config"] = config.get_text_config()
@@ -334,12 +343,12 @@ def row_ledger(
     split: dict,  # "train", "test" -> rows after sampling and splitting
     kept: dict,  # "train", "test" -> rows after formatting and tokenizing
     dropped: list,  # {"split", "row", "reason"} of each row left out
-) -> dict:  # counts that add up
+) -> tokens.RowLedger:  # counts that add up
     "What became of the rows; raises where they don't add up."
     own = next((o for o in ("test", "eval") if o in read), None)
     total = read["train"] + (read[own] if own else 0)
-    ledger = {"read": total, "trained": kept["train"], "held_out": kept["test"], "sampled_away": total - sum(split.values()),
-              "dropped": dropped, "splits_not_used": {k: n for k, n in read.items() if k not in ("train", own)}}
+    ledger = tokens.RowLedger({"read": total, "trained": kept["train"], "held_out": kept["test"], "sampled_away": total - sum(split.values()),
+              "dropped": dropped, "splits_not_used": {k: n for k, n in read.items() if k not in ("train", own)}})
     if total != ledger["trained"] + ledger["held_out"] + ledger["sampled_away"] + len(dropped):
         raise RuntimeError(f"the row ledger doesn't balance: {ledger}")
     return ledger
@@ -404,6 +413,7 @@ class JobRows:
     hashes: dict  # "data": split -> hash of its rows as read; "train", "test": of the rows on either side of the split
     limit: int  # tokens a row may have
     counts: dict = field(default_factory=dict, repr=False)  # "train", "test" -> `RowCounts`
+    numbers: list = field(default_factory=list, repr=False)  # of each row to train on: where it is in the data, from 1
 
 # %% ../nbs/10_preflight.ipynb #f7da3670
 def _tokenize_part(
@@ -492,7 +502,8 @@ def prepare_rows(
     if not ledger["trained"]: raise ValueError(f"no row is left to train on\n{describe_ledger(ledger)}")
     named = {"data": data, **{k: v[0] for k, v in halves.items()}} if keep else {}
     hashes = {k: {name: splits.rows_hash(ds) for name, ds in v.items()} if k == "data" else splits.rows_hash(v) for k, v in named.items()}
-    return JobRows(done["train"][0], done["test"][0], ledger, hashes, limit, counts)
+    numbers = [halves["train"][1][i] + 1 for i in done["train"][0].kept]
+    return JobRows(done["train"][0], done["test"][0], ledger, hashes, limit, counts, numbers)
 
 # %% ../nbs/10_preflight.ipynb #87a33b37
 def _check_rows(p: Preflight, keep: bool):
@@ -683,7 +694,8 @@ def _check_disk(p: Preflight):
     trained = adapters.get_model_parameters(p.known["plan"])[1]
     adapter = 4 * trained + words
     checkpoint = adapter + optimizer_bytes(config["optim"], trained)
-    number = 0 if config.get("save_strategy") == "no" else 1 + config["save_total_limit"]
+    saves = p.known["settings"].save_seconds is not None or config.get("save_strategy") != "no"
+    number = (1 + config["save_total_limit"]) * saves  # one is being written
     needs = {args.train_out_dir: number * checkpoint, args.out_dir: 2 * adapter}
     problems = p.attempt("disk", disk_problems, needs)
     if problems is None: return

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['RENAMED', 'IGNORED', 'REFUSED', 'training_problems', 'TrainingSettings', 'settle_training', 'wants_bar',
-           'progress_line', 'free_memory', 'tokens_per_pass', 'packed_passes', 'sharing_obstacle', 'TrainedRun',
-           'usable_cores', 'train_adapter']
+           'progress_line', 'taken_memory', 'free_memory', 'tokens_per_pass', 'packed_passes', 'sharing_obstacle',
+           'TrainedRun', 'usable_cores', 'train_adapter']
 
 # %% ../nbs/09_trainer.ipynb #4b5e6610
-import json, os, sys, time
+import contextlib, json, os, sys, time
 from dataclasses import asdict, dataclass
 
 from .adapters import Precision
-from .checkpoints import (SAVE_SECONDS, RunTotals, StopRequest, append_metrics, begin_or_resume, flow_callback, guarded_tracker, resumable, run_identity,
-                              stop_on_sigterm, storage_error)
+from .checkpoints import (SAVE_SECONDS, RunStopped, RunTotals, StopRequest, _one_line, append_metrics, begin_or_resume, flow_callback, guarded_tracker, resumable,
+                              run_identity, stop_on_sigterm, storage_error)
 from .consts import TRAINING_DATA_TEXT_FIELD, nearest, raise_problems
 from .packing import causal_model, common_prefix, pack_rows, packed_loss, packing_attention, shares_exactly, split_passes
 
@@ -198,6 +198,13 @@ def progress_line(
     parts = [f"step {step}/{steps}"] + [f"{name} {logs[k]:.4g}" for k, name in (("loss", "loss"), ("eval_loss", "held-out loss"), ("learning_rate", "lr")) if k in logs]
     return "  ".join(parts + [f"{rows / max(seconds, 1e-9):.2f} rows/s", f"{int(left // 60)}:{int(left % 60):02d} left"])
 
+# %% ../nbs/09_trainer.ipynb #aaa9fc0f
+def taken_memory() -> int:  # bytes
+    "Memory that this process holds, of the GPU where it uses one."
+    import psutil, torch
+    if torch.cuda.is_available() and torch.cuda.is_initialized(): return torch.cuda.max_memory_reserved()
+    return psutil.Process().memory_info().rss
+
 # %% ../nbs/09_trainer.ipynb #84963e70
 def _run_callback(
     path: str,  # metrics.jsonl
@@ -215,7 +222,7 @@ def _run_callback(
         def on_step_end(self, args, state, control, **kw):
             if self.bar is not None: self.bar.update(state.global_step - self.bar.n)
         def on_log(self, args, state, control, logs=None, **kw):
-            if state.is_world_process_zero: append_metrics(path, state.global_step, logs or {}, totals)
+            if state.is_world_process_zero: append_metrics(path, state.global_step, {**(logs or {}), "max_steps": state.max_steps, "memory": taken_memory()}, totals)
             if not hasattr(self, "start") or not state.is_world_process_zero: return
             if self.bar is not None: self.bar.set_postfix({k: f"{v:.4g}" for k, v in logs.items() if k in ("loss", "eval_loss")})
             elif time.time() - self.said >= 10 or state.global_step == state.max_steps and "loss" in logs:
@@ -435,6 +442,21 @@ def _final_metrics(
                "train_seconds": round(trainer.seconds + done.metrics["train_runtime"], 3), **asdict(trainer.totals)}
     return {k: v for k, v in metrics.items() if v is not None}
 
+# %% ../nbs/09_trainer.ipynb #8e59faf4
+@contextlib.contextmanager
+def _say_how_it_ends(
+    trainer,  # from `_make_trainer`
+):
+    "Within this, a run ends with a line: finished, stopped or failed, and why."
+    def say(state, message=""):
+        if not trainer.is_world_process_zero(): return
+        append_metrics(os.path.join(trainer.args.output_dir, "metrics.jsonl"), trainer.state.global_step, {"state": state, "message": message}, trainer.totals)
+    try: yield
+    except BaseException as e:
+        with contextlib.suppress(OSError): say("stopped" if isinstance(e, (RunStopped, KeyboardInterrupt)) else "failed", _one_line(e))
+        raise
+    say("finished")
+
 # %% ../nbs/09_trainer.ipynb #d0097feb
 def train_adapter(
     model,  # a `PeftModel`
@@ -447,7 +469,7 @@ def train_adapter(
     row_numbers: list | None = None,  # the number in the data set of each row of `train`, for errors
 ) -> TrainedRun:  # the trained model, losses before and after
     "Train with TRL's SFTTrainer (https://huggingface.co/docs/trl/sft_trainer) from the newest checkpoint, if there is one; evaluate before and after."
-    import contextlib, torch
+    import torch
     if not len(train): raise ValueError("there is no row to train on")
     torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
     budget, why = _settle_budget(model, train, settings)
@@ -456,7 +478,7 @@ def train_adapter(
     checkpoint = begin_or_resume(trainer, run_identity(settings.config | {"tokens_per_pass": settings.tokens_per_pass, "shared_prefix": not why}, model, train, test, identity))
     trainer.stop, trainer.row_numbers = StopRequest(), row_numbers
     _quiet(trainer)
-    with contextlib.nullcontext() if why else packing_attention(model), stop_on_sigterm(trainer.stop):
+    with contextlib.nullcontext() if why else packing_attention(model), stop_on_sigterm(trainer.stop), _say_how_it_ends(trainer):
         done = trainer.train(resume_from_checkpoint=checkpoint)
         after = trainer.evaluate()["eval_loss"] if len(test) else None
     if trainer.is_world_process_zero(): print(trainer.totals, flush=True)
