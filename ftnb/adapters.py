@@ -335,6 +335,16 @@ def prove_adapter(
         raise RuntimeError(f"the saved adapter, loaded onto {source}, gives logits that differ by {difference:.3g} from the trained model's (limit {limit:.3g})")
     return difference
 
+# %% ../nbs/07_adapters.ipynb #0d9fe8b8
+def _take_over(
+    old: str,  # folder of an earlier adapter
+    out: str,  # of the one that took its place
+):
+    "Keep what only the earlier folder holds, and delete the rest of it."
+    import shutil
+    for name in set(os.listdir(old)) - set(os.listdir(out)): os.rename(os.path.join(old, name), os.path.join(out, name))
+    shutil.rmtree(old)
+
 # %% ../nbs/07_adapters.ipynb #756763ab
 def _flush(
     path: str,  # file or folder
@@ -351,7 +361,6 @@ def publish_folder(
     out_dir: str,  # its place
 ):
     "Rename a folder to its place, so that it is there whole or not at all."
-    import shutil
     if problem := link_problem(out_dir): raise ValueError(problem)
     out = os.path.realpath(out_dir)
     for name in [*os.listdir(folder), "."]: _flush(os.path.join(folder, name))
@@ -364,8 +373,7 @@ def publish_folder(
         except BaseException:
             os.rename(old, out)
             raise
-        for name in set(os.listdir(old)) - set(os.listdir(out)): os.rename(os.path.join(old, name), os.path.join(out, name))
-        shutil.rmtree(old)
+        _take_over(old, out)
 
 # %% ../nbs/07_adapters.ipynb #735aa4e5
 def clear_leftovers(
@@ -377,5 +385,6 @@ def clear_leftovers(
     beside, name = os.path.split(out)
     for o in sorted(os.listdir(beside), reverse=True) if os.path.isdir(beside) else ():  # `.old` comes first
         if not re.fullmatch(rf"\.{re.escape(name)}\.\w{{8}}(\.old)?", o) or os.path.islink(path := os.path.join(beside, o)): continue
-        if o.endswith(".old") and not os.path.lexists(out): os.rename(path, out)
-        else: shutil.rmtree(path)
+        if not o.endswith(".old"): shutil.rmtree(path)
+        elif os.path.lexists(out): _take_over(path, out)
+        else: os.rename(path, out)

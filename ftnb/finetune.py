@@ -114,6 +114,14 @@ def _write_json(
     with open(f"{path}.part", "w", encoding="utf-8") as f: json.dump(value, f, indent=1, ensure_ascii=False, default=str)
     os.replace(f"{path}.part", path)
 
+# %% ../nbs/14_finetune.ipynb #093e868d
+def _draw(
+    args: jobargs.JobArgs,  # of a job that has trained
+):
+    "Write the run's report; without one the run is as good."
+    try: runs.write_report(args.train_out_dir, args.out_dir)
+    except Exception as e: print(f"no report.html: {e}", flush=True)
+
 # %% ../nbs/14_finetune.ipynb #4e5cf850
 def _register(
     job: Job,  # whose adapter is in its place
@@ -147,8 +155,7 @@ def _finish(
     except BaseException:
         shutil.rmtree(saved.folder, ignore_errors=True)
         raise
-    try: runs.write_report(job.args.train_out_dir, job.args.out_dir)
-    except Exception as e: print(f"no report.html: {e}", flush=True)
+    _draw(job.args)
     print(f"adapter: {job.args.out_dir} (loaded back: its logits are within {difference:.1g} of the trained model's)", flush=True)
     if job.args.auto_add_adapter: _register(job)
     return run
@@ -182,6 +189,7 @@ def finetune(
         adapters.clear_leftovers(args.out_dir)
         if run := finished_run(job, rows):
             print(f"adapter: {args.out_dir} is this job's already, whole; nothing is trained again", flush=True)
+            if not os.path.exists(os.path.join(args.train_out_dir, "report.html")): _draw(args)
             if args.auto_add_adapter: _register(job)
             return run
         _write_json(os.path.join(args.train_out_dir, "job.json"), {"arguments": jobargs.format_job_arguments(args), "started": round(start, 3)})
