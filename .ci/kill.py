@@ -9,7 +9,7 @@ from hashlib import sha256
 from multiprocessing import get_context
 from pathlib import Path
 
-import ftnb.checkpoints, ftnb.demo, ftnb.finetune, ftnb.tiny, ftnb.trainer
+import ftnb.checkpoints, ftnb.demo, ftnb.finetune, ftnb.preflight, ftnb.tiny, ftnb.trainer
 
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": "all-linear"}
 TRAINING = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 1e-3, "lr_scheduler_type": "cosine",
@@ -77,6 +77,7 @@ CASES = [
     killed("the earlier adapter is out of its place", "os.rename", (), after=True, n=2, path="/adapters/", earlier=True),
     killed("the adapter has taken its place", "os.rename", (), after=True, n=3, path="/adapters/", earlier=True),
     killed("deleting the earlier adapter", "shutil.rmtree", (), path="/adapters/", earlier=True),
+    killed("drawing the report", "os.replace", (), path="report.html"),
     killed("before the insert", "ftnb.studio.register_adapter", ()),
     killed("the insert, before its commit", "ftnb.studio._put_adapter", (), after=True),
     killed("after the insert", "ftnb.studio._write", (), after=True),
@@ -329,6 +330,7 @@ def work_off(place, right, cases, tasks, results):
         results.put((name, found))
 
 def main(words):
+    ftnb.preflight.quiet_libraries()
     cases = [(f"killed: {case.name}", partial(die_and_go_on, case)) for case in CASES]
     cases = [("killed: a process of its own", by_its_own_door), ("killed: waiting for the Studio's writer", studio_writes),
              ("SIGTERM: step 3", sigterm), ("started again while it runs", twice_at_once), *cases]
