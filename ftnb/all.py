@@ -14,11 +14,13 @@ from .prompts import *
 from .splits import *
 from .tokens import *
 from .adapters import *
+from .checkpoints import *
 from .packing import *
 from .trainer import *
 from .preflight import *
 from .evaluate import *
 from .curves import *
+from .chat import *
 from .monitor import *
 from .runs import *
 from .finetune import *
