@@ -1,5 +1,5 @@
 "A job is killed at each of its phases and run again: the same adapter, one row: `python .ci/kill.py [WORDS OF A CASE ...]`."
-import importlib, itertools, json, os, pkgutil, re, resource, shutil, signal, sqlite3, subprocess, sys, tempfile, time, traceback
+import gc, importlib, itertools, json, os, pkgutil, re, resource, shutil, signal, sqlite3, subprocess, sys, tempfile, time, traceback
 BEGAN = time.monotonic()
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # no threads of the libraries' own when a process is forked
 from contextlib import closing, suppress
@@ -319,6 +319,7 @@ def undisturbed(place):
     print(done.printed if done.status or done.steps != tuple(ALL) else f"undisturbed: steps {[*done.steps]}", flush=True)
     for name in (place.folder/"modules").read_text().split():
         with suppress(Exception): importlib.import_module(name)
+    gc.freeze()  # what is imported is left alone by the collector of each run
     return state(place.project)
 
 def work_off(place, right, cases, tasks, results):
