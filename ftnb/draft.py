@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PARTS', 'QUANTISATION', 'USUAL', 'field_text', 'read_field', 'spread', 'gather', 'settings_argument', 'new_values',
            'values_of', 'form_args', 'unusual', 'python_call', 'find_arguments', 'renewed', 'add_model', 'add_dataset',
-           'first_rows', 'read_prompt', 'preview_html', 'add_prompt', 'guess_seconds', 'in_minutes', 'expectations',
-           'running_process', 'start_job', 'stop_job', 'last_lines']
+           'first_rows', 'read_prompt', 'preview_html', 'add_prompt', 'token_seconds', 'run_seconds', 'in_minutes',
+           'expectations', 'running_process', 'start_job', 'stop_job', 'last_lines']
 
 # %% ../nbs/12_draft.ipynb #2e53dbf2
 import json, os, re, sys
@@ -342,16 +342,24 @@ def _largest_rows(
     return [dict(input_ids=[*counts.head[:counts.prefix], *ids], labels=[-100] * counts.prefix + ids) for ids in own]
 
 # %% ../nbs/12_draft.ipynb #b4d63b12
-def guess_seconds(
+def token_seconds(
     check: preflight.Preflight,  # from `preflight.check_job`
-) -> float | None:  # seconds of training; None where it can't be told yet
-    "About how long a run will train on this machine."
+) -> float | None:  # for a computed token; None where it can't be told yet
+    "About how long this machine trains a token."
     if any(check.known.get(o) is None for o in ("plan", "rows", "steps", "memory")) or not check.known["shares"]: return None
     rows, layers = _largest_rows(check), check.known["config"].num_hidden_layers
     (computed, one), (_, two) = (_time_layers(check, n, rows) for n in (1, 2))
+    return (one + max(0, two - one) * (layers - 1)) / computed
+
+# %% ../nbs/12_draft.ipynb #1c61344f
+def run_seconds(
+    check: preflight.Preflight,  # from `preflight.check_job`, with steps known
+    each: float,  # seconds for a computed token
+) -> float:  # of training
+    "About how long a run will train."
     steps, tests = check.known["steps"], check.known["rows"].counts["test"]
     held = 2 * preflight.computed_tokens(tests, 64, steps.largest) / 3  # before and after, forward only
-    return (one + max(0, two - one) * (layers - 1)) / computed * (steps.computed + held)
+    return each * (steps.computed + held)
 
 # %% ../nbs/12_draft.ipynb #138803b2
 def in_minutes(
@@ -365,7 +373,7 @@ def in_minutes(
 # %% ../nbs/12_draft.ipynb #d6dd697d
 def expectations(
     check: preflight.Preflight,  # from `preflight.check_job`
-    seconds: float | None = None,  # from `guess_seconds`
+    seconds: float | None = None,  # from `run_seconds`
 ) -> dict:  # what -> words
     "What a run will come to, in a few lines."
     known, found = check.known, {}
