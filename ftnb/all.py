@@ -20,6 +20,7 @@ from .preflight import *
 from .evaluate import *
 from .curves import *
 from .monitor import *
+from .form import *
 from .runs import *
 from .finetune import *
 from .tiny import *
