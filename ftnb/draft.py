@@ -346,9 +346,15 @@ def token_seconds(
     check: preflight.Preflight,  # from `preflight.check_job`
 ) -> float | None:  # for a computed token; None where it can't be told yet
     "About how long this machine trains a token."
+    import torch
     if any(check.known.get(o) is None for o in ("plan", "rows", "steps", "memory")) or not check.known["shares"]: return None
     rows, layers = _largest_rows(check), check.known["config"].num_hidden_layers
-    (computed, one), (_, two) = (_time_layers(check, n, rows) for n in (1, 2))
+    try: (computed, one), (_, two) = (_time_layers(check, n, rows) for n in (1, 2))
+    except (RuntimeError, MemoryError) as e:
+        if not trainer._out_of_memory(e): raise
+        return None
+    finally:
+        if check.known["precision"].device != "cpu": torch.cuda.empty_cache()  # the run needs it
     return (one + max(0, two - one) * (layers - 1)) / computed
 
 # %% ../nbs/12_draft.ipynb #1c61344f

@@ -286,13 +286,14 @@ def _estimate(
 def _look_ahead(self: Form):
     "Check the job as the fields stand, unless that has been done."
     args = self.args
-    if args is None: self.panel.value = "<i>Put right what is marked, to see what the run comes to.</i>"; self.check = None; return
-    if self.check is not None and self.check.args == args: return
+    if args is None: self.panel.value = "<i>Put right what is marked, to see what the run comes to.</i>"
+    if args == self.looked: return
+    self.looked, self.check = args, None  # what fails isn't tried again each second
+    if args is None: return
     self.state.value = "<i>checking …</i>"
-    check = preflight.check_job(args, self.env, keep=False)
+    self.check = check = preflight.check_job(args, self.env, keep=False)
     self.panel.value = _panel(check, None)
-    seconds = self._estimate(check)
-    self.panel.value, self.check, self.state.value = _panel(check, seconds), check, ""
+    self.panel.value, self.state.value = _panel(check, self._estimate(check)), ""
     self._set_buttons()
 
 # %% ../nbs/13_form.ipynb #95816ecd
@@ -360,7 +361,7 @@ def _press(
 ):
     "Do what a button says, and say what came of it."
     try:
-        if name == "check": self.check = None
+        if name == "check": self.looked = None
         done = "" if name == "check" else getattr(self, name)()
         said = {"train": "started", "resume": "started again", "check": ""}.get(name, done)
         if name == "train": self._fill()
@@ -448,7 +449,7 @@ def _make_parts(self: Form):
     "The widgets that say something, and the buttons."
     import ipywidgets as w
     self.inputs, self.notes, self.filling, self.running, self.followed, self.shown, self.watched = {}, {}, False, False, False, None, None
-    self.measured, self.sample, self.args, self.pause = {}, (None, []), None, 0.7
+    self.measured, self.sample, self.args, self.looked, self.pause = {}, (None, []), None, None, 0.7
     self.ready, self.changed, self.closed = threading.Event(), threading.Event(), threading.Event()
     self.general, self.texts, self.panel, self.state, self.log, self.preview = (w.HTML(layout=w.Layout(width="100%")) for _ in range(6))
     self.panel.value, self.picture = "<i>loading …</i>", w.VBox([])
