@@ -250,7 +250,7 @@ def _show_problems(self: Form):
     for name, note in self.notes.items(): note.value = _badge(problems[name]) if name in problems else _badge(remarks.get(name, ""), "warning")
     other = [f"{k} {v}" for k, v in problems.items() if k not in self.notes]
     self.general.value = "".join(f"<div>{_badge(o)}</div>" for o in [*([self.problem] if self.problem else []), *other])
-    look = "white-space:pre-wrap;word-break:break-all;user-select:all;border:1px solid #9ca3af;border-radius:4px;padding:4px 8px;margin:2px 0;line-height:1.35"
+    look = "box-sizing:border-box;width:98%;white-space:pre-wrap;word-break:break-all;user-select:all;border:1px solid #9ca3af;border-radius:4px;padding:4px 8px;margin:2px 0;line-height:1.35"
     self.texts.value = "".join(f'<div>{label}<pre style="{look}">{escape(text)}</pre></div>' for label, text in zip(("JOB_ARGUMENTS (a click marks all)", "In Python"), self.as_text()) if text)
     self._set_buttons()
 
@@ -318,7 +318,7 @@ def _follow(self: Form):
     if process or self.followed:
         look = "max-height:14em;overflow:auto;display:flex;flex-direction:column-reverse;border-left:3px solid #9ca3af;padding-left:8px"  # the end is seen first
         log = escape(draft.last_lines(os.path.join(folder, "output.log")))
-        self.log.value = f'<div style="{look}"><pre style="white-space:pre-wrap;line-height:1.3;margin:0">{log}</pre></div>'
+        self.log.value = f'<div style="{look}"><pre style="flex:none;overflow:visible;white-space:pre-wrap;line-height:1.3;margin:0">{log}</pre></div>'
     if self.followed and not process: self.state.value = _badge("trained", "ok") if trained else _badge("not running any more: see its last lines below", "warning")
     self.running = self.followed = process is not None
     self._set_buttons()
