@@ -22,6 +22,7 @@ from .evaluate import *
 from .curves import *
 from .chat import *
 from .monitor import *
+from .form import *
 from .runs import *
 from .finetune import *
 from .tiny import *
