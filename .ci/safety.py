@@ -239,7 +239,7 @@ def token():
         check("the hub was shown the token", f"Bearer {CANARY}" in Gate.seen)
         run_job("wrong records", folder, project, by_key(base_model_id="none", lora_config='{"r":-1}'), False, "there is no such row")
         run_job("wrong arguments", folder, project, by_key() + f" --hf_tokn {CANARY} --out_dir ../x", False, "--hf_tokn is no key")
-        run_job("training that diverges", folder, project, by_key(adapter_name="diverges", training_arguments_config='{"learning_rate":1e20,"weight_decay":1e30,"max_steps":20}'), False, "FloatingPointError")
+        run_job("training that diverges", folder, project, by_key(adapter_name="diverges", train_out_dir=f"{args.train_out_dir}-2", training_arguments_config='{"learning_rate":1e20,"weight_decay":1e30,"max_steps":20}'), False, "FloatingPointError")
         check("nobody was logged in", not [p for p in folder.rglob("*token*") if p.name in ("token", "stored_tokens")])
     server.shutdown()
 

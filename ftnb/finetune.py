@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Job', 'JobRows', 'build_model', 'SavedAdapter', 'job_identity', 'train_and_save', 'library_versions', 'describe_run',
-           'finished_run', 'finetune', 'register_saved', 'register_command', 'run_command']
+           'finished_run', 'check_checkpoints', 'finetune', 'register_saved', 'register_command', 'run_command']
 
 # %% ../nbs/14_finetune.ipynb #97da8fe1
 import os, sys
@@ -174,6 +174,19 @@ def finished_run(
     except (OSError, ValueError, TypeError, KeyError, RecursionError): return None
     return run if same else None
 
+# %% ../nbs/14_finetune.ipynb #cd82a2e0
+def check_checkpoints(
+    job: Job,  # from `preflight.check_job`
+    rows: JobRows,  # from `prepare_rows`
+):
+    "Raise where `train_out_dir` holds checkpoints of another run."
+    place, now = job.args.train_out_dir, json.loads(json.dumps(job_identity(job, rows), default=str))
+    for _, folder in checkpoints.checkpoint_folders(place):
+        try: then = checkpoints.read_manifest(folder)["identity"]
+        except (OSError, ValueError): continue  # the trainer sets it aside
+        consts.raise_problems(checkpoints.identity_differences({k: then[k] for k in now if k in then}, now),
+                              f"{folder} is from another run, so this one can't go on from it. Give another train_out_dir, or delete that folder to begin anew. The differences")
+
 # %% ../nbs/14_finetune.ipynb #18a4c487
 def finetune(
     args: jobargs.JobArgs,  # from `parse_job_arguments`
@@ -192,6 +205,7 @@ def finetune(
             if not os.path.exists(os.path.join(args.train_out_dir, "report.html")): _draw(args)
             if args.auto_add_adapter: _register(job)
             return run
+        check_checkpoints(job, rows)
         _write_json(os.path.join(args.train_out_dir, "job.json"), {"arguments": jobargs.format_job_arguments(args), "started": round(start, 3)})
         _write_json(os.path.join(args.train_out_dir, "ledger.json"), rows.ledger)
         return _finish(job, rows, train_and_save(job, tokenizer, rows, bar), start)
