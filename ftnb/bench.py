@@ -15,7 +15,7 @@ from statistics import median
 from .adapters import apply_lora, choose_precision, load_base_model, load_tokenizer
 from .consts import DEFAULT_LORA_CONFIG, raise_problems
 from .demo import demo_base_model, demo_data
-from .packing import packing_attention
+from .packing import keeps_prefix, packing_attention
 from .tokens import configure_tokenizer_padding
 from .trainer import _make_trainer, _quiet, _settle_budget, packed_passes, settle_training
 
@@ -113,9 +113,10 @@ def _trl_trainer(
 def _count(
     inputs: dict,  # a batch, as the trainer gets it
     budget: int = 0,  # of flat passes; 0 for what TRL makes
+    keep: bool = False,  # is the prefix of a step's passes computed once?
 ) -> list:  # rows, tokens computed, positions scored
     "What a batch holds."
-    if budget: return [sum(o) for o in zip(*((p.rows, p.tokens_computed, len(p.positions)) for p in packed_passes(inputs, budget)))]
+    if budget: return [sum(o) for o in zip(*((p.rows, p.tokens_computed, len(p.positions)) for p in packed_passes(inputs, budget, keep)))]
     packed = inputs.get("position_ids")
     rows = len(inputs["input_ids"]) if packed is None else int((packed == 0).sum())
     return [rows, inputs["input_ids"].numel(), int((inputs["labels"] != -100).sum())]
@@ -159,7 +160,7 @@ def run_contender(
     trainer = _our_trainer(job, *parts, folder) if kind == "ftnb" else _trl_trainer(job, kind == "trl packed", *parts, folder)
     step, budget = trainer.training_step, getattr(trainer, "budget", 0)
     def counted(model, inputs, num_items=None):
-        counts[:] = map(sum, zip(counts, _count(inputs, budget)))
+        counts[:] = map(sum, zip(counts, _count(inputs, budget, bool(budget) and keeps_prefix(model))))
         return step(model, inputs, num_items)
     trainer.training_step = counted
     shape = dict(body=body, head=model.get_output_embeddings().weight.numel())

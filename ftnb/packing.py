@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ATTENTION', 'common_prefix', 'Packing', 'PackedBatch', 'pack_rows', 'shared_prefix_attention', 'causal_model',
-           'packing_attention', 'packed_loss', 'split_passes', 'SharingCheck', 'shares_exactly']
+           'packing_attention', 'packed_loss', 'split_passes', 'lift_prefix', 'KeptPrefix', 'keeps_prefix',
+           'SharingCheck', 'shares_exactly']
 
 # %% ../nbs/08_packing.ipynb #ef2b99ed
 import contextlib
@@ -46,6 +47,7 @@ class Packing:
     frugal: bool = True  # lay keys and values out again for `backward` instead of keeping them
     masks: dict = field(default_factory=dict, repr=False, compare=False)  # made once a pass, used in each layer
     space: dict = field(default_factory=dict, repr=False, compare=False)  # memory that layers lay their keys and values out in
+    kept: list | None = field(default=None, repr=False, compare=False)  # keys and values of the prefix, layer by layer: a pass of the prefix alone fills it, passes without it use it
     calls: list = field(default_factory=list, repr=False, compare=False)  # layers that came by, one entry a call
 
     def to(
@@ -193,9 +195,9 @@ def _layout():  # an autograd function of (flat values, packing, name): (rows, l
     class Layout(torch.autograd.Function):
         @staticmethod
         def forward(ctx, values, packing, name):
-            n = 0 if name == "query" else packing.prefix
-            ctx.packing, ctx.n, groups = packing, n, []
-            own = values[packing.prefix:].index_select(0, packing.index)
+            n, start = 0 if name == "query" else packing.prefix, len(values) - len(packing.slots)
+            ctx.packing, ctx.n, ctx.start, groups = packing, n, start, []
+            own = values[start:].index_select(0, packing.index)
             for i, part in enumerate(own.split([rows * length for rows, length in packing.shapes])):
                 part = part.unflatten(0, packing.shapes[i])
                 if n: part = torch.cat([values[None, :n].expand(len(part), -1, -1, -1), part], 1, out=_space(packing, (name, i), part, n))
@@ -206,7 +208,7 @@ def _layout():  # an autograd function of (flat values, packing, name): (rows, l
         def backward(ctx, *grads):
             n, packing = ctx.n, ctx.packing
             own = torch.cat([g[:, n:].flatten(0, 1) for g in grads]).index_select(0, packing.slots)
-            head = sum(g[:, :n].sum(0) for g in grads) if n else own.new_zeros(packing.prefix, *own.shape[1:])
+            head = sum(g[:, :n].sum(0) for g in grads) if n else own.new_zeros(ctx.start, *own.shape[1:])
             return torch.cat([head, own]), None, None
     return Layout.apply
 
@@ -282,19 +284,30 @@ def _laid_out_again(
 # %% ../nbs/08_packing.ipynb #0566e5e4
 def _attend_flat(
     packing: Packing,  # of this pass
-    q, k, v,  # (tokens, heads, size) of the flat sequence
+    q, k, v,  # (tokens, heads, size) of the flat sequence; q may lack the prefix
     window: int | None,  # positions that a query sees
     **kwargs,  # scaling, dropout, softcap
 ):  # (tokens, heads, size)
     "Attention of a flat pass: the prefix to itself, each row to the prefix and itself."
     import torch
     if q.is_cuda and not kwargs["dropout"]: return _attend_flex(packing, q, k, v, window, **kwargs)
-    n = packing.prefix
+    n = len(q) - len(packing.slots)  # prefix tokens that look
     out = [_attend_group(packing, *(o[None, :n] for o in (q, k, v)), window, **kwargs)] if n else []
     made = [(o, name, _layout()(o, packing, name)) for o, name in ((q, "query"), (k, "key"), (v, "value"))]
     with _laid_out_again(packing, made) if packing.frugal else contextlib.nullcontext():
         rows = [_attend_group(packing, *group, window, **kwargs) for group in zip(*(groups for _, _, groups in made))]
     return torch.cat(out + [torch.cat(rows).index_select(0, packing.slots)])
+
+# %% ../nbs/08_packing.ipynb #cc52372d
+def _with_kept(
+    packing: Packing,  # with `kept`
+    q, k, v,  # (tokens, heads, size): of the prefix alone, or of the rows' own tokens
+) -> tuple:  # queries, and keys and values with the prefix's before them
+    "Keep the keys and values of a prefix, or use them."
+    import torch
+    if not packing.prefix: packing.kept.append((k, v))
+    else: k, v = (torch.cat([head, own]) for head, own in zip(packing.kept[len(packing.calls) - 1], (k, v)))
+    return q, k, v
 
 # %% ../nbs/08_packing.ipynb #285415b4
 def shared_prefix_attention(
@@ -316,7 +329,8 @@ def shared_prefix_attention(
     if packing is None: return _plain_attention(module, query, key, value, attention_mask, dropout, scaling, softcap, **kwargs)
     packing.calls.append(getattr(module, "layer_idx", None))
     window = kwargs["sliding_window"] if "sliding_window" in kwargs else getattr(module, "sliding_window", None)
-    flat = (o[0].transpose(0, 1) for o in (query, key, value))
+    flat = [o[0].transpose(0, 1) for o in (query, key, value)]
+    if packing.kept is not None: flat = _with_kept(packing, *flat)
     return _attend_flat(packing, *flat, window, scaling=scaling, dropout=dropout, softcap=softcap)[None], None
 
 # %% ../nbs/08_packing.ipynb #afa12f09
@@ -426,15 +440,6 @@ def _flat_hidden(
     return model.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=no_mask, use_cache=False,
                             packing=batch.packing).last_hidden_state[0]
 
-# %% ../nbs/08_packing.ipynb #e9913014
-@lru_cache
-def _trim():  # a function without arguments
-    "Gives freed memory back to the system, where the C library can ([malloc_trim](https://man7.org/linux/man-pages/man3/malloc_trim.3.html))."
-    import ctypes
-    try: trim = ctypes.CDLL(None).malloc_trim
-    except (OSError, TypeError, AttributeError): return lambda: None  # no glibc
-    return lambda: trim(0)
-
 # %% ../nbs/08_packing.ipynb #59c5fe0d
 def _pass_loss(
     model,  # a causal language model of transformers, its attention ours
@@ -444,7 +449,6 @@ def _pass_loss(
     "Run a flat pass and its loss."
     import torch
     batch, head = batch.to(model.get_input_embeddings().weight.device), model.get_output_embeddings()
-    if torch.is_grad_enabled() and not batch.input_ids.is_cuda: _trim()()
     batch = replace(batch, packing=replace(batch.packing, frugal=not model.is_activation_checkpointing))
     hidden = _flat_hidden(model, batch).index_select(0, batch.positions)
     step = max(32, 2**23 // model.config.get_text_config().vocab_size)  # logits of a chunk stay below 32 MB
@@ -522,6 +526,63 @@ def split_passes(
     passes = _first_fit(own, budget - prefix)
     even = _first_fit(own, min(budget - prefix, -(-sum(own) // max(len(passes), 1)) + max(own, default=0)))
     return sorted(map(sorted, even if len(even) == len(passes) else passes))
+
+# %% ../nbs/08_packing.ipynb #1d10db3d
+def _predictions(
+    position, targets, weights,  # of each prediction
+) -> dict:  # fields of a `PackedBatch`
+    "The loss of a pass, sorted by position, each pair once."
+    import torch
+    top = int(targets.max()) + 1 if len(targets) else 1
+    pairs, which = torch.unique(position * top + targets, return_inverse=True)
+    positions, pair = torch.unique_consecutive(pairs // top, return_inverse=True)
+    return dict(positions=positions, pair=pair, targets=pairs % top, weights=weights.new_zeros(len(pairs)).index_add_(0, which, weights),
+                num_items=int(weights.sum()))
+
+# %% ../nbs/08_packing.ipynb #c1afc187
+def lift_prefix(
+    batches: list,  # of `PackedBatch`, on the CPU, with the same prefix, of one token or more
+) -> list:  # a `PackedBatch` of the prefix alone, then theirs without it
+    "Passes that compute their prefix once between them; the first one's keys and values must wait for the others (`KeptPrefix`)."
+    import torch
+    n, kept, first, rest, above = batches[0].packing.prefix, [], batches[0], [], []
+    for b in batches:
+        at = b.positions[b.pair]
+        own = at >= n
+        above.append((at[~own], b.targets[~own], b.weights[~own]))
+        rest.append(replace(b, input_ids=b.input_ids[:, n:], position_ids=b.position_ids[:, n:], packing=replace(b.packing, kept=kept),
+                            tokens_computed=b.tokens_computed - n, **_predictions(at[own] - n, b.targets[own], b.weights[own])))
+    head = PackedBatch(first.input_ids[:, :n], first.position_ids[:, :n], replace(_make_packing(0, [n]), kept=kept), rows=0, tokens_given=0,
+                       tokens_computed=n, **_predictions(*map(torch.cat, zip(*above))))
+    return [head, *rest]
+
+# %% ../nbs/08_packing.ipynb #39af2d2a
+class KeptPrefix:
+    "A prefix that has been run, its keys and values ready for the passes that follow."
+    def __init__(
+        self,
+        model,  # within `packing_attention`, without gradient checkpointing
+        batch: PackedBatch,  # the first of `lift_prefix`
+        num_items=None,  # label tokens of the whole optimizer step
+    ):
+        self.loss, kept = packed_loss(model, batch, num_items), batch.packing.kept  # the loss of what its positions predict
+        self.made = [o for layer in kept for o in layer]
+        self.leaves = [o.detach().requires_grad_(o.requires_grad) for o in self.made]
+        kept[:] = zip(self.leaves[::2], self.leaves[1::2])
+
+    def backward(self):
+        "After the passes' own `backward`: take their gradients through the prefix."
+        import torch
+        ends = [(self.loss, None)] + [(o, leaf.grad) for o, leaf in zip(self.made, self.leaves) if leaf.grad is not None]
+        torch.autograd.backward(*zip(*((o, g) for o, g in ends if o.requires_grad)))
+
+# %% ../nbs/08_packing.ipynb #b60b22a4
+def keeps_prefix(
+    model,  # plain, in PEFT's wrapper, in DDP's
+) -> bool:  # on a CPU, without gradient checkpointing
+    "Whether passes of a step compute their prefix once between them."
+    inner = causal_model(model)
+    return inner.get_input_embeddings().weight.device.type == "cpu" and not inner.is_activation_checkpointing
 
 # %% ../nbs/08_packing.ipynb #6c3fb95c
 @dataclass(frozen=True)

@@ -414,6 +414,7 @@ class JobRows:
     limit: int  # tokens a row may have
     counts: dict = field(default_factory=dict, repr=False)  # "train", "test" -> `RowCounts`
     numbers: list = field(default_factory=list, repr=False)  # of each row to train on: where it is in the data, from 1
+    held_out: object = field(default=None, repr=False)  # `Dataset`: the rows of `test`, as read
 
 # %% ../nbs/10_preflight.ipynb #f7da3670
 def _tokenize_part(
@@ -503,7 +504,7 @@ def prepare_rows(
     named = {"data": data, **{k: v[0] for k, v in halves.items()}} if keep else {}
     hashes = {k: {name: splits.rows_hash(ds) for name, ds in v.items()} if k == "data" else splits.rows_hash(v) for k, v in named.items()}
     numbers = [halves["train"][1][i] + 1 for i in done["train"][0].kept]
-    return JobRows(done["train"][0], done["test"][0], ledger, hashes, limit, counts, numbers)
+    return JobRows(done["train"][0], done["test"][0], ledger, hashes, limit, counts, numbers, halves["test"][0].select(done["test"][0].kept))
 
 # %% ../nbs/10_preflight.ipynb #87a33b37
 def _check_rows(p: Preflight, keep: bool):
@@ -618,13 +619,14 @@ def computed_tokens(
     counts: RowCounts,  # of the rows
     size: int,  # rows of a batch
     budget: int,  # computed tokens of a flat pass
+    keeps: bool = False,  # is the prefix computed once a batch?
 ) -> int:  # of all rows once, about
-    "Tokens that flat passes compute: each row's own, and the prefix once a pass."
+    "Tokens that flat passes compute: each row's own, and the prefix once a pass or a batch."
     import numpy as np
     if not len(counts.lengths): return 0
     starts = np.arange(0, len(counts.lengths), size)
     own = np.add.reduceat(counts.lengths.astype(np.int64) - counts.prefix, starts)
-    passes = np.minimum(np.ceil(own / max(1, budget - counts.prefix)), np.diff(starts, append=len(counts.lengths))).astype(np.int64)
+    passes = starts * 0 + 1 if keeps else np.minimum(np.ceil(own / max(1, budget - counts.prefix)), np.diff(starts, append=len(counts.lengths))).astype(np.int64)
     return int(own.sum() + (passes * counts.prefix).sum())
 
 # %% ../nbs/10_preflight.ipynb #ee373a49
@@ -633,6 +635,7 @@ def plan_steps(
     settings: trainer.TrainingSettings,  # of the run
     budget: int,  # computed tokens of a flat pass; 0 for padded batches
     processes: int = 1,  # that share the rows
+    keeps: bool = False,  # is the prefix computed once a step?
 ) -> StepPlan:  # of the whole run
     "Count steps and tokens as the trainer will."
     import numpy as np
@@ -646,7 +649,7 @@ def plan_steps(
         longest = np.maximum.reduceat(lengths, np.arange(0, n, each))
         computed, largest = int((longest * each).sum()), int(longest.max()) * min(each, n)
     else:
-        computed = computed_tokens(counts, size, budget)
+        computed = computed_tokens(counts, size, budget, keeps)
         most = prefix + int(np.sort(lengths - prefix)[-size:].sum())
         largest = min(most, max(budget, int(lengths.max())))
     return StepPlan(steps, epochs, size * processes, round(int(lengths.sum()) * epochs), round(computed * epochs), largest)
@@ -661,7 +664,9 @@ def _check_memory(p: Preflight):
     free = p.attempt("memory", trainer.free_memory, job.precision.device)
     if free is None: return
     budget = pass_budget(plan, job.precision, job.settings, counts.prefix, max(0, free - fixed.total)) if p.known["shares"] else 0
-    steps = p.known["steps"] = plan_steps(counts, job.settings, budget, int(os.environ.get("WORLD_SIZE", "1")))
+    processes, precision = int(os.environ.get("WORLD_SIZE", "1")), job.precision
+    keeps = processes == 1 and precision.device == "cpu" and not precision.gradient_checkpointing
+    steps = p.known["steps"] = plan_steps(counts, job.settings, budget, processes, keeps)
     vocabulary = p.known["config"].vocab_size
     positions = max(32, 2**23 // vocabulary) if p.known["shares"] else steps.largest
     need = p.known["memory"] = replace(fixed, activations=steps.largest * token_bytes(plan, job.precision), logits=3 * 4 * vocabulary * min(positions, steps.largest))
@@ -787,8 +792,10 @@ def estimate_time(
     except (RuntimeError, MemoryError) as e:
         if not trainer._out_of_memory(e): raise
         return f"memory ran out on a pass of {len(chosen)} rows; training takes smaller ones"
-    steps = plan_steps(counts, job.settings, budget, int(os.environ.get("WORLD_SIZE", "1")))
-    evaluated = 2 * computed_tokens(rows.counts["test"], 64, budget)  # before and after, in batches of 64
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    keeps = processes == 1 and packing.keeps_prefix(model)
+    steps = plan_steps(counts, job.settings, budget, processes, keeps)
+    evaluated = 2 * computed_tokens(rows.counts["test"], 64, budget, keeps)  # before and after, in batches of 64
     seconds = took / computed * (steps.computed + evaluated / 3)  # forward only
     return f"a pass of {computed:,} computed tokens takes {took:.2g} s: about {int(seconds // 60)}:{int(seconds % 60):02d} for {steps.steps:,} steps"
 

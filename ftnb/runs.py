@@ -91,6 +91,18 @@ def _result_rows(
     if isinstance(record.get("seconds"), (int, float)): numbers["whole job"] = curves.short_time(record["seconds"])
     return [[k, v] for k, v in numbers.items() if isinstance(v, (int, float, str))]
 
+# %% ../nbs/13_runs.ipynb #4f8388ea
+def _comparison_rows(
+    record: dict,  # of run.json
+) -> tuple:  # ([what, base, adapter], [asked, expected, answer of the base, of the adapter])
+    "What a job found when it asked base and adapter the same."
+    found, models = _part(record, "comparison"), ("base", "adapter")
+    names = {"loss": "held-out loss", "perplexity": "perplexity", "score": str(found.get("metric"))}
+    figures = [[text, *(_part(found, "models", m).get(k) for m in models)] for k, text in names.items()]
+    changed = found.get("changed") if isinstance(found.get("changed"), list) else []
+    return ([row for row in figures if all(isinstance(v, (int, float)) for v in row[1:])],
+            [[str(o.get(k, "")) for k in ("asked", "expected", *models)] for o in changed[:20] if isinstance(o, dict)])
+
 # %% ../nbs/13_runs.ipynb #8db36845
 def _ledger_lines(
     train_out_dir: Path,  # with ledger.json
@@ -120,7 +132,9 @@ def report_html(
     named = [[k, _part(record, "records", k).get("name") or _part(record, "records", k).get("source") or "", str(_part(record, "records", k).get("sha256", ""))[:12]]
              for k in _part(record, "records")]
     arguments = re.sub(r"--hf_token[ =]+\S+", "", str(record.get("arguments", "")))
-    parts = {"Results": _table(["", ""], _result_rows(record, metrics)), "Rows": lines(rows),
+    figures, answers = _comparison_rows(record)
+    parts = {"Results": _table(["", ""], _result_rows(record, metrics)),
+             "Base against adapter": _table(["", "base", "adapter"], figures) + _table(["asked", "expected", "base", "adapter"], answers), "Rows": lines(rows),
              "Notes": lines([*(notes if isinstance(notes, list) else []), *monitor.run_notes(metrics)][:50]),
              "Settings": _table(["", "asked", "used"], _settings_rows(record)), "Made from": _table(["", "name", "SHA-256"], named[:20]),
              "Versions": _table(["", ""], [*map(list, _part(record, "versions").items())][:40]), "Arguments": arguments and f"<code>{_cell(arguments, 20_000)}</code>"}
@@ -233,13 +247,13 @@ def rows(
     lines = []
     for i, r in enumerate(self.found):
         m, settings = r.record["metrics"], run_settings(r.record)
-        right = next((m[k] for k in ("exact_match", "accuracy") if isinstance(m.get(k), (int, float))), None)
+        right = next((row[1:] for row in _comparison_rows(r.record)[0] if row[0] == "exact match"), ())
         losses = " → ".join(text(m[k]) for k in ("eval_loss_before", "eval_loss") if isinstance(m.get(k), (int, float)))
         seconds = r.record.get("seconds")
         lines.append([str(i), r.name, time.strftime("%Y-%m-%d %H:%M", time.localtime(r.when)), _part(r.record, "records", "dataset").get("name") or "",
-                      *(text(settings.get(k)) for k in names), losses or text(m.get("train_loss")), "" if right is None else f"{right:.1%}",
+                      *(text(settings.get(k)) for k in names), losses or text(m.get("train_loss")), " → ".join(f"{v:.0%}" for v in right),
                       curves.short_time(seconds) if isinstance(seconds, (int, float)) else "", r.registered])
-    return ["", "name", "when", "data", *names, "held-out loss", "right", "time", "registered"], lines
+    return ["", "name", "when", "data", *names, "held-out loss", "exact match", "time", "registered"], lines
 
 # %% ../nbs/13_runs.ipynb #01f2efdf
 @patch

@@ -15,7 +15,8 @@ from .adapters import Precision
 from .checkpoints import (SAVE_SECONDS, RunStopped, RunTotals, StopRequest, _one_line, append_metrics, begin_or_resume, flow_callback, guarded_tracker, resumable,
                               run_identity, stop_on_sigterm, storage_error)
 from .consts import TRAINING_DATA_TEXT_FIELD, nearest, raise_problems
-from .packing import causal_model, common_prefix, pack_rows, packed_loss, packing_attention, shares_exactly, split_passes
+from .packing import (KeptPrefix, causal_model, common_prefix, keeps_prefix, lift_prefix, pack_rows, packed_loss, packing_attention, shares_exactly,
+                          split_passes)
 
 # %% ../nbs/09_trainer.ipynb #a61f84e9
 RENAMED = {  # old name -> name in TRL's SFTConfig
@@ -259,19 +260,23 @@ def tokens_per_pass(
     hidden, layers = config.hidden_size, config.num_hidden_layers
     layer = (18 * hidden + 6 * (getattr(config, "intermediate_size", None) or 4 * hidden)) * weight.element_size()
     token = layer + layers * hidden * weight.element_size() if checkpointing else layer * layers
-    return max(256, min(free // 2 // token, max(16_384 if weight.is_cuda else 1024, 4 * prefix)))
+    enough = max(16_384 if weight.is_cuda else 1024, 4 * prefix) if weight.is_cuda or checkpointing else max(768, prefix + 512)
+    return max(256, min(free // 2 // token, enough))
 
 # %% ../nbs/09_trainer.ipynb #e689b566
 def packed_passes(
     inputs: dict,  # a padded batch: `input_ids`, `attention_mask`, `labels`, each (rows, tokens)
     budget: int,  # computed tokens of a pass; a longer row has one of its own
+    keep: bool = False,  # is the prefix of several passes computed once, in a pass before them?
 ) -> list:  # of `PackedBatch`
     "A padded batch as flat passes."
     ends = inputs["attention_mask"].sum(1).tolist()
     features = [{"input_ids": ids[:n], "labels": labels[:n]}
                 for ids, labels, n in zip(inputs["input_ids"].tolist(), inputs["labels"].tolist(), ends)]
     rows = [f["input_ids"] for f in features]
-    return [pack_rows([features[i] for i in p]) for p in split_passes(ends, common_prefix(rows), budget)]
+    prefix = common_prefix(rows)
+    passes = [pack_rows([features[i] for i in p], prefix) for p in split_passes(ends, prefix, budget)]
+    return lift_prefix(passes) if keep and prefix and len(passes) > 1 else passes
 
 # %% ../nbs/09_trainer.ipynb #ea84c765
 def sharing_obstacle(
@@ -296,14 +301,18 @@ def _run_passes(
 ) -> tuple:  # (the loss, a scalar tensor; tokens computed)
     "Forward, and backward while training, of a step's rows in flat passes."
     from contextlib import nullcontext
-    passes, loss = packed_passes(inputs, trainer.budget), 0
+    keep = trainer.accelerator.num_processes == 1 and keeps_prefix(model)
+    passes, loss, prefix = packed_passes(inputs, trainer.budget, keep), 0, None
     share = trainer.accelerator.num_processes if train and num_items is not None else 1  # gradients are averaged over processes
     if num_items is None: num_items = sum(p.num_items for p in passes)
     for last, batch in zip(range(len(passes) - 1, -1, -1), passes):
         with trainer.accelerator.no_sync(model) if train and last else nullcontext():  # gradients meet at the last pass
-            with trainer.compute_loss_context_manager(): part = packed_loss(model, batch, num_items) * share
-            if train: trainer.accelerator.backward(part)
+            with trainer.compute_loss_context_manager():
+                if not batch.rows: prefix = KeptPrefix(model, batch, num_items)
+                part = packed_loss(model, batch, num_items) * share if batch.rows else prefix.loss
+            if train and batch.rows: trainer.accelerator.backward(part)
         loss = loss + part.detach()
+    if train and prefix: prefix.backward()
     return loss, sum(p.tokens_computed for p in passes)
 
 # %% ../nbs/09_trainer.ipynb #4adf45a0
