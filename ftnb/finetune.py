@@ -21,6 +21,7 @@ import ftnb.checkpoints as checkpoints
 import ftnb.consts as consts
 import ftnb.evaluate as evaluate
 import ftnb.jobargs as jobargs
+import ftnb.launch as launch
 import ftnb.preflight as preflight
 import ftnb.runs as runs
 import ftnb.studio as studio
@@ -324,7 +325,7 @@ def run_command(
     args = jobargs.parse_job_arguments(os.environ.get(consts.JOB_ARGUMENTS) or " ".join(argv))
     os.environ.setdefault("MLFLOW_EXPERIMENT_NAME", args.experimentid)
     preflight.quiet_libraries()
-    _without_token(finetune, args)
+    _without_token(launch.launch if launch.wanted(args) else finetune, args)  # on several devices or nodes, or here
 
 # %% ../nbs/14_finetune.ipynb #4fcb10cb
 if __name__ == "__main__" and "__all__" in globals() and (os.environ.get(consts.JOB_ARGUMENTS) or not _in_kernel()): run_command()
