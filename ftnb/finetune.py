@@ -356,18 +356,6 @@ def _without_token(
         if not token or token not in (said := "".join(traceback.format_exception(e))): raise
         raise RuntimeError(said.replace(token, "***")) from None
 
-# %% ../nbs/14_finetune.ipynb #4dd6f725
-def _told_to_launcher(
-    run,  # a function without arguments
-):
-    "Run it; torchrun is told of an error, so that it can name the one that came first. What a check finds (a `ValueError`) the first process alone raises."
-    try: run()
-    except Exception as e:
-        if "TORCHELASTIC_ERROR_FILE" in os.environ and not isinstance(e, ValueError):
-            from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-            get_error_handler().record_exception(e)
-        raise
-
 # %% ../nbs/14_finetune.ipynb #3731fcbf
 def run_command(
     argv: list | None = None,  # default: the command line, unless this is a kernel
@@ -381,7 +369,7 @@ def run_command(
         raise
     os.environ.setdefault("MLFLOW_EXPERIMENT_NAME", args.experimentid)
     preflight.quiet_libraries()
-    _told_to_launcher(lambda: _without_token(finetune, args))
+    ranks.told_to_launcher(lambda: _without_token(finetune, args))
 
 # %% ../nbs/14_finetune.ipynb #4fcb10cb
 if __name__ == "__main__" and "__all__" in globals() and (os.environ.get(consts.JOB_ARGUMENTS) or not _in_kernel()): run_command()
