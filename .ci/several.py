@@ -13,7 +13,7 @@ import ftnb, ftnb.checkpoints, ftnb.demo, ftnb.finetune, ftnb.jobargs, ftnb.pref
 SCRIPT = Path(ftnb.__file__).parent/"finetune.py"
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": "all-linear"}
 TRAINING = {"num_train_epochs": 2, "learning_rate": 1e-3, "lr_scheduler_type": "cosine", "optim": "adamw_torch", "logging_steps": 1, "eval_strategy": "epoch",
-            "save_strategy": "no", "completion_only_loss": True, "report_to": "none"}
+            "save_strategy": "no", "completion_only_loss": True, "ddp_find_unused_parameters": False, "report_to": "none"}
 ROWS, TRAINED, STEPS, BATCH = 86, 75, 20, 8  # 9 steps of 8 rows and one of 3 an epoch: of four processes one has no row then
 BATCHES = {1: (4, 2), 2: (2, 2), 4: (1, 2)}  # processes -> rows of a batch on each, batches of a step: always 8 rows a step
 LIMIT = 1e-5  # of losses, and of each number of the adapter
@@ -78,7 +78,7 @@ def job(place, arguments, prepare):
 def under_agent(processes, *args):
     "What torchrun does, with a function for a program: `job`. Addresses in numbers: a process that is forked while another thread looks up a name can look up none."
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-    elastic_launch(LaunchConfig(1, 1, processes, run_id="several", rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1", start_method="fork", monitor_interval=0.1), job)(*args)
+    elastic_launch(LaunchConfig(1, 1, processes, run_id="several", rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1", start_method="fork", monitor_interval=0.1, max_restarts=0), job)(*args)
 
 def start(place, program):
     (place.folder/"log").write_text("")
