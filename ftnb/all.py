@@ -14,6 +14,7 @@ from .prompts import *
 from .splits import *
 from .tokens import *
 from .adapters import *
+from .ranks import *
 from .checkpoints import *
 from .packing import *
 from .trainer import *

@@ -348,7 +348,8 @@ def weights_finite(
 ) -> bool:
     "Can the trained weights be computed with?"
     import torch
-    squares = [p.detach().float().square().sum() for p in model.parameters() if p.requires_grad]
+    own = lambda p: p.to_local() if hasattr(p, "to_local") else p  # this process's part, under FSDP
+    squares = [own(p.detach()).float().square().sum() for p in model.parameters() if p.requires_grad]
     return not squares or bool(torch.stack([o.to(squares[0].device) for o in squares]).isfinite().all())
 
 # %% ../nbs/08_checkpoints.ipynb #63babeb5
@@ -568,7 +569,8 @@ def _save_or_stop(
 ):
     "Write a checkpoint unless this step has one; end a run that was asked to stop."
     step, best = trainer.state.global_step, trainer.state.best_global_step
-    if trainer.saved_step != step:
+    saves = not getattr(trainer, "is_fsdp_enabled", False)
+    if saves and trainer.saved_step != step:
         trainer.store_flos()
         place = os.path.join(trainer.args.output_dir, f"checkpoint-{best}")
         if best and (best == step or os.path.isdir(place)): trainer.state.best_model_checkpoint = place
@@ -577,8 +579,9 @@ def _save_or_stop(
     if not trainer.stopping: return
     if trainer.is_world_process_zero():
         with contextlib.suppress(FileNotFoundError): os.remove(os.path.join(trainer.args.output_dir, "stop"))
-    raise RunStopped(f"stopped by {trainer.stop.by or 'another process'} at step {step} of {trainer.state.max_steps}; a checkpoint is in "
-                     f"{os.path.join(trainer.args.output_dir, f'checkpoint-{step}')}; run the job again with the same arguments to go on")
+    place = os.path.join(trainer.args.output_dir, f"checkpoint-{step}")
+    left = f"a checkpoint is in {place}; run the job again with the same arguments to go on" if saves else "nothing is kept of it, since under FSDP there are no checkpoints"
+    raise RunStopped(f"stopped by {trainer.stop.by or 'another process'} at step {step} of {trainer.state.max_steps}; {left}")
 
 # %% ../nbs/08_checkpoints.ipynb #ee3ba710
 def _evaluate_apart(
@@ -669,6 +672,7 @@ def _choose_checkpoint(
     "Tidy a run's folder and find where the run stands."
     out = trainer.args.output_dir
     place, tokens = find_checkpoint(out, identity), planned_tokens(out, identity, tokens)
+    if place and getattr(trainer, "is_fsdp_enabled", False): raise ValueError(f"{place} is of a run without FSDP, and a run under FSDP can't go on from a checkpoint. Give another train_out_dir")
     with contextlib.suppress(FileNotFoundError): os.remove(os.path.join(out, "stop"))  # meant for an earlier run
     keep_metrics(os.path.join(out, "metrics.jsonl"), _read_run_state(place)["metrics_lines"] if place else 0)
     return place, tokens

@@ -13,8 +13,9 @@ if __name__ == "__main__" and not __package__ and "__file__" in globals():  # ru
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 # %% ../nbs/14_finetune.ipynb #52c98fbd
-import json, time
-from dataclasses import dataclass, field, replace
+import contextlib, json, shutil, time
+from dataclasses import asdict, dataclass, field, replace
+from types import SimpleNamespace
 
 import ftnb.adapters as adapters
 import ftnb.checkpoints as checkpoints
@@ -23,6 +24,7 @@ import ftnb.evaluate as evaluate
 import ftnb.jobargs as jobargs
 import ftnb.launch as launch
 import ftnb.preflight as preflight
+import ftnb.ranks as ranks
 import ftnb.runs as runs
 import ftnb.studio as studio
 import ftnb.trainer as trainer
@@ -35,7 +37,8 @@ def build_model(
     job: Job,  # from `preflight.check_job`
 ):  # a `PeftModel`
     "Load the base model, put LoRA in, and say what is trained."
-    base = adapters.load_base_model(job.source, job.precision, job.token)
+    precision = replace(job.precision, device="cpu") if ranks.shards_model() else job.precision  # FSDP takes it from there to where its parts belong
+    base = adapters.load_base_model(job.source, precision, job.token)
     print(f"model: {job.records.model.name or job.source} on {job.precision.device}, {preflight.held_as(job.precision)}", flush=True)
     print("before LoRA: {:,} parameters, {:,} trainable".format(*adapters.get_model_parameters(base)), flush=True)
     model = adapters.apply_lora(base, job.records.lora, job.settings.config["seed"])
@@ -87,9 +90,13 @@ def job_identity(
     rows: JobRows,  # from `prepare_rows`
 ) -> dict:  # JSON-able, without secrets
     "What two runs have in common that end in the same adapter."
-    free = ("out_dir", "train_out_dir", "adapter_name", "auto_add_adapter", "hf_token", "dist_num", "dist_cpu", "dist_mem", "dist_gpu", "gpu_label_id")
-    records = {k: studio.record_hash(getattr(job.records, k)) for k in ("model", "dataset", "prompt", "lora", "bnb", "training")}
-    return {"arguments": {k: v for k, v in vars(job.args).items() if k not in free and v is not None}, "records": records, "data": rows.hashes}
+    free = ("out_dir", "train_out_dir", "adapter_name", "auto_add_adapter", "hf_token", "dist_num", "dist_cpu", "dist_mem", "dist_gpu", "gpu_label_id",
+            "training_arguments_config")
+    batch = ("per_device_train_batch_size", "per_gpu_train_batch_size", "gradient_accumulation_steps")  # their product with the processes counts
+    training = {k: v for k, v in job.records.training.items() if k not in batch}
+    records = {k: studio.record_hash(getattr(job.records, k)) for k in ("model", "dataset", "prompt", "lora", "bnb")} | {"training": studio.record_hash(training)}
+    return {"arguments": {k: v for k, v in vars(job.args).items() if k not in free and v is not None}, "records": records, "data": rows.hashes,
+            "rows_per_step": job.settings.rows_per_step * ranks.process_count()}
 
 # %% ../nbs/14_finetune.ipynb #f1d7708a
 def train_and_save(
@@ -97,15 +104,18 @@ def train_and_save(
     tokenizer,  # with a pad token
     rows: JobRows,  # from `prepare_rows`
     bar: bool | None = None,  # a progress bar; default: where somebody is watching
-) -> SavedAdapter:  # beside `out_dir`; the model is freed on return
+) -> SavedAdapter | None:  # beside `out_dir`, the model is freed on return; None on any process but the first
     "Train, and write the adapter to a folder beside its place."
-    model, (questions, score) = build_model(job), make_scorer(job, tokenizer, rows)
+    first, model = not ranks.process_rank(), build_model(job)
+    alone = first and not ranks.shards_model()  # with the whole model
+    questions, score = make_scorer(job, tokenizer, rows) if alone else (None, lambda model: None)
     before = score(model)
-    print(f"time: {preflight.estimate_time(job, rows, model)}", flush=True)
+    if alone: print(f"time: {preflight.estimate_time(job, rows, model)}", flush=True)
     run = trainer.train_adapter(model, tokenizer, rows.train.dataset, rows.test.dataset, job.settings, bar,
-                                job_identity(job, rows), rows.numbers)
+                                job_identity(job, rows) if first else None, rows.numbers)
     model, probe = adapters.as_loaded(run.model), rows.train.dataset[0]["input_ids"]
-    config, expected = model.peft_config["default"].to_dict(), adapters.probe_logits(model, probe)
+    config, expected = model.peft_config["default"].to_dict(), adapters.probe_logits(model, probe)  # on all processes: under FSDP each has a part
+    if not first: return None
     used = {k: sorted(config[k]) if isinstance(config[k], set) else config[k] for k in sorted({"target_modules", *job.records.lora}) if k in config}
     comparison = describe_scores(questions, before, score(model))
     return SavedAdapter(adapters.save_adapter(model, tokenizer, job.args.out_dir), expected, probe, run.metrics, used, run.unshared, comparison)
@@ -135,7 +145,7 @@ def describe_run(
     return {"experimentid": job.args.experimentid, "identity": job_identity(job, rows), "arguments": jobargs.format_job_arguments(job.args),
             "records": {k: {"id": r.id, "name": r.name, "sha256": studio.record_hash(r)} for k, r in named.items()}
                        | {k: {"source": job.records.sources[k], "sha256": studio.record_hash(v)} for k, v in asked.items()},
-            "asked": asked, "used": used, "notes": notes, "rows": rows.ledger, "rows_sha256": rows.hashes, "metrics": saved.metrics, "comparison": saved.comparison,
+            "asked": asked, "used": used, "notes": notes, "rows": rows.ledger, "rows_sha256": rows.hashes, "metrics": saved.metrics, "comparison": saved.comparison, "processes": ranks.process_count(),
             "adapter_sha256": sha256(weights.read_bytes()).hexdigest(), "versions": library_versions()}
 
 # %% ../nbs/14_finetune.ipynb #6f4ca7b8
@@ -179,9 +189,9 @@ def _finish(
     start: float,  # when the job began, in seconds since 1970
 ) -> dict:  # the content of run.json
     "Prove the adapter, put it in its place, register it if asked."
-    import shutil
+    precision = replace(job.precision, device="cpu") if ranks.shards_model() else job.precision  # it may not fit into one GPU
     try:
-        difference = adapters.prove_adapter(saved.folder, job.source, job.precision, saved.probe, saved.expected, job.token)
+        difference = adapters.prove_adapter(saved.folder, job.source, precision, saved.probe, saved.expected, job.token)
         run = describe_run(job, rows, saved) | {"proof": {"largest_logit_difference": difference}, "started": round(start, 3), "seconds": round(time.time() - start, 3)}
         _write_json(os.path.join(saved.folder, "run.json"), run)
         adapters.publish_folder(saved.folder, job.args.out_dir)
@@ -220,28 +230,94 @@ def check_checkpoints(
         consts.raise_problems(checkpoints.identity_differences({k: then[k] for k in now if k in then}, now),
                               f"{folder} is from another run, so this one can't go on from it. Give another train_out_dir, or delete that folder to begin anew. The differences")
 
+# %% ../nbs/14_finetune.ipynb #c56b5ccc
+@contextlib.contextmanager
+def _prepared(
+    job: Job,  # from `preflight.check_job`
+    rows: JobRows,  # from `prepare_rows`
+):
+    "Within this, other processes find the rows in `train_out_dir`; gives what they must know, JSON-able."
+    folder = os.path.join(job.args.train_out_dir, ".rows")
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that died
+    if ranks.process_count() == 1: yield None; return
+    try:
+        for name in ("train", "test"): getattr(rows, name).dataset.save_to_disk(os.path.join(folder, name))
+        _write_json(os.path.join(folder, "numbers.json"), rows.numbers)
+        yield {"rows": os.path.abspath(folder), "limit": rows.limit, "model": vars(job.records.model), "lora": job.records.lora,
+               "precision": asdict(job.precision), "settings": asdict(job.settings)}
+    finally: shutil.rmtree(folder, ignore_errors=True)
+
+# %% ../nbs/14_finetune.ipynb #2f54d090
+def _as_prepared(
+    args: jobargs.JobArgs,  # of the job
+    told: dict,  # by the first process, from `_prepared`
+) -> tuple:  # (job, tokenizer, rows), with what training needs of them
+    "The job as another process takes it up."
+    import datasets
+    import ftnb.tokens as tokens
+    device = "cpu" if told["precision"]["device"] == "cpu" else adapters.local_device()
+    records = SimpleNamespace(model=SimpleNamespace(**told["model"]), lora=told["lora"])
+    job = Job(args, None, records, None, adapters.Precision(**told["precision"] | {"device": device}), trainer.TrainingSettings(**told["settings"]),
+              args.hf_token.reveal() if args.hf_token else None)
+    train, test = (tokens.TokenizedRows(datasets.load_from_disk(os.path.join(told["rows"], name)), ()) for name in ("train", "test"))
+    with open(os.path.join(told["rows"], "numbers.json"), encoding="utf-8") as f: numbers = json.load(f)
+    return job, preflight.load_base_files(job.source, job.token)[0], JobRows(train, test, {}, {}, told["limit"], numbers=numbers)
+
+# %% ../nbs/14_finetune.ipynb #52d2c7a1
+def _follow(
+    args: jobargs.JobArgs,  # of the job
+) -> dict:  # empty
+    "What a process does that isn't the first: it waits, trains along, and leaves the talking to the first."
+    import datasets, peft, trl  # while the first is at work
+    told = ranks.hear()
+    if told is None: return {}  # the first one says why
+    with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet): train_and_save(*_as_prepared(args, told), bar=False)
+    return {}
+
+# %% ../nbs/14_finetune.ipynb #58bd9872
+def _check_sharding(
+    job: Job,  # from `preflight.check_job`
+):
+    "Raise where FSDP is asked for and can't be."
+    if ranks.shards_model() and job.precision.bnb:
+        raise ValueError("FSDP spreads a base in 16 or 32 bits, and this one is quantised (bnb_config): start the run without FSDP, so that each process holds it whole, or without bnb_config")
+
+# %% ../nbs/14_finetune.ipynb #5eee6055
+def _finished(
+    job: Job,  # from `preflight.check_job`
+    run: dict,  # from `finished_run`
+) -> dict:  # the same
+    "What is left to do for a job that has finished."
+    args = job.args
+    print(f"adapter: {args.out_dir} is this job's already, whole; nothing is trained again", flush=True)
+    if not os.path.exists(os.path.join(args.train_out_dir, "report.html")): _draw(args)
+    if args.auto_add_adapter: _register(job)
+    return run
+
 # %% ../nbs/14_finetune.ipynb #18a4c487
 def finetune(
     args: jobargs.JobArgs,  # from `parse_job_arguments`
     env: dict | None = None,  # environment; default: this process's own
     bar: bool | None = None,  # a progress bar; default: where somebody is watching
-) -> dict:  # the content of run.json
+) -> dict:  # the content of run.json; empty on any process but the first
     "Run a job: the adapter is in `out_dir`, whole and proven, and registered where that is asked for."
-    start, check = time.time(), preflight.check_job(args, env)
-    print(check, flush=True)
-    check.raise_errors()
-    job, tokenizer, rows = check.job, check.known["tokenizer"], check.known["rows"]
-    with checkpoints.only_one(args.train_out_dir):
-        adapters.clear_leftovers(args.out_dir)
-        if run := finished_run(job, rows):
-            print(f"adapter: {args.out_dir} is this job's already, whole; nothing is trained again", flush=True)
-            if not os.path.exists(os.path.join(args.train_out_dir, "report.html")): _draw(args)
-            if args.auto_add_adapter: _register(job)
-            return run
-        check_checkpoints(job, rows)
-        _write_json(os.path.join(args.train_out_dir, "job.json"), {"arguments": jobargs.format_job_arguments(args), "started": round(start, 3)})
-        _write_json(os.path.join(args.train_out_dir, "ledger.json"), rows.ledger)
-        return _finish(job, rows, train_and_save(job, tokenizer, rows, bar), start)
+    if ranks.process_rank(): return _follow(args)
+    with ranks.leading() as tell:
+        start, check = time.time(), preflight.check_job(args, env)
+        print(check, flush=True)
+        check.raise_errors()
+        job, tokenizer, rows = check.job, check.known["tokenizer"], check.known["rows"]
+        with checkpoints.only_one(args.train_out_dir):
+            adapters.clear_leftovers(args.out_dir)
+            if run := finished_run(job, rows): return _finished(job, run)
+            _check_sharding(job)
+            check_checkpoints(job, rows)
+            _write_json(os.path.join(args.train_out_dir, "job.json"), {"arguments": jobargs.format_job_arguments(args), "started": round(start, 3)})
+            _write_json(os.path.join(args.train_out_dir, "ledger.json"), rows.ledger)
+            with _prepared(job, rows) as told:
+                tell(told)
+                saved = train_and_save(job, tokenizer, rows, bar)
+            return _finish(job, rows, saved, start)
 
 # %% ../nbs/14_finetune.ipynb #25098c30
 def _saved_arguments(
@@ -322,10 +398,13 @@ def run_command(
     "The job: `JOB_ARGUMENTS` from the environment, else the command line; `--help` explains the keys."
     if argv is None: argv = [] if _in_kernel() else sys.argv[1:]
     if "--help" in argv or "-h" in argv: return print(jobargs.job_arguments_help())
-    args = jobargs.parse_job_arguments(os.environ.get(consts.JOB_ARGUMENTS) or " ".join(argv))
+    try: args = jobargs.parse_job_arguments(os.environ.get(consts.JOB_ARGUMENTS) or " ".join(argv))
+    except ValueError:
+        if ranks.process_rank(): return  # the first process says it
+        raise
     os.environ.setdefault("MLFLOW_EXPERIMENT_NAME", args.experimentid)
     preflight.quiet_libraries()
-    _without_token(launch.launch if launch.wanted(args) else finetune, args)  # on several devices or nodes, or here
+    ranks.told_to_launcher(lambda: _without_token(launch.launch if launch.wanted(args) else finetune, args))  # on several devices or nodes, or here
 
 # %% ../nbs/14_finetune.ipynb #4fcb10cb
 if __name__ == "__main__" and "__all__" in globals() and (os.environ.get(consts.JOB_ARGUMENTS) or not _in_kernel()): run_command()

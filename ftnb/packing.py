@@ -348,10 +348,11 @@ ATTENTION = "ftnb_shared_prefix"  # the name under which transformers knows it
 def _logits(
     model,  # a causal language model of transformers
     hidden,  # (positions, size), of its body
+    layer=None,  # default: its output layer
 ):  # (positions, vocabulary)
     "The output layer, with the model's own scale and cap on logits."
     import torch
-    config, logits = model.config.get_text_config(), model.get_output_embeddings()(hidden)
+    config, logits = model.config.get_text_config(), (layer or model.get_output_embeddings())(hidden)
     factor, divisor = (next((v for n in names if (v := getattr(config, n, None)) is not None), 1.0)
                        for names in (("logit_scale", "output_multiplier", "lm_head_multiplier"), ("logits_scaling",)))
     if factor != 1 or divisor != 1: logits = logits * (factor / divisor)
@@ -440,6 +441,19 @@ def _flat_hidden(
     return model.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=no_mask, use_cache=False,
                             packing=batch.packing).last_hidden_state[0]
 
+# %% ../nbs/08_packing.ipynb #98287270
+def _called_once(
+    head,  # the output layer
+    hidden,  # (positions, size)
+) -> tuple:  # (what to call for logits, a zero to be added to the loss)
+    "FSDP counts the calls of a layer: its output layer is called once, on one position, and used as a matrix for the rest."
+    import torch
+    from torch.distributed.fsdp import FSDPModule
+    if not isinstance(head, FSDPModule): return head, 0.0
+    if hasattr(head, "lora_A"): raise ValueError("FSDP can't train LoRA on the output layer with a shared prefix; set shared_prefix to false")
+    seen = head(hidden[:1])[:0].sum()
+    return lambda h: torch.nn.functional.linear(h, head.weight, head.bias), seen
+
 # %% ../nbs/08_packing.ipynb #59c5fe0d
 def _pass_loss(
     model,  # a causal language model of transformers, its attention ours
@@ -452,7 +466,8 @@ def _pass_loss(
     batch = replace(batch, packing=replace(batch.packing, frugal=not model.is_activation_checkpointing))
     hidden = _flat_hidden(model, batch).index_select(0, batch.positions)
     step = max(32, 2**23 // model.config.get_text_config().vocab_size)  # logits of a chunk stay below 32 MB
-    loss = _output_loss()(hidden, batch.pair, batch.targets, batch.weights, lambda h: _logits(model, h), step, *head.parameters())
+    layer, seen = _called_once(head, hidden)
+    loss = _output_loss()(hidden, batch.pair, batch.targets, batch.weights, lambda h: _logits(model, h, layer), step, *head.parameters()) + seen
     return loss / torch.as_tensor(batch.num_items if num_items is None else num_items, device=loss.device).clamp(min=1)
 
 # %% ../nbs/08_packing.ipynb #087d006a

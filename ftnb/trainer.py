@@ -17,6 +17,7 @@ from .checkpoints import (SAVE_SECONDS, RunStopped, RunTotals, StopRequest, _one
 from .consts import TRAINING_DATA_TEXT_FIELD, nearest, raise_problems
 from .packing import (KeptPrefix, causal_model, common_prefix, keeps_prefix, lift_prefix, pack_rows, packed_loss, packing_attention, shares_exactly,
                           split_passes)
+from .ranks import alone, dealing, from_first, mean_over_all, process_count, process_rank, settings_for_all, shards_model
 
 # %% ../nbs/09_trainer.ipynb #a61f84e9
 RENAMED = {  # old name -> name in TRL's SFTConfig
@@ -141,7 +142,8 @@ def _try_config(
 ):
     "Let the library check what it can before any weights are loaded."
     from trl import SFTConfig
-    try: SFTConfig(**config)
+    try:
+        with alone(): SFTConfig(**config)  # else it would wait for the other processes
     except (ValueError, TypeError, KeyError) as e: raise_problems([f"training_arguments_config: {e}"], "The training arguments can't be used")
 
 # %% ../nbs/09_trainer.ipynb #cd80df74
@@ -237,7 +239,7 @@ def _run_callback(
 def free_memory(
     device: str,  # "cpu" or "cuda:N"
 ) -> int:  # bytes that this process can still take
-    "Free memory of a GPU, or of this machine within the limits of its container."
+    "Free memory of a GPU, or of this machine within the limits of its container; processes on one machine share it."
     import psutil, torch
     if device != "cpu": return torch.cuda.mem_get_info(device)[0]
     free = psutil.virtual_memory().available
@@ -245,7 +247,7 @@ def free_memory(
         try: most, taken = (int(open(f"/sys/fs/cgroup/{o}").read()) for o in (limit, used))
         except (OSError, ValueError): continue  # no such file, or no limit
         free = min(free, most - taken)
-    return max(free, 0)
+    return max(free, 0) // process_count(local=True)
 
 # %% ../nbs/09_trainer.ipynb #265cd19e
 def tokens_per_pass(
@@ -291,6 +293,17 @@ def sharing_obstacle(
     if why and asked is True: raise ValueError(f"shared_prefix is true, but the prefix can't be shared: {why}; use auto")
     return why
 
+# %% ../nbs/09_trainer.ipynb #c117df6a
+def _even_passes(
+    trainer,  # a `RowTrainer`
+    passes: list,  # of this process
+) -> list:  # as many on each process, where that is needed
+    "Under FSDP all processes meet in each pass: who has fewer adds empty ones."
+    import torch
+    if not trainer.is_fsdp_enabled: return passes
+    most = trainer.accelerator.gather(torch.tensor([len(passes)], device=trainer.accelerator.device)).max().item()
+    return passes + [pack_rows([{"input_ids": [0, 0], "labels": [-100, -100]}])] * (most - len(passes))
+
 # %% ../nbs/09_trainer.ipynb #d7d650de
 def _run_passes(
     trainer,  # a `RowTrainer`
@@ -302,7 +315,7 @@ def _run_passes(
     "Forward, and backward while training, of a step's rows in flat passes."
     from contextlib import nullcontext
     keep = trainer.accelerator.num_processes == 1 and keeps_prefix(model)
-    passes, loss, prefix = packed_passes(inputs, trainer.budget, keep), 0, None
+    passes, loss, prefix = _even_passes(trainer, packed_passes(inputs, trainer.budget, keep)), 0, None
     share = trainer.accelerator.num_processes if train and num_items is not None else 1  # gradients are averaged over processes
     if num_items is None: num_items = sum(p.num_items for p in passes)
     for last, batch in zip(range(len(passes) - 1, -1, -1), passes):
@@ -335,7 +348,10 @@ def _packed_step(
     while True:
         try: return _run_passes(trainer, model, inputs, num_items, train)
         except (RuntimeError, MemoryError) as e:
-            if not _out_of_memory(e) or trainer.accelerator.num_processes > 1: raise
+            if not _out_of_memory(e): raise
+            if trainer.accelerator.num_processes > 1:
+                raise MemoryError(f"memory ran out on process {trainer.accelerator.process_index}, on passes of {trainer.budget:,} computed tokens at most; "
+                                  "several processes don't make them smaller as they run: set tokens_per_pass to less") from e
             if trainer.budget <= inputs["input_ids"].shape[1]:
                 raise MemoryError(f"memory ran out on a pass of one row, {inputs['input_ids'].shape[1]} tokens at most: set gradient_checkpointing, "
                                   "or a smaller max_length, which drops longer rows") from e
@@ -348,17 +364,23 @@ def _trainer_class():
     "TRL's `SFTTrainer` with flat passes, a meter and checkpoints to go on from; made here, since importing TRL takes seconds."
     import torch
     from trl import SFTTrainer
-    class RowTrainer(resumable(SFTTrainer)):
+    class RowTrainer(dealing(resumable(SFTTrainer))):
         totals = None
         def training_step(self, model, inputs, num_items_in_batch=None):
+            inputs, rows = self.share(inputs)
+            given = int(inputs["attention_mask"].sum()) if rows else 0
             if not self.budget: loss, computed = super().training_step(model, inputs, num_items_in_batch), inputs["input_ids"].numel()
             else: loss, computed = _packed_step(self, model.train(), inputs, num_items_in_batch)
             self.step_loss += loss
-            self.own += torch.tensor([len(inputs["input_ids"]), int(inputs["attention_mask"].sum()), computed])
+            self.own += torch.tensor([rows, given, computed])
             return loss
         def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-            if not self.budget: return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-            with torch.no_grad(): return _packed_step(self, model, inputs, train=False)[0], None, None
+            inputs, _ = self.share(inputs)
+            labels = inputs["labels"]
+            if not self.budget: loss = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)[0]
+            else:
+                with torch.no_grad(): loss = _packed_step(self, model, inputs, train=False)[0]
+            return mean_over_all(self.accelerator, loss, labels), None, None
         def log(self, logs, *args, **kwargs):
             self.totals.count(*self.accelerator.reduce(self.own.to(self.accelerator.device)).tolist())  # over all processes
             super().log(logs, *args, **kwargs)
@@ -391,12 +413,12 @@ def _make_trainer(
     try: os.makedirs(config["output_dir"], exist_ok=True)
     except OSError as e: raise storage_error(e, config["output_dir"], "train_out_dir") from e
     shown = _run_callback(os.path.join(config["output_dir"], "metrics.jsonl"), totals, bar, lambda: trainer.seconds)
-    trainer = _trainer_class()(model, args=SFTConfig(**config | {"report_to": "none"}), train_dataset=train, eval_dataset=test if len(test) else None,
+    trainer = _trainer_class()(model, args=SFTConfig(**settings_for_all(config, process_count(), shards_model()) | {"report_to": "none"}), train_dataset=train, eval_dataset=test if len(test) else None,
                                processing_class=tokenizer, callbacks=trackers)
     for callback in (flow_callback(trainer), shown): trainer.add_callback(callback)
     for p in model.parameters():
         if p.requires_grad: p.data = p.data.float()  # TRL makes LoRA on a quantised base bf16; PEFT loads it as float32
-    trainer.totals, trainer.own, trainer.budget, trainer.save_seconds = totals, torch.zeros(3, dtype=torch.long), budget, settings.save_seconds
+    trainer.totals, trainer.own, trainer.budget, trainer.save_seconds = totals, torch.zeros(3, dtype=torch.long), budget, None if shards_model() else settings.save_seconds
     return trainer
 
 # %% ../nbs/09_trainer.ipynb #9c55897c
@@ -418,13 +440,13 @@ class TrainedRun:
 
 # %% ../nbs/09_trainer.ipynb #adc32a8c
 def usable_cores() -> int:  # 1 or more
-    "Cores that this process may use, within the limits of its container."
+    "Cores that this process may use, within the limits of its container; processes on one machine share them."
     cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
         try: quota, period = (int(o) for o in " ".join(open(f"/sys/fs/cgroup/{o}").read() for o in files).split())
         except (OSError, ValueError): continue  # no such file, or no limit
         if quota > 0: cores = min(cores, quota / period)
-    return max(1, round(cores))
+    return max(1, round(cores / process_count(local=True)))
 
 # %% ../nbs/09_trainer.ipynb #0a9c30f1
 def _settle_budget(
@@ -433,7 +455,7 @@ def _settle_budget(
     settings: TrainingSettings,  # from `settle_training`
 ) -> tuple:  # (computed tokens of a flat pass, 0 for padded batches; why padded, or "")
     "Whether rows share their prefix, and how many tokens go into a pass."
-    if why := sharing_obstacle(model, train, settings.shared_prefix): return 0, why
+    if why := from_first(lambda: sharing_obstacle(model, train, settings.shared_prefix)): return 0, why
     if settings.tokens_per_pass: return settings.tokens_per_pass, ""
     device = model.get_input_embeddings().weight.device
     prefix = common_prefix([r["input_ids"] for r in train.select(range(min(len(train), settings.rows_per_step)))])
@@ -450,6 +472,15 @@ def _final_metrics(
     metrics = {"train_loss": done.training_loss, "eval_loss_before": before, "eval_loss": after, "steps": done.global_step,
                "train_seconds": round(trainer.seconds + done.metrics["train_runtime"], 3), **asdict(trainer.totals)}
     return {k: v for k, v in metrics.items() if v is not None}
+
+# %% ../nbs/09_trainer.ipynb #0c3bda81
+def _say_how_it_trains(
+    why: str,  # rows are in padded batches; "" where they share their prefix
+):
+    "What a person should know before training; the first process tells it."
+    if process_rank(): return
+    if why: print(f"rows are trained in padded batches: {why}", flush=True)
+    if shards_model(): print("FSDP: this run writes no checkpoints, so one that dies has to begin anew", flush=True)
 
 # %% ../nbs/09_trainer.ipynb #8e59faf4
 @contextlib.contextmanager
@@ -482,7 +513,7 @@ def train_adapter(
     if not len(train): raise ValueError("there is no row to train on")
     torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
     budget, why = _settle_budget(model, train, settings)
-    if why: print(f"rows are trained in padded batches: {why}", flush=True)
+    _say_how_it_trains(why)
     trainer = _make_trainer(model, tokenizer, train, test, settings, budget, wants_bar() if bar is None else bar)
     checkpoint = begin_or_resume(trainer, run_identity(settings.config | {"tokens_per_pass": settings.tokens_per_pass, "shared_prefix": not why}, model, train, test, identity))
     trainer.stop, trainer.row_numbers = StopRequest(), row_numbers
