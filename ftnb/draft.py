@@ -18,6 +18,7 @@ import ftnb.consts as consts
 import ftnb.corpus as corpus
 import ftnb.jobargs as jobargs
 import ftnb.preflight as preflight
+import ftnb.probe as probe
 import ftnb.prompts as prompts
 import ftnb.studio as studio
 import ftnb.trainer as trainer
@@ -325,7 +326,7 @@ def _time_layers(
     precision = check.known["precision"]
     with torch.random.fork_rng([] if precision.device == "cpu" else [precision.device]):
         base = AutoModelForCausalLM.from_config(_few_layers(check.known["config"], n), dtype=getattr(torch, precision.dtype), trust_remote_code=False)
-        return preflight.probe_pass(adapters.apply_lora(base.to(precision.device), check.known["lora"]), rows, precision)
+        return probe.probe_pass(adapters.apply_lora(base.to(precision.device), check.known["lora"]), rows, precision)
 
 # %% ../nbs/12_draft.ipynb #99c643fe
 def _largest_rows(
@@ -336,7 +337,7 @@ def _largest_rows(
     counts, settings, config = check.known["rows"].counts["train"], check.known["settings"], check.known["config"]
     free = max(0, trainer.free_memory(check.known["precision"].device) - check.known["memory"].total)
     budget = preflight.pass_budget(check.known["plan"], check.known["precision"], settings, counts.prefix, free)
-    lengths, chance = [int(counts.lengths[i]) for i in preflight.largest_pass(counts, settings, budget)], np.random.default_rng(0)
+    lengths, chance = [int(counts.lengths[i]) for i in probe.largest_pass(counts, settings, budget)], np.random.default_rng(0)
     own = [chance.integers(0, config.vocab_size, n - counts.prefix).tolist() for n in lengths]
     for i, ids in enumerate(own): ids[0] = i % config.vocab_size  # rows differ where their prefix ends
     return [dict(input_ids=[*counts.head[:counts.prefix], *ids], labels=[-100] * counts.prefix + ids) for ids in own]

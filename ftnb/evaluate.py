@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['generate_answers', 'is_match', 'exact_match', 'AnswerTable', 'answer_table', 'Questions', 'make_questions',
-           'held_out_loss', 'Scores', 'score_model', 'Comparison', 'LoadedModels', 'load_models', 'compare']
+           'held_out_loss', 'Scores', 'score_model', 'Comparison', 'LoadedModels', 'load_models', 'compare',
+           'make_scorer', 'describe_scores']
 
 # %% ../nbs/11_evaluate.ipynb #7bce1910
 import json, os
@@ -533,3 +534,32 @@ def compare(
     finally:
         if hasattr(base, "forward") and models.model is not base: models.model.unload()  # a model in memory is found again without adapters
     return Comparison(questions, found, metric)
+
+# %% ../nbs/11_evaluate.ipynb #86e2f469
+def make_scorer(
+    rows,  # a `Dataset` of held-out rows; may be empty
+    tokenizer,  # the base model's
+    template,  # as for `make_questions`
+    completion_only: bool,  # loss on the completion alone
+    max_length: int,  # tokens; a longer row is left out
+    n: int = 32,  # rows at most, the first ones
+) -> tuple:  # (`Questions` or None, function of a model that gives its `Scores`, or None where it can't)
+    "What base and adapter are asked."
+    def told(f, *args, **kwargs):
+        try: return f(*args, **kwargs)
+        except Exception as e: print(f"base and adapter aren't compared: {' '.join(str(e).split())[:300]}", flush=True)
+    questions = told(make_questions, rows, tokenizer, template, n, completion_only, max_length) if len(rows) else None
+    return questions, lambda model: questions and told(score_model, model, tokenizer, questions, batch_size=8)
+
+# %% ../nbs/11_evaluate.ipynb #3b937961
+def describe_scores(
+    questions: Questions | None,  # from `make_scorer`
+    before: Scores | None,  # of the base
+    after: Scores | None,  # with the adapter
+) -> dict:  # JSON-able, as `Comparison.as_dict`; empty where one of them is None
+    "Print base and adapter side by side, for a log."
+    if before is None or after is None: return {}
+    found = Comparison(questions, {"base": before, "adapter": after})
+    head, *rows = found.figures()
+    for name, *figures in rows: print(f"{name + ':':<9}" + ", ".join(f"{k} {v}" for k, v in zip(head[1:], figures)), flush=True)
+    return found.as_dict()

@@ -7,12 +7,10 @@ __all__ = ['Finding', 'Preflight', 'problem_lines', 'nodes_problem', 'held_as', 
            'folder_problem', 'base_source', 'load_base_files', 'plan_model', 'Job', 'row_ledger', 'describe_ledger',
            'RowCounts', 'count_rows', 'JobRows', 'read_rows', 'prepare_rows', 'weight_bytes', 'optimizer_bytes',
            'in_units', 'MemoryNeed', 'token_bytes', 'pass_budget', 'StepPlan', 'computed_tokens', 'plan_steps',
-           'disk_problems', 'check_job', 'largest_pass', 'probe_pass', 'estimate_time', 'quiet_libraries',
-           'check_command']
+           'disk_problems', 'check_job', 'quiet_libraries', 'check_command']
 
 # %% ../nbs/10_preflight.ipynb #da18567b
 import os, sys
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
@@ -732,83 +730,6 @@ def check_job(
     _check_rows(p, keep)
     for check in (_check_memory, _check_disk): check(p)
     return p
-
-# %% ../nbs/10_preflight.ipynb #23301ab5
-def largest_pass(
-    rows: RowCounts,  # to train on
-    settings: trainer.TrainingSettings,  # of the run
-    budget: int,  # computed tokens of a flat pass
-) -> list:  # positions of rows
-    "The longest rows of a step, as many as a pass holds."
-    order, room = rows.lengths.argsort(kind="stable")[::-1][:settings.rows_per_step].tolist(), budget - rows.prefix
-    chosen = order[:1]
-    for i in order[1:]:
-        if sum(int(rows.lengths[j]) - rows.prefix for j in [*chosen, i]) > room: break
-        chosen.append(i)
-    return chosen
-
-# %% ../nbs/10_preflight.ipynb #afcfa519
-@contextmanager
-def _as_in_training(
-    model,  # a `PeftModel`
-    precision: adapters.Precision,  # of the run
-):
-    "Modes, checkpointing and autocast as the trainer sets them; all is put back, gradients and random state too."
-    import torch
-    inner, was = packing.causal_model(model), {m: m.training for m in model.modules()}
-    kind, fresh = precision.device.split(":")[0], precision.gradient_checkpointing and not inner.is_activation_checkpointing
-    hooked = bool(getattr(inner, "_require_grads_hooks", None))
-    if fresh: inner.activation_checkpointing_enable()
-    try:
-        with (torch.random.fork_rng([] if kind == "cpu" else [precision.device]), packing.packing_attention(model.train()),
-              torch.autocast(kind, getattr(torch, precision.dtype), enabled=precision.mixed is not None)): yield
-    finally:
-        model.zero_grad()
-        if fresh: inner.activation_checkpointing_disable()
-        if not hooked: inner.disable_input_require_grads()
-        for m, mode in was.items(): m.training = mode
-
-# %% ../nbs/10_preflight.ipynb #e67500c3
-def probe_pass(
-    model,  # a `PeftModel`, not trained yet
-    features: list,  # of {"input_ids", "labels"}: the rows of the pass
-    precision: adapters.Precision,  # of the run
-) -> tuple:  # (computed tokens, seconds)
-    "Run one pass as training does; the model and the random state stay as they were."
-    import time, torch
-    batch = packing.pack_rows(features)
-    with _as_in_training(model, precision):
-        for _ in range(2):  # the first one also warms up
-            start = time.perf_counter()
-            packing.packed_loss(model, batch).backward()
-            if precision.device != "cpu": torch.cuda.synchronize()
-            seconds = time.perf_counter() - start
-            if seconds > 2: break
-    return batch.tokens_computed, seconds
-
-# %% ../nbs/10_preflight.ipynb #27aac968
-def estimate_time(
-    job: Job,  # from `check_job`
-    rows: JobRows,  # from `prepare_rows`
-    model,  # a `PeftModel`, not trained yet
-) -> str:  # a sentence
-    "Probe the largest pass of a run, and say how long the run will take."
-    import torch
-    torch.set_num_threads(min(torch.get_num_threads(), trainer.usable_cores()))
-    if trainer.sharing_obstacle(model, rows.train.dataset, job.settings.shared_prefix): return "no estimate of the time: it is made for rows that share their prefix"
-    counts, device = rows.counts["train"], job.precision.device
-    budget = pass_budget(model, job.precision, job.settings, counts.prefix, trainer.free_memory(device))
-    chosen = largest_pass(counts, job.settings, budget)
-    try: computed, took = probe_pass(model, [rows.train.dataset[i] for i in chosen], job.precision)
-    except (RuntimeError, MemoryError) as e:
-        if not trainer._out_of_memory(e): raise
-        return f"memory ran out on a pass of {len(chosen)} rows; training takes smaller ones"
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    keeps = processes == 1 and packing.keeps_prefix(model)
-    steps = plan_steps(counts, job.settings, budget, processes, keeps)
-    evaluated = 2 * computed_tokens(rows.counts["test"], 64, budget, keeps)  # before and after, in batches of 64
-    seconds = took / computed * (steps.computed + evaluated / 3)  # forward only
-    return f"a pass of {computed:,} computed tokens takes {took:.2g} s: about {int(seconds // 60)}:{int(seconds % 60):02d} for {steps.steps:,} steps"
 
 # %% ../nbs/10_preflight.ipynb #0f877377
 def quiet_libraries():
