@@ -6,7 +6,7 @@
 __all__ = ['TEMPLATE_JOB', 'Workspace', 'workspace_from_env', 'Answer', 'ClouderaError', 'job_request', 'job_row',
            'check_sending', 'SubmittedJob', 'submit', 'submitted', 'submit_command']
 
-# %% ../nbs/13_cml.ipynb #34250dca
+# %% ../nbs/13_cml.ipynb #bb90672f
 import json, os, re, sys, time
 from dataclasses import dataclass, field, replace
 
@@ -18,13 +18,13 @@ import ftnb.monitor as live
 import ftnb.preflight as preflight
 import ftnb.studio as studio
 
-# %% ../nbs/13_cml.ipynb #ca1598e2
+# %% ../nbs/13_cml.ipynb #50ea25f6
 _VARIABLES = {
     "CDSW_DOMAIN": "the address of the workspace, such as ml-1234abcd.example.com",
     "CDSW_PROJECT_ID": "the project's id, as the API writes it",
     "CDSW_APIV2_KEY": "an API v2 key, made in User Settings > API Keys"}
 
-# %% ../nbs/13_cml.ipynb #dfd79055
+# %% ../nbs/13_cml.ipynb #d19cca9f
 @dataclass(frozen=True)
 class Workspace:
     "A project on Cloudera ML, and the key to it."
@@ -39,7 +39,7 @@ class Workspace:
     def __post_init__(self):
         if not isinstance(self.key, jobargs.Secret): object.__setattr__(self, "key", jobargs.Secret(self.key))
 
-# %% ../nbs/13_cml.ipynb #2f661751
+# %% ../nbs/13_cml.ipynb #65670de7
 def _read_variables(
     env: "Mapping",  # environment
 ) -> tuple:  # (sentences about what is wrong, arguments of `Workspace`)
@@ -54,7 +54,7 @@ def _read_variables(
     names = re.fullmatch(r"https?://[^/]+/api/v1/projects/([\w.-]+)/([\w.-]+)/?", env.get("CDSW_PROJECT_URL", ""))
     return problems, dict(url=url, project=given["CDSW_PROJECT_ID"], key=jobargs.Secret(given["CDSW_APIV2_KEY"]), page=f"{url}/{names[1]}/{names[2]}" if names else "")
 
-# %% ../nbs/13_cml.ipynb #06f1499f
+# %% ../nbs/13_cml.ipynb #5a6e8d26
 def workspace_from_env(
     env: "Mapping | None" = None,  # environment; default: this process's own
     **settings,  # timeout, tries, pause of `Workspace`
@@ -64,13 +64,13 @@ def workspace_from_env(
     consts.raise_problems(problems, "Cloudera ML can't be reached")
     return Workspace(**found, **settings)
 
-# %% ../nbs/13_cml.ipynb #bacc8ce7
+# %% ../nbs/13_cml.ipynb #bbe07e56
 _CALLS = {  # name, as of `cmlapi` -> method and path below the project
     "list_jobs": ("GET", "jobs"), "create_job": ("POST", "jobs"), "get_job": ("GET", "jobs/{job_id}"), "delete_job": ("DELETE", "jobs/{job_id}"),
     "list_job_runs": ("GET", "jobs/{job_id}/runs"), "create_job_run": ("POST", "jobs/{job_id}/runs"),
     "get_job_run": ("GET", "jobs/{job_id}/runs/{run_id}"), "stop_job_run": ("POST", "jobs/{job_id}/runs/{run_id}:stop")}
 
-# %% ../nbs/13_cml.ipynb #00d4e7a8
+# %% ../nbs/13_cml.ipynb #128dbbae
 @dataclass(frozen=True)
 class Answer:
     "What came of a call."
@@ -95,7 +95,7 @@ class Answer:
         "May it have been carried out, although the answer doesn't say so?"
         return not self.good and self.sent and self.passing and self.status != 429
 
-# %% ../nbs/13_cml.ipynb #f8a7b288
+# %% ../nbs/13_cml.ipynb #e5fb4c5c
 def _read_answer(
     status: int,  # of HTTP
     text: "str | bytes | None",  # of the answer
@@ -110,7 +110,7 @@ def _read_answer(
     wait = float(after) if re.fullmatch(r"\d{1,6}(\.\d+)?", after or "") else 0
     return Answer(status, data, " ".join(said.split()), min(wait, 60))
 
-# %% ../nbs/13_cml.ipynb #9a29cc84
+# %% ../nbs/13_cml.ipynb #15dcb9b2
 def _ask_httpx(
     workspace: Workspace,
     call: str,  # one of `_CALLS`
@@ -133,7 +133,7 @@ def _ask_httpx(
     except (httpx.ConnectError, httpx.ConnectTimeout, httpx.InvalidURL) as e: return Answer(said=str(e) or "no connection", sent=False)
     except httpx.HTTPError as e: return Answer(said=str(e) or type(e).__name__)
 
-# %% ../nbs/13_cml.ipynb #b3b7b416
+# %% ../nbs/13_cml.ipynb #fd238e2d
 def _ask_cmlapi(
     workspace: Workspace,
     call: str,  # one of `_CALLS`
@@ -153,7 +153,7 @@ def _ask_cmlapi(
         why = getattr(e, "reason", None) or e
         return Answer(said=str(why), sent=type(why).__name__ not in ("NewConnectionError", "ConnectTimeoutError", "NameResolutionError"))
 
-# %% ../nbs/13_cml.ipynb #7dcf23a1
+# %% ../nbs/13_cml.ipynb #06c98239
 def _ask(
     workspace: Workspace,
     call: str,  # one of `_CALLS`
@@ -169,12 +169,12 @@ def _ask(
     if key not in text and key not in answer.said: return answer
     return replace(answer, data=json.loads(text.replace(key, "***")), said=answer.said.replace(key, "***"))  # said back by the other side
 
-# %% ../nbs/13_cml.ipynb #e8737545
+# %% ../nbs/13_cml.ipynb #d436c2e5
 class ClouderaError(RuntimeError):
     "Cloudera ML didn't do what was asked."
     status, unclear = 0, False  # of the last answer; may the call have been carried out?
 
-# %% ../nbs/13_cml.ipynb #f2d6409b
+# %% ../nbs/13_cml.ipynb #6eb69d4f
 _ADVICE = {
     0: "see whether the address is right and can be reached from here",
     400: "see what it says about the request",
@@ -184,7 +184,7 @@ _ADVICE = {
     409: "something of the same name is there already",
     429: "wait a while, and send it again"}
 
-# %% ../nbs/13_cml.ipynb #4b408bec
+# %% ../nbs/13_cml.ipynb #0181099e
 def _error(
     workspace: Workspace,
     call: str,  # that went wrong
@@ -193,14 +193,15 @@ def _error(
 ) -> ClouderaError:  # without the key, whatever the server said
     "Put what went wrong in words."
     kind = "no answer" if not answer.status else f"{answer.status}"
-    advice = "its log may tell more" if answer.status >= 500 else _ADVICE.get(answer.status, "")
+    moved = "CDSW_DOMAIN must be the workspace's own address" if 300 <= answer.status < 400 else ""
+    advice = "its log may tell more" if answer.status >= 500 else _ADVICE.get(answer.status, moved)
     words = [f"{call.replace('_', ' ')} in project {workspace.project} at {workspace.url}: {kind}", f" after {tries} tries" * (tries > 1),
              f" ({answer.said})" * bool(answer.said), f": {advice}" * bool(advice)]
     e = ClouderaError(jobargs._hide("".join(words), workspace.key.reveal()))
     e.status, e.unclear = answer.status, answer.unclear
     return e
 
-# %% ../nbs/13_cml.ipynb #cff5bfa3
+# %% ../nbs/13_cml.ipynb #ab857a20
 def _call(
     workspace: Workspace,
     call: str,  # one that may be made again
@@ -217,7 +218,7 @@ def _call(
         time.sleep(answer.after or workspace.pause * 2**n)
     raise _error(workspace, call, answer, n + 1)
 
-# %% ../nbs/13_cml.ipynb #85003c61
+# %% ../nbs/13_cml.ipynb #26dc6f70
 def _id(
     found,  # a job or a run, as the API answers it
 ) -> str:  # "" where it has none that can be used in an address
@@ -225,7 +226,7 @@ def _id(
     id = found.get("id") if isinstance(found, dict) else None
     return id if isinstance(id, str) and re.fullmatch(r"[\w-][\w.-]{0,127}", id) else ""
 
-# %% ../nbs/13_cml.ipynb #65b2432d
+# %% ../nbs/13_cml.ipynb #0b781581
 def _listed(
     workspace: Workspace,
     call: str,  # list_jobs or list_job_runs
@@ -243,7 +244,7 @@ def _listed(
         if not token or not isinstance(token, str): break
     return found
 
-# %% ../nbs/13_cml.ipynb #51d351b9
+# %% ../nbs/13_cml.ipynb #e8d9fdf5
 def _jobs_named(
     workspace: Workspace,
     name: str,  # of a job, to the letter
@@ -251,7 +252,7 @@ def _jobs_named(
     "The project's jobs of a name."
     return [j for j in _listed(workspace, "list_jobs", "jobs", {"search_filter": json.dumps({"name": name})}) if j.get("name") == name]
 
-# %% ../nbs/13_cml.ipynb #88d16165
+# %% ../nbs/13_cml.ipynb #ab4c93c9
 def _look_for(
     find: "Callable",  # gives what was created, or None
     seconds: float,  # to go on looking
@@ -266,7 +267,7 @@ def _look_for(
         time.sleep(min(pause, max(0, end - time.monotonic())))
         pause = min(2 * pause, 5)
 
-# %% ../nbs/13_cml.ipynb #94163b9d
+# %% ../nbs/13_cml.ipynb #a12b765a
 def _create(
     workspace: Workspace,
     call: str,  # create_job or create_job_run
@@ -291,11 +292,11 @@ def _create(
     e.unclear = unclear
     raise e
 
-# %% ../nbs/13_cml.ipynb #d2e28577
+# %% ../nbs/13_cml.ipynb #540a51e1
 TEMPLATE_JOB = "Accel_Finetuning_Base_Job"  # name of the job that others are copied from
 _HOME = "/home/cdsw"  # where Cloudera ML has a project's files
 
-# %% ../nbs/13_cml.ipynb #13eb2a80
+# %% ../nbs/13_cml.ipynb #bc1ac977
 def _own_script() -> str:  # path below the project; "" where it isn't in it
     "This package's job script, as a job would name it."
     import ftnb
@@ -303,7 +304,7 @@ def _own_script() -> str:  # path below the project; "" where it isn't in it
     roots = [_HOME] if os.path.isdir(_HOME) else [os.getcwd()]
     return next((os.path.relpath(script, r) for r in roots if script.startswith(os.path.join(r, ""))), "")
 
-# %% ../nbs/13_cml.ipynb #7af9248d
+# %% ../nbs/13_cml.ipynb #5787e224
 def _environment(
     template: dict,  # a job, as the API answers it
 ) -> dict:  # name -> text
@@ -313,7 +314,7 @@ def _environment(
     except ValueError: found = {}
     return {str(k): str(v) for k, v in found.items() if v is not None} if isinstance(found, dict) else {}
 
-# %% ../nbs/13_cml.ipynb #0cc49c65
+# %% ../nbs/13_cml.ipynb #e791f75e
 def job_request(
     args: jobargs.JobArgs,  # of the job
     template: dict | None = None,  # the template job, as the API answers it
@@ -336,7 +337,7 @@ def job_request(
             "accelerator_label_id": str(args.gpu_label_id) if args.gpu_label_id not in (None, -1) else None}
     return {k: v for k, v in body.items() if v not in (None, "", [])}
 
-# %% ../nbs/13_cml.ipynb #47e86505
+# %% ../nbs/13_cml.ipynb #4b8fa458
 def job_row(
     args: jobargs.JobArgs,  # of the job
     job_id: str,  # on Cloudera ML
@@ -355,7 +356,7 @@ def job_row(
         row |= {column: value if blob else None, f"{column}_id": None if blob else value}
     return row
 
-# %% ../nbs/13_cml.ipynb #5e47a05c
+# %% ../nbs/13_cml.ipynb #10a74df8
 def _put_row(
     engine: "Engine",  # of the Studio database
     id: str,  # of the job
@@ -375,7 +376,7 @@ def _put_row(
     except sa.exc.DBAPIError as e: why = f"fine_tuning_jobs {id}: the row can't be written to {studio.studio_place(engine)}: {e.orig}"
     raise ValueError(why)
 
-# %% ../nbs/13_cml.ipynb #e2f592d4
+# %% ../nbs/13_cml.ipynb #da2c4e8b
 def _take_back_row(
     engine: "Engine",  # of the Studio database
     id: str,  # of the job
@@ -391,7 +392,7 @@ def _take_back_row(
     except sa.exc.DBAPIError as e: return f"fine_tuning_jobs {id}: the row couldn't be taken back ({e.orig}); delete it"
     return ""
 
-# %% ../nbs/13_cml.ipynb #84b69f12
+# %% ../nbs/13_cml.ipynb #aea2e1f8
 def check_sending(
     args: jobargs.JobArgs,  # from `parse_job_arguments`
     env: dict | None = None,  # environment; default: this process's own
@@ -405,7 +406,7 @@ def check_sending(
         report.add("warning", "token", f"the Hugging Face token isn't sent along: set {consts.HF_TOKEN} in the project's environment")
     return report
 
-# %% ../nbs/13_cml.ipynb #d5454eab
+# %% ../nbs/13_cml.ipynb #5cd79356
 @dataclass(repr=False)
 class SubmittedJob:
     "A job on Cloudera ML, and its run."
@@ -428,7 +429,7 @@ class SubmittedJob:
                 ("metrics", escape(self.args.train_out_dir)), ("adapter", escape(self.args.out_dir))]
         return "<table>" + "".join(f"<tr><th align=left>{k}</th><td align=left>{v}</td></tr>" for k, v in rows) + "</table>"
 
-# %% ../nbs/13_cml.ipynb #d5c660a5
+# %% ../nbs/13_cml.ipynb #ddecd4af
 @dataclass
 class _Start:
     "A start under way: what there is to take back."
@@ -437,10 +438,11 @@ class _Start:
     id: str  # of the job, which is its name on Cloudera ML
     job_id: str = ""  # on Cloudera ML, once it is there
     maybe: bool = False  # may there be a job, although its id isn't known?
+    late: bool = False  # may it still come, since there was no answer?
     wrote: bool = False  # the row
     before: dict | None = None  # the row as it was
 
-# %% ../nbs/13_cml.ipynb #b944ad92
+# %% ../nbs/13_cml.ipynb #76b37c7c
 def _begin(
     start: _Start,  # with nothing done yet
     request: dict,  # from `job_request`
@@ -451,13 +453,13 @@ def _begin(
     start.maybe = True
     try: start.job_id = _id(_create(w, "create_job", {"project_id": w.project} | request, named))
     except ClouderaError as e:
-        start.maybe = e.unclear
+        start.maybe, start.late = e.unclear, e.unclear and not e.status
         raise
     start.before, start.wrote = _put_row(start.engine, start.id, row(start.job_id)), True
     runs = lambda: next(iter(_listed(w, "list_job_runs", "job_runs", job_id=start.job_id)), None)
     return _id(_create(w, "create_job_run", {"project_id": w.project, "job_id": start.job_id}, runs, job_id=start.job_id))
 
-# %% ../nbs/13_cml.ipynb #dc0f50d0
+# %% ../nbs/13_cml.ipynb #9bb58cdb
 def _drop_job(
     workspace: Workspace,
     job_id: str,  # of a job that we created
@@ -470,7 +472,7 @@ def _drop_job(
     except ClouderaError as e: return "" if e.status == 404 else f"job {job_id} is left in the project, and couldn't be deleted; delete it on its page ({e})"
     return ""
 
-# %% ../nbs/13_cml.ipynb #1f07c3f2
+# %% ../nbs/13_cml.ipynb #5768b726
 def _take_back(
     start: _Start,  # that failed
 ) -> list:  # sentences about what is left
@@ -479,11 +481,12 @@ def _take_back(
     if start.maybe and not ids:
         try: ids = [j["id"] for j in _jobs_named(start.workspace, start.id)]
         except ClouderaError: left.append(f"a job named {start.id} may be left in the project: nobody can tell; if it is there, delete it on its page")
+        else: left += [f"should a job named {start.id} still appear in the project, delete it"] * (start.late and not ids)
     left += [_drop_job(start.workspace, id) for id in ids]
     if start.wrote: left.append(_take_back_row(start.engine, start.id, start.before))
     return [o for o in left if o]
 
-# %% ../nbs/13_cml.ipynb #b979e853
+# %% ../nbs/13_cml.ipynb #aa9aae0a
 def submit(
     args: jobargs.JobArgs,  # from `parse_job_arguments`
     workspace: Workspace | None = None,  # default: the one that the environment names
@@ -509,10 +512,10 @@ def submit(
         raise
     return SubmittedJob(args, workspace, start.job_id, run)
 
-# %% ../nbs/13_cml.ipynb #0ae32c9f
+# %% ../nbs/13_cml.ipynb #794e2385
 _ENDS = ("succeeded", "failed", "stopped", "timedout", "skipped")
 
-# %% ../nbs/13_cml.ipynb #fc0c3b50
+# %% ../nbs/13_cml.ipynb #4cce3a50
 @patch
 def status(
     self: SubmittedJob,
@@ -523,7 +526,7 @@ def status(
     self.state = found[1] if found else "unknown"
     return self.state
 
-# %% ../nbs/13_cml.ipynb #37fd10fa
+# %% ../nbs/13_cml.ipynb #b81fc0a8
 @patch
 def stop(
     self: SubmittedJob,
@@ -535,7 +538,7 @@ def stop(
             if self.status() not in _ENDS: raise  # else it ended meanwhile
     return self.status()
 
-# %% ../nbs/13_cml.ipynb #bed7a2fe
+# %% ../nbs/13_cml.ipynb #ce36e311
 @patch
 def wait(
     self: SubmittedJob,
@@ -555,7 +558,7 @@ def wait(
         if self.state in _ENDS or left <= 0: return self.state
         time.sleep(min(every, left))
 
-# %% ../nbs/13_cml.ipynb #2f903cbe
+# %% ../nbs/13_cml.ipynb #f1e3a299
 @patch
 def monitor(
     self: SubmittedJob,
@@ -567,7 +570,7 @@ def monitor(
         raise ValueError(f"there is no {os.path.abspath(folder)} here: look from a session of the project, in its folder, or mount the project's files (the API hands out none)")
     return live.monitor(folder, every)
 
-# %% ../nbs/13_cml.ipynb #cbe4d558
+# %% ../nbs/13_cml.ipynb #a9c89593
 def submitted(
     experimentid: str,  # of the job
     workspace: Workspace | None = None,  # default: the one that the environment names
@@ -586,7 +589,7 @@ def submitted(
     found.status()
     return found
 
-# %% ../nbs/13_cml.ipynb #c6d9a69d
+# %% ../nbs/13_cml.ipynb #f50a6fd1
 def _own_options(
     argv: list,  # of the command
 ) -> tuple:  # (options of the command, the job's arguments)
@@ -597,7 +600,7 @@ def _own_options(
     for name in ("--script", "--runtime"): p.add_argument(name)
     return p.parse_known_args(argv)
 
-# %% ../nbs/13_cml.ipynb #9ed5448d
+# %% ../nbs/13_cml.ipynb #fe22f6d6
 _HELP = """ftnb_submit: check a job, and send it to Cloudera ML; exit status 1 where it isn't sent, or with --follow doesn't succeed.
 
   --follow                   wait for its end, and print each change; Ctrl-C ends the following, not the job
@@ -607,7 +610,7 @@ _HELP = """ftnb_submit: check a job, and send it to Cloudera ML; exit status 1 w
 CDSW_DOMAIN, CDSW_PROJECT_ID and CDSW_APIV2_KEY say where to; a session of Cloudera ML has them set.
 """
 
-# %% ../nbs/13_cml.ipynb #8bfa42e5
+# %% ../nbs/13_cml.ipynb #a421b8e2
 def submit_command(
     argv: list | None = None,  # arguments; default: the command line's
 ):
