@@ -30,7 +30,7 @@ class Place:
     def arguments(self, processes, **training):
         "Of the job, with the same rows a step whatever the number of processes."
         rows, batches = BATCHES[processes]
-        asked = TRAINING | {"per_device_train_batch_size": rows, "gradient_accumulation_steps": batches, "tokens_per_pass": 400} | training
+        asked = TRAINING | {"per_device_train_batch_size": rows, "gradient_accumulation_steps": batches, "tokens_per_pass": 600} | training
         args = ftnb.jobargs.parse_job_arguments(self.project.job_arguments)
         return ftnb.jobargs.format_job_arguments(replace(args, training_arguments_config=json.dumps(asked, separators=(",", ":"))))
 
