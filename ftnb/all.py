@@ -14,17 +14,21 @@ from .prompts import *
 from .splits import *
 from .tokens import *
 from .adapters import *
-from .ranks import *
 from .checkpoints import *
 from .packing import *
 from .trainer import *
 from .preflight import *
+from .probe import *
 from .evaluate import *
 from .curves import *
 from .chat import *
 from .monitor import *
 from .form import *
 from .runs import *
+
+# %% ../nbs/99_all.ipynb #5f261764
+from .cml import *
+from .launch import launch
 from .finetune import *
 from .tiny import *
 from .demo import *

@@ -400,7 +400,8 @@ def check_sending(
     "Check a job that another machine will run."
     report = preflight.check_job(args, env, keep=False)
     here = lambda f: replace(f, level="warning", text=f"on this machine: {f.text}")
-    report.findings = [here(f) if f.about == "memory" and f.level == "error" else f for f in report.findings]
+    there = lambda f: f.level == "error" and (f.about == "memory" or f.text.startswith("--dist_num"))  # what another machine has
+    report.findings = [here(f) if there(f) else f for f in report.findings]
     own = (os.environ if env is None else env).get(consts.HF_TOKEN, "").strip()
     if args.hf_token and args.hf_token.reveal() != own:
         report.add("warning", "token", f"the Hugging Face token isn't sent along: set {consts.HF_TOKEN} in the project's environment")
