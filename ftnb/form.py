@@ -15,9 +15,11 @@ from fastcore.basics import patch
 
 import ftnb.consts as consts
 import ftnb.draft as draft
+import ftnb.evaluate as evaluate
 import ftnb.jobargs as jobargs
 import ftnb.monitor as monitor
 import ftnb.preflight as preflight
+import ftnb.splits as splits
 import ftnb.studio as studio
 
 # %% ../nbs/13_form.ipynb #e24e5ac9
@@ -379,6 +381,23 @@ def close(self: Form):
     self.closed.set()
     self.changed.set()
     self.thread.join(60)
+
+# %% ../nbs/13_form.ipynb #71a03a35
+@patch
+def compare(
+    self: Form,
+    n: int | None = 100,  # rows at most; None for all
+) -> evaluate.Comparison:  # shows as a table
+    "Base against adapter on the rows that the run held out."
+    args, problems = self.judge()
+    consts.raise_problems([f"{k} {v}" for k, v in problems.items()], "There is nothing to compare")
+    if not os.path.exists(os.path.join(args.out_dir, "run.json")): raise ValueError(f"there is no adapter in {args.out_dir} yet: train it first")
+    check = self.check if self.check is not None and self.check.args == args else preflight.check_job(args, self.env, keep=False)
+    if (job := check.job) is None: check.raise_errors()
+    data = preflight.read_rows(job.records.dataset, job.template, job.token)
+    held_out = splits.sample_and_split_dataset(data, args.dataset_fraction, args.train_test_split)["test"]
+    adapter = {args.adapter_name or "adapter": args.out_dir}
+    return evaluate.compare(job.source, adapter, held_out, job.template, n, completion_only=job.settings.completion_only, precision=job.precision)
 
 # %% ../nbs/13_form.ipynb #ba914e61
 @patch
