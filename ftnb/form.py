@@ -135,7 +135,8 @@ def choices(
 # %% ../nbs/13_form.ipynb #f347fbe7
 @patch
 def __repr__(self: Form):
-    args, problems = self.judge()
+    checked = self.box is None or self.ready.is_set()  # until then their thread imports what a check needs; two at once break it
+    args, problems = self.judge() if checked else (None, {})
     remarks, lines = draft.unusual(self.values), [f"Form on {Path(studio.studio_place(self.engine)).name}" if self.engine is not None else self.problem]
     for heading, fields in _SECTIONS.items():
         lines.append(heading)
@@ -144,7 +145,8 @@ def __repr__(self: Form):
             shown = next((o for o, v in self.choices(name) or () if v == value), value)
             lines.append(f"  {label:26}{shown}" + (f"  <- {note}" if note else ""))
     other = [f"{k} {v}" for k, v in problems.items() if not any(k in o for o in _SECTIONS.values())]
-    return "\n".join([*lines, *other, f"JOB_ARGUMENTS={self.as_text()[0]!r}" if args else f"{len(problems)} to put right"])
+    end = f"JOB_ARGUMENTS={self.as_text()[0]!r}" if args else f"{len(problems)} to put right" if checked else "not checked yet: print the form again"
+    return "\n".join([*lines, *other, end])
 
 # %% ../nbs/13_form.ipynb #929cb0c2
 @patch
@@ -534,4 +536,4 @@ def _repr_mimebundle_(
     if not hasattr(shell, "kernel"): return {}
     try: bundle = self.show()._repr_mimebundle_()
     except ImportError: return {}  # no ipywidgets
-    return {**bundle, "text/plain": repr(self) if self.ready.is_set() else "Form"}  # two threads that import one library at once break it
+    return {**bundle, "text/plain": repr(self)}
