@@ -199,9 +199,9 @@ class Notebook:
         try: return base64.b64decode(self.root.locator("img.widget-image").last.evaluate(PICTURE, timeout=5000) or b"")
         except Error: return b""  # it was being replaced
 
-    def row(self, label):
-        "The row of a field in the form."
-        return self.root.locator(f'.widget-hbox:has(> .widget-html > .widget-html-content:text-is("{label}"))').last
+    def row(self, label, number=-1):
+        "The row of a field in the form; of several with one label, the last."
+        return self.root.locator(f'.widget-hbox:has(> .widget-html > .widget-html-content:text-is("{label}"))').nth(number)
 
     def fill(self, **fields):
         for label, value in fields.items(): self.row(label.replace("_", " ")).locator("input[type=text]").fill(str(value))
@@ -238,11 +238,11 @@ def animation(shots, width=760):
     first.save(out, "GIF", save_all=True, append_images=rest, duration=[700] * len(rest) + [3000], loop=0, optimize=True)
     return out.getvalue()
 
-def part(notebook, first, last, margin=8):
+def part(notebook, first, last, margin=8, above=8):
     "A screenshot from the top of one thing to the bottom of another."
-    first.scroll_into_view_if_needed()
+    for end in (last, first): end.scroll_into_view_if_needed()
     a, b = first.bounding_box(), last.bounding_box()
-    clip = dict(x=a["x"] - margin, y=a["y"] - margin, width=a["width"] + 2 * margin, height=b["y"] + b["height"] - a["y"] + 2 * margin)
+    clip = dict(x=a["x"] - margin, y=a["y"] - above, width=a["width"] + 2 * margin, height=b["y"] + b["height"] - a["y"] + 2 * above)
     return notebook.page.screenshot(clip=clip)
 
 
@@ -264,7 +264,7 @@ def tutorial(notebook, pictures):
     check("its picture moves while its kernel trains", len(seen) > 2, f"{len(seen)} pictures")
     shown = notebook.output("preview(rows.train").inner_text()
     check("the tokens that carry loss are shown", "tokens carry loss" in shown)
-    pictures["preview.png"] = png(part(notebook, *2 * [notebook.output("preview(rows.train")]))
+    pictures["preview.png"] = png(part(notebook, *2 * [notebook.output("preview(rows.train")], above=0))
     said = notebook.output("compare(base").inner_text()
     check("base and adapter are compared", all(o in said for o in ("perplexity", "base", "adapter")))
     return bad_outputs(notebook)
@@ -286,6 +286,8 @@ def open_form(notebook):
     for label in ("Base model", "Data set", "Prompt"): notebook.row(label).locator("select").select_option(index=1)
     check("the form says what the run comes to", notebook.until("a time is told", lambda: notebook.widgets_say(r"time\s+about")))
 
+def form_top(notebook): return part(notebook, notebook.root.locator(".widget-hbox:has(> .widget-vbox)").first, notebook.row("Quantisation"))
+
 def wrong_field(notebook, pictures):
     "A remark stands beside its field while it is wrong."
     remark = notebook.row("Rank").get_by_role("alert")
@@ -296,23 +298,28 @@ def wrong_field(notebook, pictures):
     check("a wrong rank is marked beside its field", "r is -1" in remark.inner_text(), remark.inner_text())
     notebook.until("the button is off", lambda: not notebook.can("Train here"))
     check("with it, the run can't be started", not notebook.can("Resume"))
-    top, last = notebook.root.locator(".widget-hbox:has(> .widget-vbox)").first, notebook.row("Quantisation")
-    pictures["form.png"] = png(part(notebook, top, last))
+    notebook.until("the panel tells of it", lambda: notebook.widgets_say("^Put right what is marked"))
+    pictures["form_error.png"] = png(form_top(notebook))
     notebook.fill(Rank=8, Dropout=0)
     remark.wait_for(state="detached")
     notebook.row("Dropout").get_by_role("alert").wait_for(state="detached")
     check("the remarks go when the fields are mended", notebook.until("the button is on", lambda: notebook.can("Train here")))
 
-def fill_form(notebook, EPOCHS):
+def fill_form(notebook, epochs, pictures):
     "The rest of the fields."
-    notebook.row("Begin with").locator("select").select_option(index=1)  # the training settings of the project
+    for number in (0, 1): notebook.row("Begin with", number).locator("select").select_option(index=1)  # the project's own settings
     notebook.fill(Learning_rate=5e-3, Share_to_train_on=0.8, Epochs=epochs, Batch=8, Accumulation=1, **{"Adapter's_name": "shop-intents"})
     notebook.row("Register it in the Studio").locator("input[type=checkbox]").check()
     notebook.until("the job is checked again", lambda: notebook.widgets_say(rf"steps\s+{18 * epochs:,} of 8 rows"))
     notebook.until("the run can be started", lambda: notebook.can("Train here"))
     check("the filled form can be run", notebook.widgets_say("the job can run"))
+    notebook.until("its time is told", lambda: notebook.widgets_say(r"time\s+about"))
+    pictures["form.png"] = png(form_top(notebook))
 
-def monitor_box(notebook): return notebook.root.locator(".widget-vbox:has(> img.widget-image)").last
+def monitor_shot(notebook):
+    "The picture of the run, and what stands above it."
+    parts = notebook.root.locator(".widget-vbox:has(> img.widget-image)").last.locator("> *")
+    return part(notebook, parts.first, parts.nth(1), margin=0, above=0)
 
 def jobs(): return [p for p in ours() if any(o.endswith("finetune.py") for o in p.cmdline())]
 
@@ -334,7 +341,7 @@ def watch(notebook, job, moves, shots):
         else: job.resume()
         (state, step), new = notebook.step(), notebook.picture()
         if state != "running" or not new: return False
-        if new not in seen: shots.append(monitor_box(notebook).screenshot())
+        if new not in seen: shots.append(monitor_shot(notebook))
         steps.add(step); seen.add(new)
         return len(steps) > moves and len(seen) > moves
     try: notebook.until("the curve moves", moved)
@@ -377,7 +384,7 @@ def resume(notebook, steps, shots):
     notebook.until("the form, opened again, says that the run is done", lambda: notebook.widgets_say(r"^trained$"))
     notebook.until("the picture says so, too", lambda: notebook.step() == ("finished", steps))
     check("a closed tab does it no harm, and it finishes", not jobs() and not notebook.can("Resume") and not notebook.can("Stop"))
-    shots.append(monitor_box(notebook).screenshot())
+    shots.append(monitor_shot(notebook))
 
 def adapter_rows(notebook):
     with closing(sqlite3.connect(notebook.folder/".app"/"state.db")) as con: return con.execute("SELECT name, location FROM adapters").fetchall()
@@ -386,7 +393,7 @@ def compared(notebook, pictures):
     "Base against adapter, in a new cell."
     notebook.run("form.compare()")
     notebook.finished()
-    pictures["compare.png"] = png(part(notebook, *2 * [notebook.output("form.compare()")]))
+    pictures["compare.png"] = png(part(notebook, *2 * [notebook.output("form.compare()")], margin=4, above=0))
     text = "\n".join(o.data["text/plain"] for o in bad_outputs(notebook) if "perplexity" in o.get("data", {}).get("text/plain", ""))
     loss = {m[1]: float(m[2]) for m in re.finditer(r"^(base|shop-intents) +([\d.]+)", text, re.M)}
     check("the adapter has learnt", loss and loss["shop-intents"] < loss["base"] / 2, str(loss))
@@ -395,11 +402,11 @@ def form(notebook, pictures, moves):
     shots = []
     open_form(notebook)
     wrong_field(notebook, pictures)
-    fill_form(notebook, EPOCHS)
+    fill_form(notebook, EPOCHS, pictures)
     train(notebook, moves, shots)
     resume(notebook, 18 * EPOCHS, shots)
     check("the adapter is registered", [n for n, place in adapter_rows(notebook) if Path(place, "adapter_model.safetensors").exists()] == ["shop-intents"])
-    pictures["run_live.gif"], pictures["run_done.png"] = animation(shots), png(shots[-1])
+    pictures["run_live.gif"], pictures["run_done.png"] = animation(shots[:-1:2] + shots[-1:]), png(shots[-1])
     compared(notebook, pictures)
 
 def drive(work, pictures, errors, moves):

@@ -290,7 +290,7 @@ def _estimate(
 def _look_ahead(self: Form):
     "Check the job as the fields stand, unless that has been done."
     args = self.args
-    if args is None: self.panel.value = "<i>Put right what is marked, to see what the run comes to.</i>"
+    if args is None: self.panel.value = '<div style="line-height:1.4"><i>Put right what is marked, to see what the run comes to.</i></div>'
     if args == self.looked: return
     self.looked, self.check = args, None  # what fails isn't tried again each second
     if args is None: return
