@@ -406,7 +406,7 @@ def form(notebook, pictures, moves):
     train(notebook, moves, shots)
     resume(notebook, 18 * EPOCHS, shots)
     check("the adapter is registered", [n for n, place in adapter_rows(notebook) if Path(place, "adapter_model.safetensors").exists()] == ["shop-intents"])
-    pictures["run_live.gif"], pictures["run_done.png"] = animation(shots[:-1:2] + shots[-1:]), png(shots[-1])
+    pictures["run_live.gif"] = animation(shots[:-1:2] + shots[-1:])
     compared(notebook, pictures)
 
 def drive(work, pictures, errors, moves):
