@@ -87,12 +87,12 @@ def train_and_save(
     if alone: print(f"time: {probe.estimate_time(job, rows, model)}", flush=True)
     run = trainer.train_adapter(model, tokenizer, rows.train.dataset, rows.test.dataset, job.settings, bar,
                                 job_identity(job, rows) if first else None, rows.numbers)
-    model, probe = adapters.as_loaded(run.model), rows.train.dataset[0]["input_ids"]
-    config, expected = model.peft_config["default"].to_dict(), adapters.probe_logits(model, probe)  # on all processes: under FSDP each has a part
+    model, row = adapters.as_loaded(run.model), rows.train.dataset[0]["input_ids"]
+    config, expected = model.peft_config["default"].to_dict(), adapters.probe_logits(model, row)  # on all processes: under FSDP each has a part
     if not first: return None
     used = {k: sorted(config[k]) if isinstance(config[k], set) else config[k] for k in sorted({"target_modules", *job.records.lora}) if k in config}
     comparison = evaluate.describe_scores(questions, before, score(model))
-    return SavedAdapter(adapters.save_adapter(model, tokenizer, job.args.out_dir), expected, probe, run.metrics, used, run.unshared, comparison)
+    return SavedAdapter(adapters.save_adapter(model, tokenizer, job.args.out_dir), expected, row, run.metrics, used, run.unshared, comparison)
 
 # %% ../nbs/14_finetune.ipynb #65f28764
 def library_versions() -> dict:  # name -> version

@@ -15,9 +15,11 @@ from fastcore.basics import patch
 
 import ftnb.consts as consts
 import ftnb.draft as draft
+import ftnb.evaluate as evaluate
 import ftnb.jobargs as jobargs
 import ftnb.monitor as monitor
 import ftnb.preflight as preflight
+import ftnb.splits as splits
 import ftnb.studio as studio
 
 # %% ../nbs/13_form.ipynb #e24e5ac9
@@ -133,7 +135,8 @@ def choices(
 # %% ../nbs/13_form.ipynb #f347fbe7
 @patch
 def __repr__(self: Form):
-    args, problems = self.judge()
+    checked = self.box is None or self.ready.is_set()  # until then their thread imports what a check needs; two at once break it
+    args, problems = self.judge() if checked else (None, {})
     remarks, lines = draft.unusual(self.values), [f"Form on {Path(studio.studio_place(self.engine)).name}" if self.engine is not None else self.problem]
     for heading, fields in _SECTIONS.items():
         lines.append(heading)
@@ -142,7 +145,8 @@ def __repr__(self: Form):
             shown = next((o for o, v in self.choices(name) or () if v == value), value)
             lines.append(f"  {label:26}{shown}" + (f"  <- {note}" if note else ""))
     other = [f"{k} {v}" for k, v in problems.items() if not any(k in o for o in _SECTIONS.values())]
-    return "\n".join([*lines, *other, f"JOB_ARGUMENTS={self.as_text()[0]!r}" if args else f"{len(problems)} to put right"])
+    end = f"JOB_ARGUMENTS={self.as_text()[0]!r}" if args else f"{len(problems)} to put right" if checked else "not checked yet: print the form again"
+    return "\n".join([*lines, *other, end])
 
 # %% ../nbs/13_form.ipynb #929cb0c2
 @patch
@@ -286,7 +290,7 @@ def _estimate(
 def _look_ahead(self: Form):
     "Check the job as the fields stand, unless that has been done."
     args = self.args
-    if args is None: self.panel.value = "<i>Put right what is marked, to see what the run comes to.</i>"
+    if args is None: self.panel.value = '<div style="line-height:1.4"><i>Put right what is marked, to see what the run comes to.</i></div>'
     if args == self.looked: return
     self.looked, self.check = args, None  # what fails isn't tried again each second
     if args is None: return
@@ -379,6 +383,23 @@ def close(self: Form):
     self.closed.set()
     self.changed.set()
     self.thread.join(60)
+
+# %% ../nbs/13_form.ipynb #71a03a35
+@patch
+def compare(
+    self: Form,
+    n: int | None = 100,  # rows at most; None for all
+) -> evaluate.Comparison:  # shows as a table
+    "Base against adapter on the rows that the run held out."
+    args, problems = self.judge()
+    consts.raise_problems([f"{k} {v}" for k, v in problems.items()], "There is nothing to compare")
+    if not os.path.exists(os.path.join(args.out_dir, "run.json")): raise ValueError(f"there is no adapter in {args.out_dir} yet: train it first")
+    check = self.check if self.check is not None and self.check.args == args else preflight.check_job(args, self.env, keep=False)
+    if (job := check.job) is None: check.raise_errors()
+    data = preflight.read_rows(job.records.dataset, job.template, job.token)
+    held_out = splits.sample_and_split_dataset(data, args.dataset_fraction, args.train_test_split)["test"]
+    adapter = {args.adapter_name or "adapter": args.out_dir}
+    return evaluate.compare(job.source, adapter, held_out, job.template, n, completion_only=job.settings.completion_only, precision=job.precision)
 
 # %% ../nbs/13_form.ipynb #ba914e61
 @patch
@@ -515,4 +536,4 @@ def _repr_mimebundle_(
     if not hasattr(shell, "kernel"): return {}
     try: bundle = self.show()._repr_mimebundle_()
     except ImportError: return {}  # no ipywidgets
-    return {**bundle, "text/plain": repr(self) if self.ready.is_set() else "Form"}  # two threads that import one library at once break it
+    return {**bundle, "text/plain": repr(self)}
