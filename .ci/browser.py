@@ -305,7 +305,7 @@ def wrong_field(notebook, pictures):
     notebook.row("Dropout").get_by_role("alert").wait_for(state="detached")
     check("the remarks go when the fields are mended", notebook.until("the button is on", lambda: notebook.can("Train here")))
 
-def fill_form(notebook, epochs, pictures):
+def fill_form(notebook, epochs):
     "The rest of the fields."
     for number in (0, 1): notebook.row("Begin with", number).locator("select").select_option(index=1)  # the project's own settings
     notebook.fill(Learning_rate=5e-3, Share_to_train_on=0.8, Epochs=epochs, Batch=8, Accumulation=1, **{"Adapter's_name": "shop-intents"})
@@ -314,7 +314,6 @@ def fill_form(notebook, epochs, pictures):
     notebook.until("the run can be started", lambda: notebook.can("Train here"))
     check("the filled form can be run", notebook.widgets_say("the job can run"))
     notebook.until("its time is told", lambda: notebook.widgets_say(r"time\s+about"))
-    pictures["form.png"] = png(form_top(notebook))
 
 def monitor_shot(notebook):
     "The picture of the run, and what stands above it."
@@ -389,11 +388,10 @@ def resume(notebook, steps, shots):
 def adapter_rows(notebook):
     with closing(sqlite3.connect(notebook.folder/".app"/"state.db")) as con: return con.execute("SELECT name, location FROM adapters").fetchall()
 
-def compared(notebook, pictures):
+def compared(notebook):
     "Base against adapter, in a new cell."
     notebook.run("form.compare()")
     notebook.finished()
-    pictures["compare.png"] = png(part(notebook, *2 * [notebook.output("form.compare()")], margin=4, above=0))
     text = "\n".join(o.data["text/plain"] for o in bad_outputs(notebook) if "perplexity" in o.get("data", {}).get("text/plain", ""))
     loss = {m[1]: float(m[2]) for m in re.finditer(r"^(base|shop-intents) +([\d.]+)", text, re.M)}
     check("the adapter has learnt", loss and loss["shop-intents"] < loss["base"] / 2, str(loss))
@@ -402,12 +400,12 @@ def form(notebook, pictures, moves):
     shots = []
     open_form(notebook)
     wrong_field(notebook, pictures)
-    fill_form(notebook, EPOCHS, pictures)
+    fill_form(notebook, EPOCHS)
     train(notebook, moves, shots)
     resume(notebook, 18 * EPOCHS, shots)
     check("the adapter is registered", [n for n, place in adapter_rows(notebook) if Path(place, "adapter_model.safetensors").exists()] == ["shop-intents"])
     pictures["run_live.gif"] = animation(shots[:-1:2] + shots[-1:])
-    compared(notebook, pictures)
+    compared(notebook)
 
 def drive(work, pictures, errors, moves):
     "Everything in one browser; a picture of the page is kept where it goes wrong."

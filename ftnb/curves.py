@@ -129,7 +129,7 @@ class RunMetrics:
     longest: float = 0.0  # seconds between two lines
     bad: dict = field(default_factory=dict)  # name -> the last step at which it wasn't finite
     offset: int = field(default=0, repr=False)  # bytes read
-    head: bytes = field(default=b"", repr=False)  # how the file begins, to know it again
+    tail: bytes = field(default=b"", repr=False)  # the last bytes read, to know the file again
 
     def curve(
         self,
@@ -201,14 +201,14 @@ def look(
     try: file = open(self.path, "rb")
     except OSError: return False  # not there yet, or out of reach for a moment
     with file:
-        head = file.read(64)
-        if file.seek(0, 2) < self.offset or not head.startswith(self.head): self.__init__(self.path)
-        self.head, before = head, self.offset
-        file.seek(self.offset)
+        file.seek(self.offset - len(self.tail))
+        if file.read(len(self.tail)) != self.tail: self.__init__(self.path)  # another file, or cut by a run that goes on from a checkpoint
+        before = self.offset
+        file.seek(before)
         while line := file.readline(_LONGEST_LINE):
             entry = _parse_line(line)
             if entry is None and not line.endswith(b"\n") and len(line) < _LONGEST_LINE: break  # still being written
-            self.offset += len(line)
+            self.offset, self.tail = self.offset + len(line), (self.tail + line)[-64:]
             if entry: self.take(entry)
             elif line.strip(): self.unread += 1
     return self.offset != before

@@ -222,7 +222,7 @@ def _repr_html_(
     def cell(text, look=""): return f'<td style="{left}{look}">{escape(text.strip())}</td>'
     def line(row):
         changed, marks = len({_normal(a, row[1]) for a in row[2:]}) > 1, self.marks(row, "✓", "✗")
-        answers = "".join(cell(f"{m} {a.strip()}", looks.get(m, "")) for m, a in zip(marks, row[2:]))
+        answers = "".join(cell(f"{m}\N{NO-BREAK SPACE}{a.strip()}", looks.get(m, "")) for m, a in zip(marks, row[2:]))
         return f"<tr>{cell('≠' if changed else '')}{cell(row[0])}{cell(row[1])}{answers}</tr>"
     head = "".join(f'<th style="{left}">{escape(o)}</th>' for o in ("", "message", "expected", *self.models))
     note = f"{len(self.rows)} of {self.total} rows; ≠ the answers differ, ✓ right, ✗ wrong"

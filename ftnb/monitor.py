@@ -47,7 +47,7 @@ def run_notes(
     "What there is to say about a run."
     notes = [f"step {step:,}: {text}" for step, text in metrics.messages if text]
     notes += [f"{name} wasn't a finite number at step {step:,}" for name, step in metrics.bad.items()]
-    if metrics.unread: notes.append(f"{metrics.unread:,} lines of {metrics.path.name} couldn't be read")
+    if metrics.unread: notes.append(f"{metrics.unread:,} line{'s' * (metrics.unread > 1)} of {metrics.path.name} couldn't be read")
     if curves.run_state(metrics) == "silent": notes.append("a run that says nothing evaluates, saves, waits for its machine, or was killed: its log tells")
     if curves.run_state(metrics) == "waiting": notes.append(f"there is no line in {metrics.path} yet")
     return notes

@@ -418,8 +418,8 @@ def _repr_html_(
     from html import escape
     def one(text, trained=False, special=False):
         look, tag = ";".join([_EDGE, *[_LOSS]*trained, *[_SPECIAL]*special]), "mark" if trained else "span"
-        text = escape(_visible(text))
-        return f'<{tag} style="{look}">{f"<b>{text}</b>" if special else text}</{tag}>'
+        text, before = escape(_visible(text)), "<wbr>" * text.startswith(" ")  # where a line may end
+        return f'{before}<{tag} style="{look}">{f"<b>{text}</b>" if special else text}</{tag}>'
     spans = list(map(one, self.tokens, self.trained, self.special))
     shared = f'<span style="{_SHARED}">{"".join(spans[:self.shared])}</span>' if self.shared else ""
     legend = f'{one("loss", True)} <span style="{_SHARED}">{one("in all rows")}</span> {one("special", special=True)} · space, ⏎ line end'
