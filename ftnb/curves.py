@@ -416,7 +416,7 @@ def _draw_panel(
     for name, colour in zip(names, ("#55606e", "#2e8b57")):
         curve = _scaled(metrics.curve(name), unit)
         if curve.spans: values += _draw(ax, curve, colour, name.removeprefix("tokens_").removesuffix("_per_second"), smooth)
-    _dress(ax, title + " (logarithmic)" * (not zero and _wide(values)), values, zero)
+    _dress(ax, title + " (log)" * (not zero and _wide(values)), values, zero)
     if len(names) == 1: return
     ax.set_ylim(0, max(values) * 1.4)
     ax.legend(frameon=False, fontsize=8, loc="upper left", ncols=2, labelcolor="#333", handlelength=1, columnspacing=1, borderaxespad=0)
