@@ -16,6 +16,7 @@ import ftnb.checkpoints as checkpoints
 import ftnb.consts as consts
 import ftnb.jobargs as jobargs
 import ftnb.preflight as preflight
+import ftnb.ranks as ranks
 import ftnb.studio as studio
 import ftnb.trainer as trainer
 
@@ -95,8 +96,7 @@ class RankFailure:
     @property
     def echo(self) -> bool:  # then another rank's failure says more
         "Does it only tell that another rank is gone?"
-        import re
-        return bool(re.search("closed by peer|reset by peer|Broken pipe|DistNetworkError|DistBackendError|remote process exited|another process|pair closure|[(]SIGTERM[)]|the first process failed", self.error))
+        return ranks.is_echo(self.error)
 
 # %% ../nbs/13_launch.ipynb #a5c8c43f
 def root_failure(
