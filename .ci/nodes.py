@@ -250,8 +250,10 @@ def stopped(job, node):
     os.kill(in_step_3(job).kernel(node), signal.SIGTERM)
     job.until(lambda: "closing signal SIGTERM" in (job.workers_log if node else job.log).read_text())  # passed on to the rank
     job.go.write_text("")
-    found = told(job, "RunStopped", "at step 3 of 6; a checkpoint is in", within=120)
-    if why := checkpoint_problem(str(job.checkpoint(3))): found.append(f"checkpoint-3: {why}")
+    found = told(job, "RunStopped", within=120)
+    step = re.search(r"at step ([34]) of 6; a checkpoint is in", job.log.read_text())  # the signal may come as step 3 ends
+    if not step: return [*found, "it doesn't say that it stopped with a checkpoint", *goes_on(job)]
+    if why := checkpoint_problem(str(job.checkpoint(step[1]))): found.append(f"checkpoint-{step[1]}: {why}")
     return found + goes_on(job)
 
 CASES = {"two nodes": completes, "the second never comes": never_comes, "the second ends before it joins": ends_at_once, "the second is killed": node_is_killed,
