@@ -1,5 +1,5 @@
 "A job is killed at each of its phases and run again: the same adapter, one row: `python .ci/kill.py [WORDS OF A CASE ...]`."
-import gc, importlib, itertools, json, os, pkgutil, re, resource, shutil, signal, sqlite3, subprocess, sys, tempfile, time, traceback
+import itertools, json, os, pkgutil, re, shutil, signal, sqlite3, subprocess, sys, tempfile, time, traceback
 BEGAN = time.monotonic()
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # no threads of the libraries' own when a process is forked
 from contextlib import closing, suppress
@@ -10,6 +10,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import ftnb.checkpoints, ftnb.demo, ftnb.finetune, ftnb.preflight, ftnb.tiny, ftnb.trainer
+from forks import import_all, in_fork, time_used
 
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": "all-linear"}
 TRAINING = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 1e-3, "lr_scheduler_type": "cosine",
@@ -305,21 +306,11 @@ def by_its_own_door(place, right):
 
 # All of them, on as many processes as there are cores
 
-def in_fork(work):
-    "Do something in a process of its own, which may start threads; returns what it gives."
-    ours, theirs = (context := get_context("fork")).Pipe(False)
-    (child := context.Process(target=lambda: theirs.send(work()))).start()
-    result = ours.recv()
-    child.join()
-    return result
-
 def undisturbed(place):
     "What a job leaves that nothing happens to; imports all that it imports, so that later runs begin with it."
     done = run(place)
     print(done.printed if done.status or done.steps != tuple(ALL) else f"undisturbed: steps {[*done.steps]}", flush=True)
-    for name in (place.folder/"modules").read_text().split():
-        with suppress(Exception): importlib.import_module(name)
-    gc.freeze()  # what is imported is left alone by the collector of each run
+    import_all((place.folder/"modules").read_text().split())
     return state(place.project)
 
 def work_off(place, right, cases, tasks, results):
@@ -349,8 +340,7 @@ def main(words):
             passed += not found
             print("\n  ".join([f"{'FAILED' if found else 'ok'}: {name}", *found]), flush=True)
         for worker in workers: worker.join()
-    used = [resource.getrusage(o) for o in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    print(f"{time.monotonic() - BEGAN:.0f} s, {sum(o.ru_utime + o.ru_stime for o in used):.0f} s of CPU")
+    print(time_used(BEGAN))
     print(f"{passed} passed, {len(cases) - passed} failed")
     return int(passed < len(cases))
 

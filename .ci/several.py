@@ -1,14 +1,14 @@
 "Several processes against one: the same losses, the same adapter: `python .ci/several.py [WORDS OF A CASE ...]`."
-import contextlib, gc, importlib, json, math, os, re, resource, shutil, signal, subprocess, sys, tempfile, time, traceback
+import contextlib, json, math, os, re, shutil, signal, subprocess, sys, tempfile, time, traceback
 BEGAN = time.monotonic()
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1"}
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import psutil
 import ftnb, ftnb.checkpoints, ftnb.demo, ftnb.finetune, ftnb.jobargs, ftnb.preflight, ftnb.tiny, ftnb.trainer
+from forks import import_all, in_fork, time_used
 
 SCRIPT = Path(ftnb.__file__).parent/"finetune.py"
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": "all-linear"}
@@ -252,19 +252,8 @@ def undisturbed(place):
         place.renew()
         right[shared] = run(place, 1, shared_prefix=shared)
         if right[shared].status: raise RuntimeError(right[shared].printed)
-        for name in (place.folder/"modules").read_text().split():
-            with contextlib.suppress(Exception): importlib.import_module(name)
-    for name in ("torch.distributed.launcher.api", "torch.distributed.elastic.agent.server.local_elastic_agent"): importlib.import_module(name)
-    gc.freeze()
+        import_all([*(place.folder/"modules").read_text().split(), "torch.distributed.launcher.api", "torch.distributed.elastic.agent.server.local_elastic_agent"])
     return right
-
-def in_fork(work):
-    "Do something in a process of its own; returns what it gives."
-    ours, theirs = (context := get_context("fork")).Pipe(False)
-    (child := context.Process(target=lambda: theirs.send(work()))).start()
-    result = ours.recv()
-    child.join()
-    return result
 
 def make_cases(place, quantised, right):
     same = {f"{n} processes, shared_prefix {shared}": partial(same_as_one, processes=n, shared=shared) for n in (2, 4) for shared in ("auto", False)}
@@ -294,8 +283,7 @@ def main(words):
             passed += not found
             print("\n  ".join([f"{'FAILED' if found else 'ok'}: {name} ({time.monotonic() - began:.0f} s)", *found]), flush=True)
     for name, what in largest.items(): print(f"  {name}: {what}")
-    used = [resource.getrusage(o) for o in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    print(f"{time.monotonic() - BEGAN:.0f} s, {sum(o.ru_utime + o.ru_stime for o in used):.0f} s of CPU")
+    print(time_used(BEGAN))
     print(f"{passed} passed, {len(cases) - passed} failed")
     return int(passed < len(cases))
 

@@ -15,6 +15,7 @@ import contextlib, errno, json, os, shutil, time
 from dataclasses import asdict, dataclass
 
 from .consts import raise_problems
+from .ranks import process_count
 
 # %% ../nbs/08_checkpoints.ipynb #fa550b7f
 MANIFEST = "manifest.json"
@@ -224,7 +225,7 @@ def run_identity(
     free = ("output_dir", "logging_dir", "report_to", "run_name", "disable_tqdm", "per_device_train_batch_size", "gradient_accumulation_steps")
     lora = {k: sorted(v) if isinstance(v, (set, frozenset)) else v for k, v in model.peft_config[model.active_adapters[0]].to_dict().items()}
     lora = {k: v for k, v in lora.items() if v is not None and k not in ("base_model_name_or_path", "revision", "inference_mode")}
-    rows = int(config.get("per_device_train_batch_size", 8)) * int(config.get("gradient_accumulation_steps", 1)) * int(os.environ.get("WORLD_SIZE", "1"))
+    rows = int(config.get("per_device_train_batch_size", 8)) * int(config.get("gradient_accumulation_steps", 1)) * process_count()
     mine = {"training": {k: v for k, v in config.items() if k not in free}, "rows_per_step": rows, "lora": lora,
             "rows": {"train": rows_fingerprint(train), "test": rows_fingerprint(test)},
             "versions": {n: version(n) for n in ("torch", "transformers", "trl", "peft", "accelerate")}}

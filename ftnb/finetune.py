@@ -32,13 +32,19 @@ import ftnb.trainer as trainer
 # %% ../nbs/14_finetune.ipynb #5b20dd70
 Job, JobRows = preflight.Job, preflight.JobRows
 
+# %% ../nbs/14_finetune.ipynb #1d878fb8
+def _whole(
+    precision: adapters.Precision,  # of the run
+) -> adapters.Precision:  # with which one process loads all of the base model
+    "Under FSDP it may not fit into one GPU, and goes from the CPU to where its parts belong."
+    return replace(precision, device="cpu") if ranks.shards_model() else precision
+
 # %% ../nbs/14_finetune.ipynb #66375d1e
 def build_model(
     job: Job,  # from `preflight.check_job`
 ):  # a `PeftModel`
     "Load the base model, put LoRA in, and say what is trained."
-    precision = replace(job.precision, device="cpu") if ranks.shards_model() else job.precision  # FSDP takes it from there to where its parts belong
-    base = adapters.load_base_model(job.source, precision, job.token)
+    base = adapters.load_base_model(job.source, _whole(job.precision), job.token)
     print(f"model: {job.records.model.name or job.source} on {job.precision.device}, {preflight.held_as(job.precision)}", flush=True)
     print("before LoRA: {:,} parameters, {:,} trainable".format(*adapters.get_model_parameters(base)), flush=True)
     model = adapters.apply_lora(base, job.records.lora, job.settings.config["seed"])
@@ -81,8 +87,7 @@ def train_and_save(
     "Train, and write the adapter to a folder beside its place; base and adapter are scored on held-out rows, where one process has the whole model."
     first, model = not ranks.process_rank(), build_model(job)
     alone = first and not ranks.shards_model()  # with the whole model
-    asked = (rows.held_out if alone else (), tokenizer, job.template, job.settings.completion_only, rows.limit)
-    questions, score = evaluate.make_scorer(*asked)
+    questions, score = evaluate.make_scorer(rows.held_out if alone else (), tokenizer, job.template, job.settings.completion_only, rows.limit)
     before = score(model)
     if alone: print(f"time: {probe.estimate_time(job, rows, model)}", flush=True)
     run = trainer.train_adapter(model, tokenizer, rows.train.dataset, rows.test.dataset, job.settings, bar,
@@ -163,9 +168,8 @@ def _finish(
     start: float,  # when the job began, in seconds since 1970
 ) -> dict:  # the content of run.json
     "Prove the adapter, put it in its place, register it if asked."
-    precision = replace(job.precision, device="cpu") if ranks.shards_model() else job.precision  # it may not fit into one GPU
     try:
-        difference = adapters.prove_adapter(saved.folder, job.source, precision, saved.probe, saved.expected, job.token)
+        difference = adapters.prove_adapter(saved.folder, job.source, _whole(job.precision), saved.probe, saved.expected, job.token)
         run = describe_run(job, rows, saved) | {"proof": {"largest_logit_difference": difference}, "started": round(start, 3), "seconds": round(time.time() - start, 3)}
         _write_json(os.path.join(saved.folder, "run.json"), run)
         adapters.publish_folder(saved.folder, job.args.out_dir)

@@ -19,7 +19,6 @@ import ftnb.evaluate as evaluate
 import ftnb.jobargs as jobargs
 import ftnb.monitor as monitor
 import ftnb.preflight as preflight
-import ftnb.splits as splits
 import ftnb.studio as studio
 
 # %% ../nbs/13_form.ipynb #e24e5ac9
@@ -395,11 +394,9 @@ def compare(
     consts.raise_problems([f"{k} {v}" for k, v in problems.items()], "There is nothing to compare")
     if not os.path.exists(os.path.join(args.out_dir, "run.json")): raise ValueError(f"there is no adapter in {args.out_dir} yet: train it first")
     check = self.check if self.check is not None and self.check.args == args else preflight.check_job(args, self.env, keep=False)
-    if (job := check.job) is None: check.raise_errors()
-    data = preflight.read_rows(job.records.dataset, job.template, job.token)
-    held_out = splits.sample_and_split_dataset(data, args.dataset_fraction, args.train_test_split)["test"]
-    adapter = {args.adapter_name or "adapter": args.out_dir}
-    return evaluate.compare(job.source, adapter, held_out, job.template, n, completion_only=job.settings.completion_only, precision=job.precision)
+    if (rows := check.known.get("rows")) is None: check.raise_errors()
+    job, adapter = check.job, {args.adapter_name or "adapter": args.out_dir}
+    return evaluate.compare(job.source, adapter, rows.held_out, job.template, n, completion_only=job.settings.completion_only, precision=job.precision)
 
 # %% ../nbs/13_form.ipynb #ba914e61
 @patch

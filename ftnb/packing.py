@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 
 from .consts import raise_problems
+from .ranks import process_count
 
 # %% ../nbs/08_packing.ipynb #2d945be0
 def common_prefix(
@@ -78,6 +79,16 @@ def _make_packing(
     slots[flat[kept]] = kept
     return Packing(prefix, tuple(lengths), shapes, flat, slots)
 
+# %% ../nbs/08_packing.ipynb #08eb783e
+def _merged(
+    position, targets, weights,  # of predictions, some of them of the same
+) -> tuple:  # the same three, sorted by position, each pair of position and target once
+    "Add up what stands for one prediction."
+    import torch
+    top = int(targets.max()) + 1 if len(targets) else 1
+    pairs, which = torch.unique(position * top + targets, return_inverse=True)
+    return pairs // top, pairs % top, weights.new_zeros(len(pairs)).index_add_(0, which, weights)
+
 # %% ../nbs/08_packing.ipynb #90c36509
 def _loss_pairs(
     labels: list,  # labels of each row; -100 carries no loss
@@ -90,9 +101,8 @@ def _loss_pairs(
     at = torch.arange(len(flat)) - (lengths.cumsum(0) - lengths)[row]  # place in its own row
     before = (lengths - prefix).cumsum(0) - (lengths - prefix)  # rests of earlier rows
     position = torch.where(at <= prefix, at - 1, at - 1 + before[row])
-    keep, top = (at > 0) & (flat != -100), flat.max() + 1
-    pair, count = torch.unique(position[keep] * top + flat[keep], return_counts=True)
-    return pair // top, pair % top, count
+    keep = (at > 0) & (flat != -100)
+    return _merged(position[keep], flat[keep], torch.ones_like(flat[keep]))
 
 # %% ../nbs/08_packing.ipynb #7a90ff3a
 @dataclass(frozen=True)
@@ -119,6 +129,15 @@ class PackedBatch:
         moved = {f.name: getattr(self, f.name).to(device, **kwargs) for f in fields(self) if hasattr(getattr(self, f.name), "to")}
         return replace(self, **moved)
 
+# %% ../nbs/08_packing.ipynb #1d10db3d
+def _predictions(
+    position, targets, weights,  # of each prediction, sorted by position
+) -> dict:  # fields of a `PackedBatch`
+    "The loss of a pass."
+    import torch
+    positions, pair = torch.unique_consecutive(position, return_inverse=True)
+    return dict(positions=positions, pair=pair, targets=targets, weights=weights, num_items=int(weights.sum()))
+
 # %% ../nbs/08_packing.ipynb #78f0a7bd
 def pack_rows(
     features: list,  # of {"input_ids": token ids, "labels": the same length, -100 carries no loss}
@@ -134,10 +153,8 @@ def pack_rows(
                    + [f"row {i}: {len(r)} token ids but {len(o)} labels" for i, (r, o) in enumerate(zip(rows, labels)) if len(r) != len(o)], "Rows can't be packed")
     flat = rows[0][:prefix] + [t for r in rows for t in r[prefix:]]
     places = [*range(prefix), *(t for r in rows for t in range(prefix, len(r)))]
-    position, targets, count = _loss_pairs(labels, prefix)
-    positions, pair = torch.unique_consecutive(position, return_inverse=True)
-    return PackedBatch(torch.tensor([flat]), torch.tensor([places]), _make_packing(prefix, [len(r) - prefix for r in rows]),
-                       positions, pair, targets, count, len(rows), int(count.sum()), sum(map(len, rows)), len(flat))
+    return PackedBatch(torch.tensor([flat]), torch.tensor([places]), _make_packing(prefix, [len(r) - prefix for r in rows]), rows=len(rows),
+                       tokens_given=sum(map(len, rows)), tokens_computed=len(flat), **_predictions(*_loss_pairs(labels, prefix)))
 
 # %% ../nbs/08_packing.ipynb #84ba016a
 def _allowed(
@@ -542,18 +559,6 @@ def split_passes(
     even = _first_fit(own, min(budget - prefix, -(-sum(own) // max(len(passes), 1)) + max(own, default=0)))
     return sorted(map(sorted, even if len(even) == len(passes) else passes))
 
-# %% ../nbs/08_packing.ipynb #1d10db3d
-def _predictions(
-    position, targets, weights,  # of each prediction
-) -> dict:  # fields of a `PackedBatch`
-    "The loss of a pass, sorted by position, each pair once."
-    import torch
-    top = int(targets.max()) + 1 if len(targets) else 1
-    pairs, which = torch.unique(position * top + targets, return_inverse=True)
-    positions, pair = torch.unique_consecutive(pairs // top, return_inverse=True)
-    return dict(positions=positions, pair=pair, targets=pairs % top, weights=weights.new_zeros(len(pairs)).index_add_(0, which, weights),
-                num_items=int(weights.sum()))
-
 # %% ../nbs/08_packing.ipynb #c1afc187
 def lift_prefix(
     batches: list,  # of `PackedBatch`, on the CPU, with the same prefix, of one token or more
@@ -568,7 +573,7 @@ def lift_prefix(
         rest.append(replace(b, input_ids=b.input_ids[:, n:], position_ids=b.position_ids[:, n:], packing=replace(b.packing, kept=kept),
                             tokens_computed=b.tokens_computed - n, **_predictions(at[own] - n, b.targets[own], b.weights[own])))
     head = PackedBatch(first.input_ids[:, :n], first.position_ids[:, :n], replace(_make_packing(0, [n]), kept=kept), rows=0, tokens_given=0,
-                       tokens_computed=n, **_predictions(*map(torch.cat, zip(*above))))
+                       tokens_computed=n, **_predictions(*_merged(*map(torch.cat, zip(*above)))))
     return [head, *rest]
 
 # %% ../nbs/08_packing.ipynb #39af2d2a
@@ -594,10 +599,10 @@ class KeptPrefix:
 # %% ../nbs/08_packing.ipynb #b60b22a4
 def keeps_prefix(
     model,  # plain, in PEFT's wrapper, in DDP's
-) -> bool:  # on a CPU, without gradient checkpointing
+) -> bool:  # in one process on a CPU, without gradient checkpointing
     "Whether passes of a step compute their prefix once between them."
     inner = causal_model(model)
-    return inner.get_input_embeddings().weight.device.type == "cpu" and not inner.is_activation_checkpointing
+    return process_count() == 1 and inner.get_input_embeddings().weight.device.type == "cpu" and not inner.is_activation_checkpointing
 
 # %% ../nbs/08_packing.ipynb #6c3fb95c
 @dataclass(frozen=True)

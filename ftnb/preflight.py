@@ -22,6 +22,7 @@ import ftnb.corpus as corpus
 import ftnb.jobargs as jobargs
 import ftnb.packing as packing
 import ftnb.prompts as prompts
+import ftnb.ranks as ranks
 import ftnb.splits as splits
 import ftnb.studio as studio
 import ftnb.tokens as tokens
@@ -673,7 +674,7 @@ def _check_memory(p: Preflight):
     free = p.attempt("memory", trainer.free_memory, job.precision.device)
     if free is None: return
     budget = pass_budget(plan, job.precision, job.settings, counts.prefix, max(0, free - fixed.total)) if p.known["shares"] else 0
-    processes, precision = int(os.environ.get("WORLD_SIZE", "1")), job.precision
+    processes, precision = ranks.process_count(), job.precision
     keeps = processes == 1 and precision.device == "cpu" and not precision.gradient_checkpointing
     steps = p.known["steps"] = plan_steps(counts, job.settings, budget, processes, keeps)
     vocabulary = p.known["config"].vocab_size

@@ -6,12 +6,12 @@
 __all__ = ['largest_pass', 'probe_pass', 'estimate_time']
 
 # %% ../nbs/11_probe.ipynb #80ec9fb0
-import os
 from contextlib import contextmanager
 
 import ftnb.adapters as adapters
 import ftnb.packing as packing
 import ftnb.preflight as preflight
+import ftnb.ranks as ranks
 import ftnb.trainer as trainer
 
 # %% ../nbs/11_probe.ipynb #23301ab5
@@ -84,9 +84,8 @@ def estimate_time(
     except (RuntimeError, MemoryError) as e:
         if not trainer._out_of_memory(e): raise
         return f"memory ran out on a pass of {len(chosen)} rows; training takes smaller ones"
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    keeps = processes == 1 and packing.keeps_prefix(model)
-    steps = preflight.plan_steps(counts, job.settings, budget, processes, keeps)
+    keeps = packing.keeps_prefix(model)
+    steps = preflight.plan_steps(counts, job.settings, budget, ranks.process_count(), keeps)
     evaluated = 2 * preflight.computed_tokens(rows.counts["test"], 64, budget, keeps)  # before and after, in batches of 64
     seconds = took / computed * (steps.computed + evaluated / 3)  # forward only
     return f"a pass of {computed:,} computed tokens takes {took:.2g} s: about {int(seconds // 60)}:{int(seconds % 60):02d} for {steps.steps:,} steps"

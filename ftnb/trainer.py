@@ -314,16 +314,15 @@ def _run_passes(
 ) -> tuple:  # (the loss, a scalar tensor; tokens computed)
     "Forward, and backward while training, of a step's rows in flat passes."
     from contextlib import nullcontext
-    keep = trainer.accelerator.num_processes == 1 and keeps_prefix(model)
-    passes, loss, prefix = _even_passes(trainer, packed_passes(inputs, trainer.budget, keep)), 0, None
+    passes = _even_passes(trainer, packed_passes(inputs, trainer.budget, keeps_prefix(model)))
     share = trainer.accelerator.num_processes if train and num_items is not None else 1  # gradients are averaged over processes
     if num_items is None: num_items = sum(p.num_items for p in passes)
-    for last, batch in zip(range(len(passes) - 1, -1, -1), passes):
+    with trainer.compute_loss_context_manager(): prefix = None if passes[0].rows else KeptPrefix(model, passes[0], num_items)
+    rest, loss = (passes[1:], prefix.loss.detach()) if prefix else (passes, 0)
+    for last, batch in zip(range(len(rest) - 1, -1, -1), rest):
         with trainer.accelerator.no_sync(model) if train and last else nullcontext():  # gradients meet at the last pass
-            with trainer.compute_loss_context_manager():
-                if not batch.rows: prefix = KeptPrefix(model, batch, num_items)
-                part = packed_loss(model, batch, num_items) * share if batch.rows else prefix.loss
-            if train and batch.rows: trainer.accelerator.backward(part)
+            with trainer.compute_loss_context_manager(): part = packed_loss(model, batch, num_items) * share
+            if train: trainer.accelerator.backward(part)
         loss = loss + part.detach()
     if train and prefix: prefix.backward()
     return loss, sum(p.tokens_computed for p in passes)
