@@ -234,27 +234,28 @@ def fails(name, gateway, project, right):
     check(f"{name}: there is no adapter, and no row of one", nothing_of_it(project))
     return reply
 
+def leaves_checkpoint(name, signal_name, project, stopped):
+    "Does the kernel say where the job stopped, and is the checkpoint there?"
+    said = re.search(rf"RunStopped: stopped by {signal_name} at step (\d+) of {STEPS}; a checkpoint is in (\S+); run the job again with the same arguments to go on", stopped.error)
+    check(f"{name}: the kernel says error, the step, and where a checkpoint is", said, stopped.error)
+    if not said: return
+    step, folder = int(said[1]), project.train_out_dir/f"checkpoint-{said[1]}"
+    check(f"{name}: that checkpoint is whole", said[2] == str(folder) and not checkpoint_problem(str(folder)))
+    check(f"{name}: there is no adapter yet, and metrics.jsonl says stopped", nothing_of_it(project) and step < STEPS and metrics(project)[-1]["state"] == "stopped")
+
 def sigterm(name, gateway, project, right):
     with kernel(gateway, project) as k:
         pid = in_training(k, project)
         os.kill(pid, signal.SIGTERM)
-        stopped = k.reply()
-        said = re.search(rf"RunStopped: stopped by SIGTERM at step (\d+) of {STEPS}; a checkpoint is in (\S+); run the job again with the same arguments to go on", stopped.error)
-        check(f"{name}: the kernel says error, the step, and where a checkpoint is", said, stopped.error)
+        leaves_checkpoint(name, "SIGTERM", project, k.reply())
         check(f"{name}: the kernel lives", k.pid == pid)
-    if not said: return stopped
-    step, folder = int(said[1]), project.train_out_dir/f"checkpoint-{said[1]}"
-    check(f"{name}: that checkpoint is whole", said[2] == str(folder) and not checkpoint_problem(str(folder)))
-    check(f"{name}: there is no adapter yet", nothing_of_it(project) and step < STEPS)
     with kernel(gateway, project) as k: return goes_on(name, k, project, right)
 
 def interrupted(name, gateway, project, right):
     with kernel(gateway, project) as k:
         in_training(k, project)
         k.ask("interrupt")
-        reply = k.reply()
-        check(f"{name}: the kernel says error, KeyboardInterrupt, and metrics.jsonl that the run is stopped", reply.content.get("ename") == "KeyboardInterrupt" and metrics(project)[-1]["state"] == "stopped", reply.error)
-        check(f"{name}: there is no adapter yet", nothing_of_it(project))
+        leaves_checkpoint(name, "SIGINT", project, k.reply())
         return goes_on(f"{name}, in the same kernel", k, project, right)
 
 def restarted(name, gateway, project, right):
@@ -272,7 +273,7 @@ def shut_down(name, gateway, project, right):
         pid, start = in_training(k, project), time.monotonic()
         k.gateway.ask("DELETE", f"/kernels/{k.id}")
         check(f"{name}: the process is gone within seconds ({time.monotonic() - start:.1f} s)", not alive(pid))
-    check(f"{name}: there is no adapter, and each checkpoint is whole", nothing_of_it(project) and not any(checkpoint_problem(str(o)) for o in project.train_out_dir.glob("checkpoint-*")))
+    check(f"{name}: it had time to stop: there is no adapter, and each checkpoint is whole", metrics(project)[-1].get("state") == "stopped" and nothing_of_it(project) and not any(checkpoint_problem(str(o)) for o in project.train_out_dir.glob("checkpoint-*")), metrics(project)[-1:])
     with kernel(gateway, project) as k: return goes_on(name, k, project, right)
 
 CASES = {"ends well": ends_well, "wrong arguments": wrong_arguments, "fails while it trains": fails, "SIGTERM": sigterm, "interrupted through the gateway": interrupted,

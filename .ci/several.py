@@ -227,21 +227,50 @@ def four_bit(place):
     place.renew()
     return differences("4-bit base", run(place, 2, max_steps=6), right, 2, 1e-4)
 
+FSDP = [str(Path(sys.executable).parent/"accelerate"), "launch", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--use_fsdp", "--fsdp_version", "2",
+        "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP", "--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer"]
+
 def sharded(place, right):
     "FSDP by accelerate's own command: the adapter is whole, and PEFT loads it."
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
     place.renew()
-    argv = [str(Path(sys.executable).parent/"accelerate"), "launch", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--use_fsdp", "--fsdp_version", "2",
-            "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP", "--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer", str(SCRIPT)]
-    done = command(place, argv, place.arguments(2))
+    done = command(place, [*FSDP, str(SCRIPT)], place.arguments(2))
     found = differences("FSDP", done, right["auto"], 2)
-    if "FSDP: this run writes no checkpoints" not in done.printed: found.append(f"it doesn't say that it writes no checkpoints:\n{done.printed[-3000:]}")
-    if list(place.project.train_out_dir.glob("checkpoint-*")): found.append("it writes checkpoints")
     if done.status: return found
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(place.folder.parent/"tiny"), place.project.out_dir)
     if not any(p.abs().max() > 0 for name, p in model.named_parameters() if "lora_B" in name): found.append("PEFT finds nothing that was trained")
     return found
+
+STOPPED_AT = """import os, sys
+sys.path.insert(0, sys.argv[1])
+import several, ftnb.finetune
+several.at_step(int(sys.argv[2]), 1, several.ask_to_stop)(int(os.environ["RANK"]))
+ftnb.finetune.run_command([])
+"""
+
+def sharded_goes_on(place, right):
+    "FSDP is stopped twice: it goes on with FSDP, and then on one process without; and the other way round."
+    (place.folder/"stopped_at.py").write_text(STOPPED_AT)
+    def fsdp(step=None, **training): return command(place, [*FSDP, *([str(SCRIPT)] if step is None else [str(place.folder/"stopped_at.py"), str(Path(__file__).parent), str(step)])], place.arguments(2, **training))
+    def left(step, done):
+        found = [] if done.status and f"at step {step} of {STEPS}; a checkpoint is in" in done.printed else [f"stopped at {step}, it ends with {done.status}:\n{done.printed[-4000:]}"]
+        return found + [o for o in [ftnb.checkpoints.checkpoint_problem(str(place.project.train_out_dir/f"checkpoint-{step}"))] if o]
+    place.renew()
+    found = left(7, fsdp(7)) + left(13, fsdp(13))
+    found += differences("FSDP, FSDP again from step 7, one process from step 13", run(place, 1), right["auto"], 1)
+    place.renew()
+    found += left(9, run(place, 1, at_step(9, 0, ask_to_stop)))
+    return found + differences("one process, FSDP from step 9", fsdp(), right["auto"], 2)
+
+def sharded_best(place):
+    "An earlier checkpoint, taken for the best, is loaded at the end, as by one process."
+    more = dict(load_best_model_at_end=True, save_strategy="epoch", metric_for_best_model="eval_loss", greater_is_better=True)
+    place.renew()
+    right = run(place, 1, **more)
+    if right.status: return [right.printed[-4000:]]
+    place.renew()
+    return differences("FSDP, best checkpoint", command(place, [*FSDP, str(SCRIPT)], place.arguments(2, **more)), right, 2)
 
 # All of them
 
@@ -264,6 +293,7 @@ def make_cases(place, quantised, right):
                     "a process is killed": partial(ends, place, 1, kill_self, ["Signal 9 (SIGKILL)"]), "the first process is killed": partial(ends, place, 0, kill_self, ["Signal 9 (SIGKILL)"]),
                     "a process fails": partial(ends, place, 1, fail, ["RuntimeError: the third law of thermodynamics"]),
                     "wrong arguments": partial(wrong_arguments, place), "wrong job": partial(wrong_job, place), "FSDP": partial(sharded, place, right),
+                    "FSDP goes on": partial(sharded_goes_on, place, right), "FSDP, best checkpoint": partial(sharded_best, place),
                     "torchrun, SIGTERM": partial(by_torchrun, place, right), "notebook_launcher": partial(by_notebook_launcher, place, right)}
 
 def main(words):

@@ -252,14 +252,6 @@ def _follow(
     with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet): train_and_save(*_as_prepared(args, told), bar=False)
     return {}
 
-# %% ../nbs/14_finetune.ipynb #58bd9872
-def _check_sharding(
-    job: Job,  # from `preflight.check_job`
-):
-    "Raise where FSDP is asked for and can't be."
-    if ranks.shards_model() and job.precision.bnb:
-        raise ValueError("FSDP spreads a base in 16 or 32 bits, and this one is quantised (bnb_config): start the run without FSDP, so that each process holds it whole, or without bnb_config")
-
 # %% ../nbs/14_finetune.ipynb #5eee6055
 def _finished(
     job: Job,  # from `preflight.check_job`
@@ -288,7 +280,6 @@ def finetune(
         with checkpoints.only_one(args.train_out_dir):
             adapters.clear_leftovers(args.out_dir)
             if run := finished_run(job, rows): return _finished(job, run)
-            _check_sharding(job)
             check_checkpoints(job, rows)
             _write_json(os.path.join(args.train_out_dir, "job.json"), {"arguments": jobargs.format_job_arguments(args), "started": round(start, 3)})
             _write_json(os.path.join(args.train_out_dir, "ledger.json"), rows.ledger)

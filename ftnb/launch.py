@@ -177,12 +177,13 @@ def _launch_config(
 def _stopped_ranks(
     folder: str,  # with error files
     node: int,  # this one
+    by: str,  # name of the signal
 ) -> list:  # of `RankFailure`
     "What the ranks of this node said when they were stopped."
     from pathlib import Path
     files = sorted(Path(folder).rglob("error.json"))
     return [RankFailure(node, int(f.parent.name), *_told_by(f)) for f in files] or [
-        RankFailure(node, 0, "RunStopped: stopped by SIGTERM, before a checkpoint was due; run the job again with the same arguments", time=time.time())]
+        RankFailure(node, 0, f"RunStopped: stopped by {by}, before a checkpoint was due; run the job again with the same arguments", time=time.time())]
 
 # %% ../nbs/13_launch.ipynb #77e407c2
 def run_ranks(
@@ -202,8 +203,7 @@ def run_ranks(
         try: elastic_launch(_launch_config(at, processes, folder), sys.executable)("-u", *command)
         except ChildFailedError as e: return _rank_failures(e, at.node)
         except SignalException as e:
-            if e.sigval == signal.SIGINT: raise KeyboardInterrupt from None
-            return _stopped_ranks(folder, at.node)
+            return _stopped_ranks(folder, at.node, e.sigval.name)
     return []
 
 # %% ../nbs/13_launch.ipynb #f6ee7e8f
@@ -249,8 +249,7 @@ def node_resources(
     "What each node has: as the job says, else as much as this one. The label of a kind of GPU only where one is given."
     found = {"cpu": args.dist_cpu or int(os.environ.get("CDSW_CPU_MILLICORES") or 0) / 1000,
              "memory": args.dist_mem or int(os.environ.get("CDSW_MEMORY_MB") or 0) / 1024}
-    names = {"cpu": "dist_cpu", "memory": "dist_mem"}
-    consts.raise_problems([f"--{names[k]} is missing: say what each of the {args.dist_num} nodes has" for k, v in found.items() if not v])
+    consts.raise_problems(preflight.missing_resources(args))
     if args.dist_gpu is None: import torch
     gpus = torch.cuda.device_count() if args.dist_gpu is None else args.dist_gpu
     label = {} if args.gpu_label_id in (None, -1) else {"accelerator_label_id": args.gpu_label_id}
@@ -481,7 +480,7 @@ def launch(
             at = Rendezvous(os.environ[MASTER_IP], int(os.environ.get(MASTER_PORT) or 29500), args.dist_num, node, args.experimentid)
             return _further_node(args, at, seconds)
         if args.dist_num > 1:
-            consts.raise_problems([o for o in (preflight.nodes_problem(args.dist_num, os.environ),) if o])
+            consts.raise_problems(preflight.processes_problems(args, None))
             if not os.environ.get("CDSW_IP_ADDRESS"): raise ValueError("CDSW_IP_ADDRESS isn't set, which Cloudera ML gives a job: other nodes are told to meet there")
             return _first_node(args, workers_api(), seconds)
         store = _open_store(Rendezvous())

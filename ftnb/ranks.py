@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['process_rank', 'process_count', 'deal_rows', 'leading', 'hear', 'from_first', 'alone', 'shards_model', 'is_echo',
-           'told_to_launcher', 'share_of', 'mean_over_all', 'save_whole', 'dealing', 'settings_for_all']
+           'told_to_launcher', 'share_of', 'mean_over_all', 'whole_tensor', 'spread_like', 'whole_weights',
+           'whole_state', 'take_state', 'save_whole', 'dealing', 'settings_for_all']
 
 # %% ../nbs/07_ranks.ipynb #ac3957a8
 import contextlib, json, os, time
@@ -173,14 +174,56 @@ def mean_over_all(
     return (total / tokens.clamp(min=1)).to(loss.dtype)
 
 # %% ../nbs/07_ranks.ipynb #3ad427dc
+def whole_tensor(
+    part,  # a tensor, or one that FSDP has spread; all processes call this together
+):  # on the CPU
+    "Put a tensor together."
+    return (part.full_tensor() if hasattr(part, "full_tensor") else part).cpu()
+
+# %% ../nbs/07_ranks.ipynb #f9811024
+def spread_like(
+    whole,  # a tensor, the same on all processes, which call this together
+    part,  # a tensor, or one that FSDP has spread
+):
+    "Spread a tensor as another one is."
+    if not hasattr(part, "placements"): return whole
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(whole.to(part.device), part.device_mesh, part.placements)
+
+# %% ../nbs/07_ranks.ipynb #ea04eecf
+def whole_weights(
+    model,  # in training
+) -> dict:  # name -> tensor
+    "What is trained, whole."
+    parts, trained = model.state_dict(), {k for k, p in model.named_parameters() if p.requires_grad}
+    return {k: whole_tensor(p) for k, p in parts.items() if k in trained}
+
+# %% ../nbs/07_ranks.ipynb #8032b468
+def whole_state(
+    optimizer,  # in training
+) -> dict:  # its `state_dict`
+    "What an optimizer keeps, whole."
+    kept = optimizer.state_dict()
+    whole = lambda state: {k: whole_tensor(v) if hasattr(v, "full_tensor") else v for k, v in state.items()}
+    return {**kept, "state": {i: whole(state) for i, state in kept["state"].items()}}
+
+# %% ../nbs/07_ranks.ipynb #64897b72
+def take_state(
+    optimizer,  # that goes on
+    kept: dict,  # from `whole_state`
+):
+    "Give an optimizer back what it kept; a tensor as large as its weight is spread as the weight is."
+    weights = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+    spread = lambda v, p: spread_like(v, p) if hasattr(v, "shape") and v.shape == p.shape else v
+    optimizer.load_state_dict({**kept, "state": {i: {k: spread(v, weights[i]) for k, v in state.items()} for i, state in kept["state"].items()}})
+
+# %% ../nbs/07_ranks.ipynb #64c12c0d
 def save_whole(
     model,  # a trained `PeftModel` that FSDP has spread; all processes call this together
 ):
     "Let `save_pretrained` write the whole adapter."
     from functools import partial
-    parts, trained = model.state_dict(), {k for k, p in model.named_parameters() if p.requires_grad}
-    whole = {k: (p.full_tensor() if hasattr(p, "full_tensor") else p).cpu() for k, p in parts.items() if k in trained}
-    model.save_pretrained = partial(model.save_pretrained, state_dict=whole)
+    model.save_pretrained = partial(model.save_pretrained, state_dict=whole_weights(model))
 
 # %% ../nbs/07_ranks.ipynb #b61fb4c3
 def dealing(
@@ -188,13 +231,12 @@ def dealing(
 ):  # a class of trainers
     "A trainer each of whose processes reads whole batches and works on its share."
     class Dealing(base):
-        batch_rows = 0  # of the batch at work, over all processes
         def create_accelerator_and_postprocess(self):
             super().create_accelerator_and_postprocess()
             if self.accelerator.num_processes > 1: _read_whole(self.accelerator)
             if shards_model(): _shard_on_cpu(self)
         def share(self, inputs):
-            self.batch_rows = len(inputs["input_ids"])
+            self.batch_rows = len(inputs["input_ids"])  # over all processes
             return share_of(inputs, self.accelerator.process_index, self.accelerator.num_processes)
         def get_total_train_batch_size(self, args): return self._train_batch_size * args.gradient_accumulation_steps  # `_train_batch_size` is of all processes
         def _get_num_items_in_batch(self, *args, **kwargs):
@@ -205,18 +247,17 @@ def dealing(
             return super().evaluation_loop(*args, **kwargs)
         def _finalize_training(self, *args, **kwargs):
             if self.accelerator.num_processes > 1: self._tr_loss = self.accelerator.reduce(self._tr_loss, "mean")
+            done = super()._finalize_training(*args, **kwargs)  # with the best weights, where those were asked for
             if self.is_fsdp_enabled: save_whole(self.model)
-            return super()._finalize_training(*args, **kwargs)
+            return done
     return Dealing
 
 # %% ../nbs/07_ranks.ipynb #5859abd6
 def settings_for_all(
     config: dict,  # keyword arguments of TRL's SFTConfig, as of one process
     processes: int,  # that train together
-    sharded: bool = False,  # by FSDP
 ) -> dict:  # for each of them
-    "What several processes need: whole batches, buffers left alone, and no checkpoints under FSDP."
+    "What several processes need: whole batches, and buffers left alone."
     if processes == 1: return config
     if config.get("train_sampling_strategy") == "batch_rebalance": raise ValueError("train_sampling_strategy batch_rebalance deals rows in its own way: leave it out on several processes")
-    config = config | {"per_device_train_batch_size": config.get("per_device_train_batch_size", 8) * processes, "ddp_broadcast_buffers": False, "average_tokens_across_devices": True}
-    return config | {"save_strategy": "no", "load_best_model_at_end": False} if sharded else config
+    return config | {"per_device_train_batch_size": config.get("per_device_train_batch_size", 8) * processes, "ddp_broadcast_buffers": False, "average_tokens_across_devices": True}

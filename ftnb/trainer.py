@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass
 
 from .adapters import Precision
 from .checkpoints import (SAVE_SECONDS, RunStopped, RunTotals, StopRequest, _one_line, append_metrics, begin_or_resume, flow_callback, guarded_tracker, resumable,
-                              run_identity, stop_on_sigterm, storage_error)
+                              run_identity, stop_on_signals, storage_error)
 from .consts import TRAINING_DATA_TEXT_FIELD, nearest, raise_problems
 from .packing import (KeptPrefix, causal_model, common_prefix, keeps_prefix, lift_prefix, pack_rows, packed_loss, packing_attention, shares_exactly,
                           split_passes)
-from .ranks import alone, dealing, from_first, mean_over_all, process_count, process_rank, settings_for_all, shards_model
+from .ranks import alone, dealing, from_first, mean_over_all, process_count, process_rank, settings_for_all
 
 # %% ../nbs/09_trainer.ipynb #a61f84e9
 RENAMED = {  # old name -> name in TRL's SFTConfig
@@ -412,12 +412,12 @@ def _make_trainer(
     try: os.makedirs(config["output_dir"], exist_ok=True)
     except OSError as e: raise storage_error(e, config["output_dir"], "train_out_dir") from e
     shown = _run_callback(os.path.join(config["output_dir"], "metrics.jsonl"), totals, bar, lambda: trainer.seconds)
-    trainer = _trainer_class()(model, args=SFTConfig(**settings_for_all(config, process_count(), shards_model()) | {"report_to": "none"}), train_dataset=train, eval_dataset=test if len(test) else None,
+    trainer = _trainer_class()(model, args=SFTConfig(**settings_for_all(config, process_count()) | {"report_to": "none"}), train_dataset=train, eval_dataset=test if len(test) else None,
                                processing_class=tokenizer, callbacks=trackers)
     for callback in (flow_callback(trainer), shown): trainer.add_callback(callback)
     for p in model.parameters():
         if p.requires_grad: p.data = p.data.float()  # TRL makes LoRA on a quantised base bf16; PEFT loads it as float32
-    trainer.totals, trainer.own, trainer.budget, trainer.save_seconds = totals, torch.zeros(3, dtype=torch.long), budget, None if shards_model() else settings.save_seconds
+    trainer.totals, trainer.own, trainer.budget, trainer.save_seconds = totals, torch.zeros(3, dtype=torch.long), budget, settings.save_seconds
     return trainer
 
 # %% ../nbs/09_trainer.ipynb #9c55897c
@@ -472,15 +472,6 @@ def _final_metrics(
                "train_seconds": round(trainer.seconds + done.metrics["train_runtime"], 3), **asdict(trainer.totals)}
     return {k: v for k, v in metrics.items() if v is not None}
 
-# %% ../nbs/09_trainer.ipynb #0c3bda81
-def _say_how_it_trains(
-    why: str,  # rows are in padded batches; "" where they share their prefix
-):
-    "What a person should know before training; the first process tells it."
-    if process_rank(): return
-    if why: print(f"rows are trained in padded batches: {why}", flush=True)
-    if shards_model(): print("FSDP: this run writes no checkpoints, so one that dies has to begin anew", flush=True)
-
 # %% ../nbs/09_trainer.ipynb #8e59faf4
 @contextlib.contextmanager
 def _say_how_it_ends(
@@ -512,12 +503,12 @@ def train_adapter(
     if not len(train): raise ValueError("there is no row to train on")
     torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
     budget, why = _settle_budget(model, train, settings)
-    _say_how_it_trains(why)
+    if why and not process_rank(): print(f"rows are trained in padded batches: {why}", flush=True)
     trainer = _make_trainer(model, tokenizer, train, test, settings, budget, wants_bar() if bar is None else bar)
     checkpoint = begin_or_resume(trainer, run_identity(settings.config | {"tokens_per_pass": settings.tokens_per_pass, "shared_prefix": not why}, model, train, test, identity))
     trainer.stop, trainer.row_numbers = StopRequest(), row_numbers
     _quiet(trainer)
-    with contextlib.nullcontext() if why else packing_attention(model), stop_on_sigterm(trainer.stop), _say_how_it_ends(trainer):
+    with contextlib.nullcontext() if why else packing_attention(model), stop_on_signals(trainer.stop), _say_how_it_ends(trainer):
         done = trainer.train(resume_from_checkpoint=checkpoint)
         after = trainer.evaluate()["eval_loss"] if len(test) else None
     if trainer.is_world_process_zero(): print(trainer.totals, flush=True)
