@@ -213,6 +213,7 @@ def _field_rows(
     rows = [w.HTML(f'<div style="font-weight:600;border-bottom:1px solid #9ca3af;margin-top:6px">{heading}</div>')]
     for name, label in _SECTIONS[heading].items():
         field, note = _input(name, self.values[name], self.choices(name)), w.HTML(layout=w.Layout(flex="1 1 auto", min_width="0", margin="2px 0 2px 8px"))
+        field.tooltip = f"{heading}: {label} ({name})"
         field.observe(lambda change, name=name: self._typed(name, change["new"]), "value")
         self.inputs[name], self.notes[name] = field, note
         rows.append(w.HBox([w.HTML(escape(label), layout=w.Layout(width="160px", flex="0 0 auto")), field, note]))
