@@ -163,12 +163,16 @@ def same_as_one(name, place, right, processes, shared):
     place.renew()
     return differences(name, run(place, processes, shared_prefix=shared), right[shared], processes)
 
+def left_checkpoint(place, step, stopped):
+    "What is wrong with a run that was asked to stop."
+    found = [] if stopped.status and f"at step {step} of {STEPS}; a checkpoint is in" in stopped.printed else [f"stopped, it ends with {stopped.status}:\n{stopped.printed[-4000:]}"]
+    if why := ftnb.checkpoints.checkpoint_problem(str(place.project.train_out_dir/f"checkpoint-{step}")): found.append(why)
+    return found
+
 def resumed(name, place, right, first, then, step, shared):
     "One process of the first run is asked to stop, and the run goes on with another number of processes."
     place.renew()
-    stopped = run(place, first, at_step(step, first - 1, ask_to_stop), shared_prefix=shared)
-    found = [] if stopped.status and f"at step {step} of {STEPS}; a checkpoint is in" in stopped.printed else [f"stopped, it ends with {stopped.status}:\n{stopped.printed[-4000:]}"]
-    if why := ftnb.checkpoints.checkpoint_problem(str(place.project.train_out_dir/f"checkpoint-{step}")): found.append(why)
+    found = left_checkpoint(place, step, run(place, first, at_step(step, first - 1, ask_to_stop), shared_prefix=shared))
     again = run(place, then, shared_prefix=shared)
     if f"going on from {place.project.train_out_dir}/checkpoint-{step}" not in again.printed: found.append(f"it doesn't go on:\n{again.printed[-3000:]}")
     return found + differences(name, again, right[shared], then)
@@ -230,12 +234,14 @@ def four_bit(place):
 FSDP = [str(Path(sys.executable).parent/"accelerate"), "launch", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--use_fsdp", "--fsdp_version", "2",
         "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP", "--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer"]
 
+def by_fsdp(place, program=(SCRIPT,), **training): return command(place, [*FSDP, *map(str, program)], place.arguments(2, **training))
+
 def sharded(place, right):
     "FSDP by accelerate's own command: the adapter is whole, and PEFT loads it."
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
     place.renew()
-    done = command(place, [*FSDP, str(SCRIPT)], place.arguments(2))
+    done = by_fsdp(place)
     found = differences("FSDP", done, right["auto"], 2)
     if done.status: return found
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(place.folder.parent/"tiny"), place.project.out_dir)
@@ -252,16 +258,13 @@ ftnb.finetune.run_command([])
 def sharded_goes_on(place, right):
     "FSDP is stopped twice: it goes on with FSDP, and then on one process without; and the other way round."
     (place.folder/"stopped_at.py").write_text(STOPPED_AT)
-    def fsdp(step=None, **training): return command(place, [*FSDP, *([str(SCRIPT)] if step is None else [str(place.folder/"stopped_at.py"), str(Path(__file__).parent), str(step)])], place.arguments(2, **training))
-    def left(step, done):
-        found = [] if done.status and f"at step {step} of {STEPS}; a checkpoint is in" in done.printed else [f"stopped at {step}, it ends with {done.status}:\n{done.printed[-4000:]}"]
-        return found + [o for o in [ftnb.checkpoints.checkpoint_problem(str(place.project.train_out_dir/f"checkpoint-{step}"))] if o]
+    def stopped_at(step): return left_checkpoint(place, step, by_fsdp(place, [place.folder/"stopped_at.py", Path(__file__).parent, step]))
     place.renew()
-    found = left(7, fsdp(7)) + left(13, fsdp(13))
+    found = stopped_at(7) + stopped_at(13)
     found += differences("FSDP, FSDP again from step 7, one process from step 13", run(place, 1), right["auto"], 1)
     place.renew()
-    found += left(9, run(place, 1, at_step(9, 0, ask_to_stop)))
-    return found + differences("one process, FSDP from step 9", fsdp(), right["auto"], 2)
+    found += left_checkpoint(place, 9, run(place, 1, at_step(9, 0, ask_to_stop)))
+    return found + differences("one process, FSDP from step 9", by_fsdp(place), right["auto"], 2)
 
 def sharded_best(place):
     "An earlier checkpoint, taken for the best, is loaded at the end, as by one process."
@@ -270,7 +273,7 @@ def sharded_best(place):
     right = run(place, 1, **more)
     if right.status: return [right.printed[-4000:]]
     place.renew()
-    return differences("FSDP, best checkpoint", command(place, [*FSDP, str(SCRIPT)], place.arguments(2, **more)), right, 2)
+    return differences("FSDP, best checkpoint", by_fsdp(place, **more), right, 2)
 
 # All of them
 

@@ -156,7 +156,7 @@ def _listening(
         for n, was in before.items(): signal.signal(n, signal.SIG_DFL if was is None else was)
 
 # %% ../nbs/13_launch.ipynb #bedfff07
-STOP_SECONDS = 600  # that ranks have for a checkpoint after SIGTERM
+STOP_SECONDS = 600  # that ranks have for a checkpoint after a signal
 
 # %% ../nbs/13_launch.ipynb #c94a538f
 def _launch_config(
@@ -193,7 +193,7 @@ def run_ranks(
     env: dict | None = None,  # environment of the ranks, beside this process's own
 ) -> list:  # of `RankFailure`; empty where all ended well
     "Run the ranks of this node, to their end. Nothing is started again; one that fails ends the others."
-    import signal, tempfile
+    import tempfile
     from accelerate.utils import patch_environment
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -202,8 +202,7 @@ def run_ranks(
     with tempfile.TemporaryDirectory(prefix="ftnb-ranks-") as folder, _listening("stopped by SIGTERM"), patch_environment(**env):
         try: elastic_launch(_launch_config(at, processes, folder), sys.executable)("-u", *command)
         except ChildFailedError as e: return _rank_failures(e, at.node)
-        except SignalException as e:
-            return _stopped_ranks(folder, at.node, e.sigval.name)
+        except SignalException as e: return _stopped_ranks(folder, at.node, e.sigval.name)
     return []
 
 # %% ../nbs/13_launch.ipynb #f6ee7e8f

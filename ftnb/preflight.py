@@ -196,9 +196,8 @@ def _check_settings(p: Preflight):
             p.add("error", "settings", *problems)
             del p.known[name]
     bnb, training = p.known.get("bnb"), p.known.get("training")
-    if bnb is None or training is None: return p.add("error", "settings", *processes_problems(p.args, None, p.env))
-    device = "cpu" if training.get("use_cpu") or training.get("no_cuda") else None
-    precision = p.attempt("settings", adapters.choose_precision, training, bnb, device)
+    device = "cpu" if training and (training.get("use_cpu") or training.get("no_cuda")) else None
+    precision = None if bnb is None or training is None else p.attempt("settings", adapters.choose_precision, training, bnb, device)
     p.add("error", "settings", *processes_problems(p.args, precision, p.env))
     settings = precision and p.attempt("settings", trainer.settle_training, training, precision, p.args.train_out_dir)
     if not settings: return
