@@ -183,7 +183,7 @@ def _stopped_ranks(
     from pathlib import Path
     files = sorted(Path(folder).rglob("error.json"))
     return [RankFailure(node, int(f.parent.name), *_told_by(f)) for f in files] or [
-        RankFailure(node, 0, f"RunStopped: stopped by {by}, before a checkpoint was due; run the job again with the same arguments", time=time.time())]
+        RankFailure(node, 0, f"RunStopped: stopped by {by}, and no rank had a word to say; run the job again with the same arguments: it goes on from its last checkpoint, where there is one", time=time.time())]
 
 # %% ../nbs/13_launch.ipynb #77e407c2
 def run_ranks(
