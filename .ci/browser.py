@@ -201,7 +201,7 @@ class Notebook:
 
     def row(self, label, number=-1):
         "The row of a field in the form; of several with one label, the last."
-        return self.root.locator(f'.widget-hbox:has(> .widget-html > .widget-html-content:text-is("{label}"))').nth(number)
+        return self.root.locator(".widget-hbox:not(:has(.widget-hbox))", has=self.page.get_by_label(label, exact=True)).nth(number)
 
     def fill(self, **fields):
         for label, value in fields.items(): self.row(label.replace("_", " ")).locator("input[type=text]").fill(str(value))
@@ -308,6 +308,8 @@ def wrong_field(notebook, pictures):
 def fill_form(notebook, epochs):
     "The rest of the fields."
     for number in (0, 1): notebook.row("Begin with", number).locator("select").select_option(index=1)  # the project's own settings
+    value = lambda label: float(notebook.row(label).locator("input").input_value())
+    notebook.until("their values are in the fields", lambda: (value("Rank"), value("Learning rate")) == (16, 1e-3))
     notebook.fill(Learning_rate=5e-3, Share_to_train_on=0.8, Epochs=epochs, Batch=8, Accumulation=1, **{"Adapter's_name": "shop-intents"})
     notebook.row("Register it in the Studio").locator("input[type=checkbox]").check()
     notebook.until("the job is checked again", lambda: notebook.widgets_say(rf"steps\s+{18 * epochs:,} of 8 rows"))

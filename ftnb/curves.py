@@ -336,7 +336,7 @@ def _dress(
     ax.yaxis.set_major_formatter(FuncFormatter(short_number))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 1000:,g}k" if abs(v) >= 10_000 else f"{v:,.0f}"))
     ax.yaxis.set_minor_formatter(NullFormatter())
-    if zero: ax.set_ylim(0, max(values, default=1) * 1.12)
+    if zero: ax.set_ylim(0, (max(values, default=0) or 1) * 1.12)
     ax.set_title(title, loc="left", size=9, color="#333")
     ax.set_xlabel("step", size=8, color="#666")
     ax.tick_params(labelsize=8, color="#ccc", labelcolor="#444", which="both", length=2)
@@ -418,7 +418,7 @@ def _draw_panel(
         if curve.spans: values += _draw(ax, curve, colour, name.removeprefix("tokens_").removesuffix("_per_second"), smooth)
     _dress(ax, title + " (log)" * (not zero and _wide(values)), values, zero)
     if len(names) == 1: return
-    ax.set_ylim(0, max(values) * 1.4)
+    ax.set_ylim(0, 1.25 * ax.get_ylim()[1])
     ax.legend(frameon=False, fontsize=8, loc="upper left", ncols=2, labelcolor="#333", handlelength=1, columnspacing=1, borderaxespad=0)
 
 # %% ../nbs/11_curves.ipynb #42ea92be

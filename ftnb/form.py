@@ -191,16 +191,18 @@ def _badge(
 # %% ../nbs/13_form.ipynb #512eb600
 def _input(
     name: str,  # of the field
+    label: str,  # beside it
     value,  # text, or True or False
     choices: list | None,  # (label, value) pairs, where it is picked
 ):  # a widget
-    "The widget of a field."
+    "The widget of a field, with its label: a click on that, or a screen reader, finds it."
     import ipywidgets as w
-    wide, hints = w.Layout(width="250px", flex="0 0 auto"), dict(target_modules="those usual for the model", adapter_name="letters, digits and -")
-    if choices is not None: return w.Dropdown(options=choices, value=value, layout=wide)
-    if isinstance(value, bool): return w.Checkbox(value=value, indent=False, layout=wide)
-    if name.startswith("other_"): return w.Textarea(value=value, rows=3, placeholder="JSON", layout=wide)
-    return w.Text(value=value, placeholder=hints.get(name, ""), layout=wide)
+    look = dict(description=label, style={"description_width": "160px"}, layout=w.Layout(width="410px", flex="0 0 auto"))
+    hints = dict(target_modules="those usual for the model", adapter_name="letters, digits and -")
+    if choices is not None: return w.Dropdown(options=choices, value=value, **look)
+    if isinstance(value, bool): return w.Checkbox(value=value, **look)
+    if name.startswith("other_"): return w.Textarea(value=value, rows=3, placeholder="JSON", **look)
+    return w.Text(value=value, placeholder=hints.get(name, ""), **look)
 
 # %% ../nbs/13_form.ipynb #c65fde55
 @patch
@@ -212,11 +214,11 @@ def _field_rows(
     import ipywidgets as w
     rows = [w.HTML(f'<div style="font-weight:600;border-bottom:1px solid #9ca3af;margin-top:6px">{heading}</div>')]
     for name, label in _SECTIONS[heading].items():
-        field, note = _input(name, self.values[name], self.choices(name)), w.HTML(layout=w.Layout(flex="1 1 auto", min_width="0", margin="2px 0 2px 8px"))
+        field, note = _input(name, label, self.values[name], self.choices(name)), w.HTML(layout=w.Layout(flex="1 1 auto", min_width="0", margin="2px 0 2px 8px"))
         field.tooltip = f"{heading}: {label} ({name})"
         field.observe(lambda change, name=name: self._typed(name, change["new"]), "value")
         self.inputs[name], self.notes[name] = field, note
-        rows.append(w.HBox([w.HTML(escape(label), layout=w.Layout(width="160px", flex="0 0 auto")), field, note]))
+        rows.append(w.HBox([field, note]))
     return rows
 
 # %% ../nbs/13_form.ipynb #9acd3a5e
