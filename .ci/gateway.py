@@ -119,7 +119,7 @@ class Kernel:
     @property
     def pid(self):
         "Of its process."
-        found = [o.pid for o in psutil.Process(self.gateway.process.pid).children() if any(self.id in word for word in o.cmdline())]
+        found = [o.pid for o in psutil.process_iter(["ppid", "cmdline"]) if o.info["ppid"] == self.gateway.process.pid and any(self.id in word for word in o.info["cmdline"] or ())]
         self.gateway.pids |= set(found)
         return found[0]
 
