@@ -332,7 +332,7 @@ def held(job):
     finally: job.resume()
 
 def run_folder(notebook): return max(notebook.folder.glob("runs/*"), key=os.path.getmtime)
-def last_step(notebook): return json.loads((run_folder(notebook)/"metrics.jsonl").read_text().splitlines()[-1])["step"]
+def last_step(notebook): return json.loads((run_folder(notebook)/"metrics.jsonl").read_text().rpartition("\n")[0].splitlines()[-1])["step"]  # of its whole lines
 
 def watch(notebook, job, moves, shots):
     "Look on until step and picture have changed so many times; the job waits where it is far ahead of what is shown."
