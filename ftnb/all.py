@@ -13,6 +13,7 @@ from .corpus import *
 from .prompts import *
 from .splits import *
 from .tokens import *
+from .preview import *
 from .adapters import *
 from .checkpoints import *
 from .packing import *

@@ -21,6 +21,7 @@ import ftnb.consts as consts
 import ftnb.corpus as corpus
 import ftnb.jobargs as jobargs
 import ftnb.packing as packing
+import ftnb.preview as preview
 import ftnb.prompts as prompts
 import ftnb.ranks as ranks
 import ftnb.splits as splits
@@ -369,11 +370,11 @@ def row_ledger(
     split: dict,  # "train", "test" -> rows after sampling and splitting
     kept: dict,  # "train", "test" -> rows after formatting and tokenizing
     dropped: list,  # {"split", "row", "reason"} of each row left out
-) -> tokens.RowLedger:  # counts that add up
+) -> preview.RowLedger:  # counts that add up
     "What became of the rows; raises where they don't add up."
     own = next((o for o in ("test", "eval") if o in read), None)
     total = read["train"] + (read[own] if own else 0)
-    ledger = tokens.RowLedger({"read": total, "trained": kept["train"], "held_out": kept["test"], "sampled_away": total - sum(split.values()),
+    ledger = preview.RowLedger({"read": total, "trained": kept["train"], "held_out": kept["test"], "sampled_away": total - sum(split.values()),
               "dropped": dropped, "splits_not_used": {k: n for k, n in read.items() if k not in ("train", own)}})
     if total != ledger["trained"] + ledger["held_out"] + ledger["sampled_away"] + len(dropped):
         raise RuntimeError(f"the row ledger doesn't balance: {ledger}")

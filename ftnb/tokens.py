@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['find_padding_token_candidate', 'configure_tokenizer_padding', 'make_labels', 'length_limit', 'TokenizedRows',
-           'tokenize_rows', 'TokenPreview', 'preview', 'plot_lengths', 'RowLedger']
+           'tokenize_rows']
 
 # %% ../nbs/06_tokens.ipynb #2b41a095
 import re
@@ -13,8 +13,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from os.path import commonprefix
-
-from fastcore.basics import patch
 
 from .consts import TRAINING_DATA_TEXT_FIELD, raise_problems
 from .prompts import PromptTemplate, read_template, value_spans
@@ -316,166 +314,3 @@ def tokenize_rows(
             else: good.append(row); kept.append(i)
         chunks.append(_table(good))
     return TokenizedRows(Dataset(pa.concat_tables(chunks or [_table([])])), tuple(kept), dropped)
-
-# %% ../nbs/06_tokens.ipynb #ada8bf50
-def _token_texts(
-    tokenizer,  # a transformers tokenizer
-    ids: list,  # token ids of a row
-) -> tuple:  # what each token adds to the text; "" for the first parts of a character
-    "The text of a row, token by token."
-    texts, starts = [], [0]  # `starts`: tokens at which a character begins
-    def text(a, b): return tokenizer.decode(ids[a:b], clean_up_tokenization_spaces=False)
-    for i in range(len(ids)):
-        done, a = starts[-1], starts[-4:][0]
-        before, now = text(a, done), text(a, i + 1)
-        part = now.endswith("\ufffd") and i + 1 < len(ids) and i - done < 3
-        texts.append("" if part else now[len(before):])
-        if not part: starts.append(i + 1)
-    return tuple(texts)
-
-# %% ../nbs/06_tokens.ipynb #736bffdb
-def _pad_choice(
-    tokenizer,  # a transformers tokenizer
-) -> str:  # for a person
-    "The pad token, and why that one."
-    pad = tokenizer.pad_token
-    if pad is None: return "none yet: `configure_tokenizer_padding` chooses one"
-    if pad == tokenizer.eos_token: return f"{pad}, which is EOS too: labels are masked by position, so the model still learns to stop"
-    if pad == tokenizer.unk_token: return f"{pad}, which stands for unknown words: there is no token for padding, and EOS would be worse"
-    if pad == find_padding_token_candidate(tokenizer): return f"{pad}, the first token of the vocabulary that is meant for padding or kept free"
-    return f"{pad}, the tokenizer's own: it isn't EOS"
-
-# %% ../nbs/06_tokens.ipynb #9fb73de2
-@dataclass(frozen=True)
-class TokenPreview:
-    "A row's tokens, and what each is to the trainer."
-    tokens: tuple  # text of each token; "" for the first parts of a character
-    trained: tuple  # whether it carries loss
-    special: tuple  # whether it is a special token
-    shared: int = 0  # tokens that all rows begin with
-    pad: str = ""  # the pad token, and why that one
-
-    def __getitem__(self, part):  # a slice of it
-        cut = {k: getattr(self, k)[part] for k in ("tokens", "trained", "special")}
-        return replace(self, **cut, shared=min(len(cut["tokens"]), max(0, self.shared - part.indices(len(self.tokens))[0])))
-
-    @property
-    def note(self) -> str:
-        "What the tokens come to."
-        return f"{sum(self.trained)} of {len(self.tokens)} tokens carry loss; all rows share the first {self.shared}; padding: {self.pad}"
-
-    def __repr__(self):
-        shown = [f"[{t}]" if on else t for t, on in zip(self.tokens, self.trained)]
-        if 0 < self.shared < len(shown): shown.insert(self.shared, "┃")
-        return "".join(shown) + f"\n\n[loss], ┃ end of what all rows share\n{self.note}"
-
-# %% ../nbs/06_tokens.ipynb #7958ec98
-def _shared_tokens(
-    dataset,  # with `input_ids`
-) -> int:  # 0 where there are fewer than two rows
-    "Tokens that all rows begin with, found without making Python lists of them."
-    import numpy as np
-    if len(dataset) < 2: return 0
-    head = np.asarray(dataset[0]["input_ids"])
-    for part in dataset.select_columns("input_ids").with_format("arrow").iter(1000):
-        ids = part["input_ids"].combine_chunks()
-        sizes, flat = ids.value_lengths().to_numpy(), ids.flatten().to_numpy()
-        head = head[:min(len(head), sizes.min())]
-        same = (flat[(sizes.cumsum() - sizes)[:, None] + np.arange(len(head))] == head).all(0)
-        head = head[:len(head) if same.all() else same.argmin()]
-    return len(head)
-
-# %% ../nbs/06_tokens.ipynb #263f25ce
-def preview(
-    rows: TokenizedRows,  # from `tokenize_rows`
-    tokenizer,  # that made them
-    i: int = 0,  # which row
-) -> TokenPreview:  # marked up in a notebook, with brackets in a terminal; a slice shows a part
-    "A row as the trainer sees it."
-    ids, labels = rows.dataset[i]["input_ids"], rows.dataset[i]["labels"]
-    special = {k for k, t in tokenizer.added_tokens_decoder.items() if t.special}
-    return TokenPreview(_token_texts(tokenizer, ids), tuple(t != -100 for t in labels), tuple(t in special for t in ids),
-                        _shared_tokens(rows.dataset), _pad_choice(tokenizer))
-
-# %% ../nbs/06_tokens.ipynb #77fbedb8
-def _visible(
-    text: str,  # of a token
-) -> str:  # with marks for what can't be seen
-    "Spaces, line ends and control characters made visible."
-    marks = {" ": "·", "\n": "⏎\n", "\t": "⇥\t"}
-    return "".join(marks.get(c, c if c.isprintable() else f"\\x{ord(c):02x}") for c in text) or "▯"
-
-# %% ../nbs/06_tokens.ipynb #59b5702e
-_LOSS = "background:rgba(255,190,0,.35);color:inherit;border-bottom:2px solid rgb(200,130,0)"
-_SPECIAL, _SHARED, _EDGE = "outline:1px solid;outline-offset:-1px", "opacity:.6;text-decoration:underline dotted", "border-right:1px solid rgba(128,128,128,.5)"
-
-# %% ../nbs/06_tokens.ipynb #7911a665
-@patch
-def _repr_html_(
-    self: TokenPreview,  # shown by Jupyter
-) -> str:  # HTML, all text escaped
-    "Tokens marked up, and a legend."
-    from html import escape
-    def one(text, trained=False, special=False):
-        look, tag = ";".join([_EDGE, *[_LOSS]*trained, *[_SPECIAL]*special]), "mark" if trained else "span"
-        text, before = escape(_visible(text)), "<wbr>" * text.startswith(" ")  # where a line may end
-        return f'{before}<{tag} style="{look}">{f"<b>{text}</b>" if special else text}</{tag}>'
-    spans = list(map(one, self.tokens, self.trained, self.special))
-    shared = f'<span style="{_SHARED}">{"".join(spans[:self.shared])}</span>' if self.shared else ""
-    legend = f'{one("loss", True)} <span style="{_SHARED}">{one("in all rows")}</span> {one("special", special=True)} · space, ⏎ line end'
-    if "" in self.tokens: legend += ", ▯ part of the next character"
-    block = "font-family:monospace;white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.7"
-    return f'<div style="{block}">{shared}{"".join(spans[self.shared:])}</div><p><small>{legend}<br>{escape(self.note)}</small></p>'
-
-# %% ../nbs/06_tokens.ipynb #eea44bb9
-def _row_lengths(
-    rows: TokenizedRows,  # from `tokenize_rows`
-) -> tuple:  # (tokens of each kept row, tokens of each row that was too long)
-    "How long rows are; of those that were dropped, their reason tells."
-    ids = rows.dataset.with_format("arrow")[:]["input_ids"] if len(rows) else []
-    found = (re.match(r"(\d+) tokens, over", why) for why in rows.dropped.values())
-    return [n for chunk in getattr(ids, "chunks", ()) for n in chunk.value_lengths().to_pylist()], [int(m[1]) for m in found if m]
-
-# %% ../nbs/06_tokens.ipynb #438d8cdd
-def plot_lengths(
-    rows: TokenizedRows,  # from `tokenize_rows`
-    max_length: int | None = None,  # the limit, drawn in; None: not drawn
-):  # a matplotlib figure
-    "Tokens of each row, those that were too long hatched."
-    import matplotlib.pyplot as plt, numpy as np
-    kept, over = _row_lengths(rows)
-    fig, ax = plt.subplots(figsize=(4.5, 1.6))
-    edges = np.histogram_bin_edges([*kept, *over] or [0], bins=min(40, max(10, len({*kept, *over}))))
-    ax.hist(kept, edges, color="#607d8b", label=f"{len(kept):,} kept")
-    if over: ax.hist(over, edges, color="#ffe0b2", edgecolor="#bf360c", hatch="////", label=f"{len(over):,} dropped")
-    if max_length is not None: ax.axvline(max_length, color="#bf360c", ls="--", lw=1, label=f"max_length {max_length:,}")
-    ax.set(xlabel="tokens", ylabel="rows")
-    ax.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    for side in ("top", "right"): ax.spines[side].set_visible(False)
-    fig.tight_layout()
-    plt.close(fig)
-    return fig
-
-# %% ../nbs/06_tokens.ipynb #7f9d445e
-class RowLedger(dict):
-    "A ledger of rows, as a job makes it and writes it; shows as a table."
-
-    def reasons(self) -> dict:  # reason -> rows, the most frequent first
-        "Why rows were dropped."
-        from collections import Counter
-        return dict(Counter(re.sub(r"^\d+ tokens, ", "", d["reason"]) for d in self["dropped"]).most_common())
-
-    def __repr__(self):
-        line = f"rows: {self['read']:,} read = {self['trained']:,} trained + {self['held_out']:,} held out + {self['sampled_away']:,} sampled away + {len(self['dropped']):,} dropped"
-        return "\n".join([line, *(f"  {n:,}: {why}" for why, n in self.reasons().items())])
-
-    def _repr_html_(self):
-        from html import escape
-        left, right = ' style="text-align:left"', ' style="text-align:right"'
-        def line(what, rows, more=""): return f"<tr><td{left}>{what}</td><td{right}>{rows:,}</td><td{left}>{escape(more)}</td></tr>"
-        lines = [line("read", self["read"]), line("trained", self["trained"]), line("held out", self["held_out"]),
-                 line("sampled away", self["sampled_away"]), line("dropped", len(self["dropped"]))]
-        lines += [line("&emsp;", n, why) for why, n in list(self.reasons().items())[:10]]
-        lines += [line("not used", n, f"split {name!r}") for name, n in self.get("splits_not_used", {}).items()]
-        named = "; ".join(f"{d['split']} row {d['row']:,}" for d in self["dropped"][:10]) + "; …" * (len(self["dropped"]) > 10)
-        return f"<table><tr><th{left}>rows</th><th></th><th></th></tr>{''.join(lines)}</table>" + f"<small>dropped: {escape(named)}</small>" * bool(named)
