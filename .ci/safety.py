@@ -42,7 +42,7 @@ def fields():
     from transformers import BitsAndBytesConfig
     from trl import SFTConfig
     from ftnb.adapters import bnb_problems, lora_problems
-    from ftnb.trainer import training_problems
+    from ftnb.settings import training_problems
     own = {SFTConfig: training_problems, LoraConfig: lora_problems, BitsAndBytesConfig: bnb_problems}
     seen = set()
     for library, problems_of in own.items():

@@ -17,6 +17,7 @@ from .preview import *
 from .adapters import *
 from .checkpoints import *
 from .packing import *
+from .settings import *
 from .trainer import *
 from .preflight import *
 from .probe import *

@@ -16,8 +16,9 @@ from .adapters import apply_lora, choose_precision, load_base_model, load_tokeni
 from .consts import DEFAULT_LORA_CONFIG, raise_problems
 from .demo import demo_base_model, demo_data
 from .packing import keeps_prefix, packing_attention
+from .settings import settle_training
 from .tokens import configure_tokenizer_padding
-from .trainer import _make_trainer, _quiet, _settle_budget, packed_passes, settle_training
+from .trainer import _make_trainer, _quiet, _settle_budget, packed_passes
 
 # %% ../nbs/17_bench.ipynb #a8812697
 @dataclass(frozen=True)

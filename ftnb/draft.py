@@ -20,6 +20,7 @@ import ftnb.jobargs as jobargs
 import ftnb.preflight as preflight
 import ftnb.probe as probe
 import ftnb.prompts as prompts
+import ftnb.settings as settings
 import ftnb.studio as studio
 import ftnb.trainer as trainer
 
@@ -148,7 +149,7 @@ def _settings_problems(
     blob: dict,  # they
 ) -> dict:  # field -> problem
     "What is wrong with settings, as the rooms that use them see it."
-    check = {"lora_config": adapters.lora_problems, "bnb_config": adapters.bnb_problems, "training_arguments_config": trainer.training_problems}[part]
+    check = {"lora_config": adapters.lora_problems, "bnb_config": adapters.bnb_problems, "training_arguments_config": settings.training_problems}[part]
     return _place_problems(check(blob), part)
 
 # %% ../nbs/12_draft.ipynb #a97be591

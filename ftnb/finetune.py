@@ -26,6 +26,7 @@ import ftnb.preflight as preflight
 import ftnb.probe as probe
 import ftnb.ranks as ranks
 import ftnb.runs as runs
+import ftnb.settings as settings
 import ftnb.studio as studio
 import ftnb.trainer as trainer
 
@@ -235,7 +236,7 @@ def _as_prepared(
     import ftnb.tokens as tokens
     device = "cpu" if told["precision"]["device"] == "cpu" else adapters.local_device()
     records = SimpleNamespace(model=SimpleNamespace(**told["model"]), lora=told["lora"])
-    job = Job(args, None, records, None, adapters.Precision(**told["precision"] | {"device": device}), trainer.TrainingSettings(**told["settings"]),
+    job = Job(args, None, records, None, adapters.Precision(**told["precision"] | {"device": device}), settings.TrainingSettings(**told["settings"]),
               args.hf_token.reveal() if args.hf_token else None)
     train, test = (tokens.TokenizedRows(datasets.load_from_disk(os.path.join(told["rows"], name)), ()) for name in ("train", "test"))
     with open(os.path.join(told["rows"], "numbers.json"), encoding="utf-8") as f: numbers = json.load(f)

@@ -28,6 +28,7 @@ import ftnb.splits as splits
 import ftnb.studio as studio
 import ftnb.tokens as tokens
 import ftnb.trainer as trainer
+from .settings import TrainingSettings, settle_training, training_problems
 
 # %% ../nbs/10_preflight.ipynb #483746d8
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ def held_as(
 # %% ../nbs/10_preflight.ipynb #61f21da9
 def _check_settings(p: Preflight):
     "LoRA, quantisation and training arguments, and what they come to on this machine."
-    checks = {"lora": adapters.lora_problems, "bnb": adapters.bnb_problems, "training": trainer.training_problems}
+    checks = {"lora": adapters.lora_problems, "bnb": adapters.bnb_problems, "training": training_problems}
     for name, problems_of in checks.items():
         if name in p.known and (problems := p.attempt("settings", problems_of, p.known[name]) or []):
             p.add("error", "settings", *problems)
@@ -200,7 +201,7 @@ def _check_settings(p: Preflight):
     device = "cpu" if training and (training.get("use_cpu") or training.get("no_cuda")) else None
     precision = None if bnb is None or training is None else p.attempt("settings", adapters.choose_precision, training, bnb, device)
     p.add("error", "settings", *processes_problems(p.args, precision, p.env))
-    settings = precision and p.attempt("settings", trainer.settle_training, training, precision, p.args.train_out_dir)
+    settings = precision and p.attempt("settings", settle_training, training, precision, p.args.train_out_dir)
     if not settings: return
     p.known |= {"precision": precision, "settings": settings}
     p.add("warning", "settings", *precision.notes, *settings.notes)
@@ -344,7 +345,7 @@ class Job:
     records: studio.Records
     template: prompts.PromptTemplate
     precision: adapters.Precision
-    settings: trainer.TrainingSettings
+    settings: TrainingSettings
     token: str | None = field(default=None, repr=False)  # Hugging Face token
 
     @property
@@ -614,7 +615,7 @@ def token_bytes(
 def pass_budget(
     plan,  # from `plan_model`
     precision: adapters.Precision,  # of the run
-    settings: trainer.TrainingSettings,  # of the run
+    settings: TrainingSettings,  # of the run
     prefix: int,  # tokens that the rows share
     free: int,  # bytes, once the model is loaded
 ) -> int:  # computed tokens of a flat pass
@@ -659,7 +660,7 @@ def computed_tokens(
 # %% ../nbs/10_preflight.ipynb #ee373a49
 def plan_steps(
     counts: RowCounts,  # of the rows to train on
-    settings: trainer.TrainingSettings,  # of the run
+    settings: TrainingSettings,  # of the run
     budget: int,  # computed tokens of a flat pass; 0 for padded batches
     processes: int = 1,  # that share the rows
     keeps: bool = False,  # is the prefix computed once a step?

@@ -13,11 +13,12 @@ import ftnb.packing as packing
 import ftnb.preflight as preflight
 import ftnb.ranks as ranks
 import ftnb.trainer as trainer
+from .settings import TrainingSettings
 
 # %% ../nbs/11_probe.ipynb #23301ab5
 def largest_pass(
     rows: preflight.RowCounts,  # to train on
-    settings: trainer.TrainingSettings,  # of the run
+    settings: TrainingSettings,  # of the run
     budget: int,  # computed tokens of a flat pass
 ) -> list:  # positions of rows
     "The longest rows of a step, as many as a pass holds."
