@@ -20,7 +20,7 @@ import ftnb.studio as studio
 
 # %% ../nbs/13_cml.ipynb #50ea25f6
 _VARIABLES = {
-    "CDSW_DOMAIN": "the address of the workspace, such as ml-1234abcd.example.com",
+    "CDSW_DOMAIN": "the address of the workspace, such as ml-1234abcd.example.com, reached by https",
     "CDSW_PROJECT_ID": "the project's id, as the API writes it",
     "CDSW_APIV2_KEY": "an API v2 key, made in User Settings > API Keys"}
 
@@ -45,12 +45,12 @@ def _read_variables(
 ) -> tuple:  # (sentences about what is wrong, arguments of `Workspace`)
     "What the environment says of the workspace."
     given = {k: env.get(k, "").strip() for k in _VARIABLES}
-    right = dict(zip(_VARIABLES, (r"(https?://)?([\w.-]+|\[[\da-fA-F:]+\])(:\d+)?/?", r"[\w.-]+", "[!-~]+")))
+    here = r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"  # this machine: the one place that the key may go to in plain text
+    right = dict(zip(_VARIABLES, (rf"(https://)?([\w.-]+|\[[\da-fA-F:]+\])(:\d+)?/?|(http://)?{here}/?", r"[\w.-]+", "[!-~]+")))
     problems = [f"{k} isn't set: it is {_VARIABLES[k]}" for k, v in given.items() if not v]
     problems += [f"{k} can't be right: it is {_VARIABLES[k]}" for k, v in given.items() if v and not re.fullmatch(right[k], v)]
     domain = given["CDSW_DOMAIN"].rstrip("/")
-    here = re.match(r"(localhost|127\.0\.0\.1|\[::1\])(:|$)", domain)
-    url = domain if "://" in domain else f"http{'' if here else 's'}://{domain}"
+    url = domain if "://" in domain else f"http{'' if re.fullmatch(here, domain) else 's'}://{domain}"
     names = re.fullmatch(r"https?://[^/]+/api/v1/projects/([\w.-]+)/([\w.-]+)/?", env.get("CDSW_PROJECT_URL", ""))
     return problems, dict(url=url, project=given["CDSW_PROJECT_ID"], key=jobargs.Secret(given["CDSW_APIV2_KEY"]), page=f"{url}/{names[1]}/{names[2]}" if names else "")
 
@@ -108,7 +108,38 @@ def _read_answer(
     else: said = str(data.get("message") or data.get("error") or "")
     if status >= 300 and not said or data is None and status >= 300: said = (text if isinstance(text, str) else (text or b"").decode("utf-8", "replace"))[:200]
     wait = float(after) if re.fullmatch(r"\d{1,6}(\.\d+)?", after or "") else 0
-    return Answer(status, data, " ".join(said.split()), min(wait, 60))
+    return Answer(status, data, consts.printable(" ".join(said.split()), keep=""), min(wait, 60))
+
+# %% ../nbs/13_cml.ipynb #a34ca6ed
+def _within(
+    seconds: float,  # for the whole call
+    make: "Callable",  # makes it
+) -> Answer:
+    "Make a call, and wait for it so long; one that takes longer is left to itself, and what it still gives is thrown away."
+    from concurrent.futures import Future
+    from threading import Thread
+    future = Future()
+    def work():
+        try: future.set_result(make())
+        except BaseException as e: future.set_exception(e)
+    Thread(target=work, daemon=True).start()
+    try: return future.result(seconds)
+    except TimeoutError: return Answer(said=f"no whole answer within {seconds:g} s")
+
+# %% ../nbs/13_cml.ipynb #2d868f4b
+_LARGEST = 2**24  # bytes of an answer
+
+# %% ../nbs/13_cml.ipynb #1cb584fc
+def _unpack(
+    raw: bytes,  # as it came
+    encoding: str,  # its Content-Encoding
+) -> bytes:  # `_LARGEST` and one at most
+    "The bytes of an answer, although they were asked for as they are."
+    import zlib
+    if encoding in ("", "identity"): return raw
+    if encoding not in ("gzip", "deflate"): raise ValueError(f"an answer packed as {encoding!r}, although it was asked for unpacked")
+    try: return zlib.decompressobj(47).decompress(raw, _LARGEST + 1)
+    except zlib.error as e: raise ValueError(f"an answer that can't be unpacked: {e}") from None
 
 # %% ../nbs/13_cml.ipynb #15dcb9b2
 def _ask_httpx(
@@ -117,21 +148,23 @@ def _ask_httpx(
     body: dict | None,  # to send as JSON
     query: dict,  # for the address
     ids: dict,  # job_id, run_id
-) -> Answer:  # within the timeout, all in all
+) -> Answer:  # whatever happens
     "Make a call with `httpx`."
     import httpx
     method, path = _CALLS[call]
-    address, text, end = f"{workspace.url}/api/v2/projects/{workspace.project}/{path.format(**ids)}", b"", time.monotonic() + workspace.timeout
+    address, raw = f"{workspace.url}/api/v2/projects/{workspace.project}/{path.format(**ids)}", b""
+    head = {"Authorization": f"Bearer {workspace.key.reveal()}", "Accept": "application/json", "Accept-Encoding": "identity"}
+    proxies = workspace.url.startswith("https:")  # plain text goes to this machine alone
     try:
-        with httpx.stream(method, address, params=query, json=body, timeout=workspace.timeout, follow_redirects=False,
-                          headers={"Authorization": f"Bearer {workspace.key.reveal()}", "Accept": "application/json"}) as answer:
-            for part in answer.iter_bytes():
-                text += part
-                if time.monotonic() > end or len(text) > 2**24: return Answer(said=f"no whole answer within {workspace.timeout:g} s")
+        with httpx.stream(method, address, params=query, json=body, headers=head, timeout=workspace.timeout, trust_env=proxies) as answer:
+            for part in answer.iter_raw():
+                raw += part
+                if len(raw) > _LARGEST: break
+            text = _unpack(raw, answer.headers.get("Content-Encoding", "").strip().lower())
+            if len(text) > _LARGEST: return Answer(said=f"an answer of more than {_LARGEST >> 20} MiB")
             return _read_answer(answer.status_code, text, answer.headers.get("Retry-After"))
-    except httpx.ReadTimeout: return Answer(said=f"no answer within {workspace.timeout:g} s")
     except (httpx.ConnectError, httpx.ConnectTimeout, httpx.InvalidURL) as e: return Answer(said=str(e) or "no connection", sent=False)
-    except httpx.HTTPError as e: return Answer(said=str(e) or type(e).__name__)
+    except (httpx.HTTPError, ValueError) as e: return Answer(said=str(e) or type(e).__name__)
 
 # %% ../nbs/13_cml.ipynb #fd238e2d
 def _ask_cmlapi(
@@ -153,6 +186,17 @@ def _ask_cmlapi(
         why = getattr(e, "reason", None) or e
         return Answer(said=str(why), sent=type(why).__name__ not in ("NewConnectionError", "ConnectTimeoutError", "NameResolutionError"))
 
+# %% ../nbs/13_cml.ipynb #f1d8babf
+def _texts_without(
+    value,  # of an answer
+    key: str,  # that the other side may have said back
+):  # the same without it
+    "Take the key out of every text in an answer."
+    if isinstance(value, str): return jobargs.without_secrets(value, key)
+    if isinstance(value, list): return [_texts_without(v, key) for v in value]
+    if isinstance(value, dict): return {_texts_without(k, key): _texts_without(v, key) for k, v in value.items()}
+    return value
+
 # %% ../nbs/13_cml.ipynb #06c98239
 def _ask(
     workspace: Workspace,
@@ -162,12 +206,13 @@ def _ask(
     **ids,  # job_id, run_id
 ) -> Answer:  # whatever happens
     "Make a call, once."
+    from importlib import import_module
     from importlib.util import find_spec
-    official, key = "cmlapi" in sys.modules or find_spec("cmlapi") is not None, workspace.key.reveal()
-    answer = (_ask_cmlapi if official else _ask_httpx)(workspace, call, body, query or {}, ids)
-    text = json.dumps(answer.data, default=str)
-    if key not in text and key not in answer.said: return answer
-    return replace(answer, data=json.loads(text.replace(key, "***")), said=answer.said.replace(key, "***"))  # said back by the other side
+    client = "cmlapi" if "cmlapi" in sys.modules or find_spec("cmlapi") else "httpx"
+    import_module(client)  # before the clock starts
+    ask = _ask_cmlapi if client == "cmlapi" else _ask_httpx
+    answer, key = _within(workspace.timeout, lambda: ask(workspace, call, body, query or {}, ids)), workspace.key.reveal()
+    return replace(answer, data=_texts_without(answer.data, key), said=jobargs.without_secrets(answer.said, key))
 
 # %% ../nbs/13_cml.ipynb #d436c2e5
 class ClouderaError(RuntimeError):

@@ -6,7 +6,7 @@
 __all__ = ['TRAINING_DATA_TEXT_FIELD', 'TRAINING_DEFAULT_TRAIN_TEST_SPLIT', 'TRAINING_DEFAULT_DATASET_FRACTION',
            'TRAINING_DATASET_SEED', 'DEFAULT_LORA_CONFIG', 'DEFAULT_BNB_CONFIG', 'DEFAULT_TRAINING_ARGUMENTS',
            'DATASET_TYPES', 'MODEL_TYPES', 'ADAPTER_TYPES', 'CONFIG_TYPES', 'JOB_ARGUMENTS', 'STUDIO_DB',
-           'STUDIO_DB_DEFAULT', 'HF_TOKEN', 'raise_problems', 'nearest']
+           'STUDIO_DB_DEFAULT', 'HF_TOKEN', 'printable', 'raise_problems', 'nearest']
 
 # %% ../nbs/00_consts.ipynb #d4b2dc3b
 TRAINING_DATA_TEXT_FIELD = "prediction"  # column with the fully formatted text of a row
@@ -41,13 +41,21 @@ STUDIO_DB = "FINE_TUNING_STUDIO_SQLITE_DB"  # environment variable with the path
 STUDIO_DB_DEFAULT = ".app/state.db"  # used when it is not set, below the working directory
 HF_TOKEN = "HUGGINGFACE_ACCESS_TOKEN"  # environment variable with the token for gated models
 
+# %% ../nbs/00_consts.ipynb #17845765
+def printable(
+    text: str,  # of somebody else
+    keep: str = "\n\t",  # characters that stay as they are
+) -> str:  # on a terminal and a page it does nothing but stand there
+    "Control, direction and other unseen characters as escapes, such as \\x1b."
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
 # %% ../nbs/00_consts.ipynb #6622517a
 def raise_problems(
     problems: list,  # sentences, each saying what is wrong, where, and what would be right
     heading: str = "The job can't run",  # first line of the message
 ):
     "Raise one `ValueError` with a line a problem; do nothing when there are none."
-    if problems: raise ValueError("\n".join([f"{heading}:"] + [f"- {p}" for p in problems]))
+    if problems: raise ValueError(printable("\n".join([f"{heading}:"] + [f"- {p}" for p in problems])))
 
 # %% ../nbs/00_consts.ipynb #e3d05b75
 def nearest(
