@@ -9,6 +9,7 @@ __all__ = []
 from .consts import *
 from .jobargs import *
 from .studio import *
+from .files import *
 from .corpus import *
 from .prompts import *
 from .splits import *
