@@ -15,6 +15,7 @@ from .prompts import *
 from .splits import *
 from .tokens import *
 from .preview import *
+from .models import *
 from .adapters import *
 from .checkpoints import *
 from .packing import *

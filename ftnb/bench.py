@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 
-from .adapters import apply_lora, choose_precision, load_base_model, load_tokenizer
+from .adapters import apply_lora
+from .models import choose_precision, load_base_model, load_tokenizer
 from .consts import DEFAULT_LORA_CONFIG, raise_problems
 from .demo import demo_base_model, demo_data
 from .packing import keeps_prefix, packing_attention

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from fastcore.basics import patch
 
-from .adapters import Precision
+from .models import Precision
 from .evaluate import LoadedModels, generate_answers, load_models, make_questions
 from .prompts import PromptTemplate, format_row, read_template
 

@@ -13,7 +13,8 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from .adapters import choose_precision, load_base_model, publish_folder
+from .adapters import publish_folder
+from .models import choose_precision, load_base_model
 from .consts import DEFAULT_LORA_CONFIG, STUDIO_DB, raise_problems
 from .corpus import load_dataset_into_memory
 from .evaluate import answer_table, exact_match, generate_answers

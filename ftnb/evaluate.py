@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from fastcore.basics import patch
 
-from .adapters import Precision, choose_precision, load_base_model, load_tokenizer
+from .models import Precision, choose_precision, load_base_model, load_tokenizer
 from .consts import raise_problems
 from .packing import common_prefix, pack_rows, packed_loss, packing_attention, shares_exactly, split_passes
 from .prompts import PromptTemplate, format_row, map_dataset_with_prompt_template, read_template

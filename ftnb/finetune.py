@@ -22,6 +22,7 @@ import ftnb.consts as consts
 import ftnb.evaluate as evaluate
 import ftnb.jobargs as jobargs
 import ftnb.launch as launch
+import ftnb.models as models
 import ftnb.preflight as preflight
 import ftnb.probe as probe
 import ftnb.ranks as ranks
@@ -35,8 +36,8 @@ Job, JobRows = preflight.Job, preflight.JobRows
 
 # %% ../nbs/14_finetune.ipynb #1d878fb8
 def _whole(
-    precision: adapters.Precision,  # of the run
-) -> adapters.Precision:  # with which one process loads all of the base model
+    precision: models.Precision,  # of the run
+) -> models.Precision:  # with which one process loads all of the base model
     "Under FSDP it may not fit into one GPU, and goes from the CPU to where its parts belong."
     return replace(precision, device="cpu") if ranks.shards_model() else precision
 
@@ -45,7 +46,7 @@ def build_model(
     job: Job,  # from `preflight.check_job`
 ):  # a `PeftModel`
     "Load the base model, put LoRA in, and say what is trained."
-    base = adapters.load_base_model(job.source, _whole(job.precision), job.token)
+    base = models.load_base_model(job.source, _whole(job.precision), job.token)
     print(f"model: {job.records.model.name or job.source} on {job.precision.device}, {preflight.held_as(job.precision)}", flush=True)
     print("before LoRA: {:,} parameters, {:,} trainable".format(*adapters.get_model_parameters(base)), flush=True)
     model = adapters.apply_lora(base, job.records.lora, job.settings.config["seed"])
@@ -234,9 +235,9 @@ def _as_prepared(
     "The job as another process takes it up."
     import datasets
     import ftnb.tokens as tokens
-    device = "cpu" if told["precision"]["device"] == "cpu" else adapters.local_device()
+    device = "cpu" if told["precision"]["device"] == "cpu" else models.local_device()
     records = SimpleNamespace(model=SimpleNamespace(**told["model"]), lora=told["lora"])
-    job = Job(args, None, records, None, adapters.Precision(**told["precision"] | {"device": device}), settings.TrainingSettings(**told["settings"]),
+    job = Job(args, None, records, None, models.Precision(**told["precision"] | {"device": device}), settings.TrainingSettings(**told["settings"]),
               args.hf_token.reveal() if args.hf_token else None)
     train, test = (tokens.TokenizedRows(datasets.load_from_disk(os.path.join(told["rows"], name)), ()) for name in ("train", "test"))
     with open(os.path.join(told["rows"], "numbers.json"), encoding="utf-8") as f: numbers = json.load(f)

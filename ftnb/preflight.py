@@ -20,6 +20,7 @@ import ftnb.adapters as adapters
 import ftnb.consts as consts
 import ftnb.corpus as corpus
 import ftnb.jobargs as jobargs
+import ftnb.models as models
 import ftnb.packing as packing
 import ftnb.preview as preview
 import ftnb.prompts as prompts
@@ -120,7 +121,7 @@ def missing_resources(
 # %% ../nbs/10_preflight.ipynb #d64ddd4a
 def processes_problems(
     args: jobargs.JobArgs,  # of the job
-    precision: "adapters.Precision | None",  # where it is known
+    precision: "models.Precision | None",  # where it is known
     env: "Mapping | None" = None,  # environment; default: this process's own
 ) -> list:  # one sentence a problem
     "Why a job can't have several nodes here, or be spread by FSDP."
@@ -184,7 +185,7 @@ def _check_records(p: Preflight):
 
 # %% ../nbs/10_preflight.ipynb #3f012f4f
 def held_as(
-    precision: adapters.Precision,  # of the run
+    precision: models.Precision,  # of the run
 ) -> str:  # such as "4-bit" or "bfloat16"
     "How the base model's weights are held."
     return next((f"{b}-bit" for b in (4, 8) if (precision.bnb or {}).get(f"load_in_{b}bit")), precision.dtype)
@@ -192,14 +193,14 @@ def held_as(
 # %% ../nbs/10_preflight.ipynb #61f21da9
 def _check_settings(p: Preflight):
     "LoRA, quantisation and training arguments, and what they come to on this machine."
-    checks = {"lora": adapters.lora_problems, "bnb": adapters.bnb_problems, "training": training_problems}
+    checks = {"lora": adapters.lora_problems, "bnb": models.bnb_problems, "training": training_problems}
     for name, problems_of in checks.items():
         if name in p.known and (problems := p.attempt("settings", problems_of, p.known[name]) or []):
             p.add("error", "settings", *problems)
             del p.known[name]
     bnb, training = p.known.get("bnb"), p.known.get("training")
     device = "cpu" if training and (training.get("use_cpu") or training.get("no_cuda")) else None
-    precision = None if bnb is None or training is None else p.attempt("settings", adapters.choose_precision, training, bnb, device)
+    precision = None if bnb is None or training is None else p.attempt("settings", models.choose_precision, training, bnb, device)
     p.add("error", "settings", *processes_problems(p.args, precision, p.env))
     settings = precision and p.attempt("settings", settle_training, training, precision, p.args.train_out_dir)
     if not settings: return
@@ -291,7 +292,7 @@ def load_base_files(
     "Load what is small of a base model."
     import warnings
     from transformers import AutoConfig
-    tokenizer = adapters.load_tokenizer(source, token)
+    tokenizer = models.load_tokenizer(source, token)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", UserWarning)
         tokens.configure_tokenizer_padding(tokenizer)
@@ -301,7 +302,7 @@ def load_base_files(
 def plan_model(
     config,  # of the base model, from transformers' `AutoConfig`
     lora: dict,  # LoRA settings
-    precision: adapters.Precision,  # of the run
+    precision: models.Precision,  # of the run
 ):  # a `PeftModel` without memory; None where it can't be built without weights
     "The model that will be trained, as shapes."
     import torch
@@ -317,7 +318,7 @@ def _check_model(p: Preflight):
     "Tokenizer, settings of the model, and whether LoRA fits it."
     if "model" not in p.known: return
     source = base_source(p.known["model"]), p.known["token"]
-    if problems := p.attempt("model", adapters.base_model_problems, *source): return p.add("error", "model", *problems)
+    if problems := p.attempt("model", models.base_model_problems, *source): return p.add("error", "model", *problems)
     files = p.attempt("model", load_base_files, *source)
     if not files: return
     p.known["tokenizer"], config, notes = files
@@ -344,7 +345,7 @@ class Job:
     engine: object  # of the Studio database
     records: studio.Records
     template: prompts.PromptTemplate
-    precision: adapters.Precision
+    precision: models.Precision
     settings: TrainingSettings
     token: str | None = field(default=None, repr=False)  # Hugging Face token
 
@@ -555,7 +556,7 @@ def _check_rows(p: Preflight, keep: bool):
 # %% ../nbs/10_preflight.ipynb #d7c98594
 def weight_bytes(
     plan,  # from `plan_model`
-    precision: adapters.Precision,  # of the run
+    precision: models.Precision,  # of the run
 ) -> int:  # of the weights that aren't trained
     "Memory of the base model; bitsandbytes packs its linear layers, PEFT makes the rest float32."
     bnb, head = precision.bnb or {}, packing.causal_model(plan).get_output_embeddings()
@@ -606,7 +607,7 @@ class MemoryNeed:
 # %% ../nbs/10_preflight.ipynb #1cbd3f3d
 def token_bytes(
     plan,  # from `plan_model`
-    precision: adapters.Precision,  # of the run
+    precision: models.Precision,  # of the run
 ) -> int:  # activations of a token
     "What a computed token keeps until `backward`, as `trainer.tokens_per_pass` reckons."
     return 2**59 // trainer.tokens_per_pass(plan, 2**50, 2**60, precision.gradient_checkpointing)
@@ -614,7 +615,7 @@ def token_bytes(
 # %% ../nbs/10_preflight.ipynb #17b63e83
 def pass_budget(
     plan,  # from `plan_model`
-    precision: adapters.Precision,  # of the run
+    precision: models.Precision,  # of the run
     settings: TrainingSettings,  # of the run
     prefix: int,  # tokens that the rows share
     free: int,  # bytes, once the model is loaded

@@ -9,6 +9,7 @@ __all__ = ['largest_pass', 'probe_pass', 'estimate_time']
 from contextlib import contextmanager
 
 import ftnb.adapters as adapters
+import ftnb.models as models
 import ftnb.packing as packing
 import ftnb.preflight as preflight
 import ftnb.ranks as ranks
@@ -33,7 +34,7 @@ def largest_pass(
 @contextmanager
 def _as_in_training(
     model,  # a `PeftModel`
-    precision: adapters.Precision,  # of the run
+    precision: models.Precision,  # of the run
 ):
     "Modes, checkpointing and autocast as the trainer sets them; all is put back, gradients and random state too."
     import torch
@@ -54,7 +55,7 @@ def _as_in_training(
 def probe_pass(
     model,  # a `PeftModel`, not trained yet
     features: list,  # of {"input_ids", "labels"}: the rows of the pass
-    precision: adapters.Precision,  # of the run
+    precision: models.Precision,  # of the run
 ) -> tuple:  # (computed tokens, seconds)
     "Run one pass as training does; the model and the random state stay as they were."
     import time, torch

@@ -8,7 +8,7 @@ __all__ = ['RENAMED', 'IGNORED', 'REFUSED', 'SAVE_SECONDS', 'training_problems',
 # %% ../nbs/08_settings.ipynb #a8619e8a
 from dataclasses import dataclass
 
-from .adapters import Precision
+from .models import Precision
 from .consts import TRAINING_DATA_TEXT_FIELD, nearest, raise_problems
 from .ranks import alone
 
