@@ -1,8 +1,10 @@
 "House rules that a machine can check, in notebooks and in the modules they export: `python .ci/checks.py`."
 import ast, configparser, re, sys
+from importlib.metadata import metadata
 from pathlib import Path
 
 import nbformat
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_LINES, MAX_EXPORTS, MAX_BYTES = 25, 2, 100_000
@@ -189,8 +191,28 @@ def check_notebooks():
         yield [f"{where}: {size:,} bytes: under {MAX_BYTES:,}"] if size >= MAX_BYTES else []
         for rule in NOTEBOOK_RULES: yield [f"{where} cell {i}: {m}" for i, m in rule(nb)]
 
+# Which Pythons: README, metadata and the workflow say the same, and every requirement runs there
+
+def requirements_of(python):
+    "Requirements whose installed version doesn't run on a Python."
+    for requirement in SETTINGS["DEFAULT"]["requirements"].split():
+        name = re.match(r"[\w-]+", requirement)[0]
+        needs = metadata(name)["Requires-Python"] or ""
+        if not SpecifierSet(needs).contains(f"{python}.9"): yield f"settings.ini: min_python is {python}, but {name} needs {needs}"
+
+def check_pythons():
+    least = SETTINGS["DEFAULT"]["min_python"]
+    readme, workflow = ((ROOT/name).read_text(encoding="utf-8") for name in ("README.md", ".github/workflows/ci.yml"))
+    project = (ROOT/".project-metadata.yaml").read_text(encoding="utf-8")
+    said = {"README.md": re.findall(r"with Python (3\.\d+) or newer", readme), ".project-metadata.yaml": re.findall(r"kernel: Python (3\.\d+)", project),
+            ".ci/run": re.findall(r"^least=(3\.\d+)", (ROOT/".ci/run").read_text(encoding="utf-8"), re.M)}
+    yield [f"{where}: says Python {', '.join(found) or 'nothing'}, settings.ini {least}" for where, found in said.items() if found != [least]]
+    runs = re.findall(r'python: "(3\.\d+)"', workflow)
+    yield [] if runs[:1] == [least] and len(runs) > 2 else [f"ci.yml: runs {runs}: {least} first, and those after it"]
+    yield [*requirements_of(least)]
+
 def main():
-    results = [*check_modules(), *check_notebooks()]
+    results = [*check_modules(), *check_notebooks(), *check_pythons()]
     for line in sum(results, []): print(line)
     failed = sum(map(bool, results))
     print(f"{len(results) - failed} passed, {failed} failed")

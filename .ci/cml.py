@@ -185,7 +185,9 @@ def amp():
     limits = {"name": 200, "description": 2048, "author": 64, "specification_version": 16, "prototype_version": 16}
     check("AMP: the needed fields are there, and short enough", all(0 < len(str(said.get(k, ""))) <= n for k, n in limits.items()))
     check("AMP: its date is text, as YYYY-MM-DD", isinstance(said["date"], str) and time.strptime(said["date"], "%Y-%m-%d"))
-    check("AMP: its runtimes have editor, kernel and edition, and a Python that ftnb runs on", said["runtimes"] and all({"editor", "kernel", "edition"} <= r.keys() and int(r["kernel"].split(".")[1]) >= 10 for r in said["runtimes"]))
+    minor = lambda runtime: int(runtime["kernel"].split(".")[1])
+    check("AMP: its runtimes have editor, kernel and edition, and a Python that ftnb runs on",
+          said["runtimes"] and all({"editor", "kernel", "edition"} <= r.keys() and minor(r) >= 11 for r in said["runtimes"]))
     tasks = said["tasks"]
     check("AMP: each task has a type, and a script that is there", tasks and all(t["type"] in ("run_session", "create_job", "run_job", "start_application") and (ROOT/t["script"]).is_file() for t in tasks))
     jobs = [t for t in tasks if t["type"] == "create_job"]
