@@ -8,6 +8,7 @@ __all__ = []
 # %% ../nbs/99_all.ipynb #e6683a81
 from .consts import *
 from .jobargs import *
+from .storage import *
 from .studio import *
 from .files import *
 from .corpus import *
@@ -17,17 +18,23 @@ from .tokens import *
 from .preview import *
 from .models import *
 from .adapters import *
+from .metrics import *
+from .guards import *
 from .checkpoints import *
 from .packing import *
 from .settings import *
 from .trainer import *
+from .rows import *
 from .preflight import *
+
+# %% ../nbs/99_all.ipynb #37f07103
 from .probe import *
 from .evaluate import *
 from .curves import *
 from .chat import *
 from .monitor import *
 from .form import *
+from .runrecord import *
 from .runs import *
 
 # %% ../nbs/99_all.ipynb #5f261764

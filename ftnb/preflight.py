@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['Finding', 'Preflight', 'problem_lines', 'missing_resources', 'processes_problems', 'held_as', 'place_problem',
-           'nearest_folder', 'folder_problem', 'base_source', 'load_base_files', 'plan_model', 'Job', 'row_ledger',
-           'describe_ledger', 'RowCounts', 'count_rows', 'JobRows', 'read_rows', 'prepare_rows', 'weight_bytes',
-           'optimizer_bytes', 'in_units', 'MemoryNeed', 'token_bytes', 'pass_budget', 'StepPlan', 'computed_tokens',
-           'plan_steps', 'disk_problems', 'check_job', 'quiet_libraries', 'check_command']
+           'base_source', 'load_base_files', 'plan_model', 'Job', 'weight_bytes', 'optimizer_bytes', 'MemoryNeed',
+           'token_bytes', 'pass_budget', 'StepPlan', 'computed_tokens', 'plan_steps', 'check_job', 'quiet_libraries',
+           'check_command']
 
 # %% ../nbs/10_preflight.ipynb #da18567b
 import os, sys
@@ -18,18 +17,17 @@ from fastcore.basics import patch
 
 import ftnb.adapters as adapters
 import ftnb.consts as consts
-import ftnb.corpus as corpus
 import ftnb.jobargs as jobargs
 import ftnb.models as models
 import ftnb.packing as packing
-import ftnb.preview as preview
 import ftnb.prompts as prompts
 import ftnb.ranks as ranks
-import ftnb.splits as splits
 import ftnb.studio as studio
 import ftnb.tokens as tokens
 import ftnb.trainer as trainer
+from .rows import RowCounts, describe_ledger, prepare_rows, read_rows
 from .settings import TrainingSettings, settle_training, training_problems
+from .storage import disk_problems, folder_problem, in_units, nearest_folder
 
 # %% ../nbs/10_preflight.ipynb #483746d8
 @dataclass(frozen=True)
@@ -235,28 +233,6 @@ def place_problem(
     if not any(f.endswith(".safetensors") for f in files): return f"{where} holds no weights; put the model's *.safetensors there{seen}"
     return ""
 
-# %% ../nbs/10_preflight.ipynb #2a6654df
-def nearest_folder(
-    path: str,  # of a folder, there or not
-) -> str:  # the folder itself, or the nearest above it that is there
-    "Where something would be made."
-    path = os.path.realpath(path)
-    while not os.path.lexists(path) and path != os.path.dirname(path): path = os.path.dirname(path)
-    return path
-
-# %% ../nbs/10_preflight.ipynb #c1f78e8e
-def folder_problem(
-    path: str,  # of a folder, there or not
-) -> str:  # a sentence, or ""
-    "Why nothing can be written to a folder; leaves nothing behind."
-    import tempfile
-    there = nearest_folder(path)
-    if not os.path.isdir(there): return f"{path} can't be a folder: {there} is a file; name another"
-    try:
-        with tempfile.TemporaryFile(dir=there) as f: f.write(b"x")
-    except OSError as e: return f"{path} can't be written: {there}: {e.strerror}"
-    return ""
-
 # %% ../nbs/10_preflight.ipynb #c9e26ffc
 def _check_places(p: Preflight):
     "Files of the project, folders for the results, and the adapter's name."
@@ -366,175 +342,6 @@ def job(self: Preflight) -> Job | None:
     needs = ("engine", "records", "template", "precision", "settings")
     return Job(self.args, *(self.known[o] for o in needs), self.known["token"]) if all(o in self.known for o in needs) else None
 
-# %% ../nbs/10_preflight.ipynb #53b25991
-def row_ledger(
-    read: dict,  # split -> rows read
-    split: dict,  # "train", "test" -> rows after sampling and splitting
-    kept: dict,  # "train", "test" -> rows after formatting and tokenizing
-    dropped: list,  # {"split", "row", "reason"} of each row left out
-) -> preview.RowLedger:  # counts that add up
-    "What became of the rows; raises where they don't add up."
-    own = next((o for o in ("test", "eval") if o in read), None)
-    total = read["train"] + (read[own] if own else 0)
-    ledger = preview.RowLedger({"read": total, "trained": kept["train"], "held_out": kept["test"], "sampled_away": total - sum(split.values()),
-              "dropped": dropped, "splits_not_used": {k: n for k, n in read.items() if k not in ("train", own)}})
-    if total != ledger["trained"] + ledger["held_out"] + ledger["sampled_away"] + len(dropped):
-        raise RuntimeError(f"the row ledger doesn't balance: {ledger}")
-    return ledger
-
-# %% ../nbs/10_preflight.ipynb #cd7c7592
-def describe_ledger(
-    ledger: dict,  # from `row_ledger`
-    n: int = 10,  # drops to name
-) -> str:  # a line of counts, and a line for each of the first `n` drops
-    "The ledger in words."
-    drops = ledger["dropped"]
-    lines = [f"rows: {ledger['read']:,} read = {ledger['trained']:,} trained + {ledger['held_out']:,} held out + "
-             f"{ledger['sampled_away']:,} sampled away + {len(drops):,} dropped"]
-    lines += [f"  dropped: {d['split']} row {d['row']}: {d['reason']}" for d in drops[:n]]
-    if len(drops) > n: lines.append(f"  and {len(drops) - n:,} more, all in the job's ledger.json")
-    return "\n".join(lines + [f"  not used: split {k!r} with {v:,} rows" for k, v in ledger["splits_not_used"].items()])
-
-# %% ../nbs/10_preflight.ipynb #9c5a5493
-@dataclass(frozen=True)
-class RowCounts:
-    "What rows come to in tokens."
-    lengths: object = field(repr=False)  # numpy array: tokens of each row
-    numbers: object = field(repr=False)  # numpy array: number of each row in its source, from 1
-    head: tuple = field(default=(), repr=False)  # ids that all rows begin with
-    top: int = 0  # the largest id
-
-    @property
-    def prefix(self) -> int:
-        "Tokens that all rows share, each keeping one of its own."
-        return max(0, min(len(self.head), int(self.lengths.min(initial=2**31 - 1)) - 1))
-
-    def __add__(self, other):
-        import numpy as np
-        if not len(self.lengths) or not len(other.lengths): return self if len(self.lengths) else other
-        head = os.path.commonprefix([self.head, other.head])
-        return RowCounts(np.concatenate([self.lengths, other.lengths]), np.concatenate([self.numbers, other.numbers]), head, max(self.top, other.top))
-
-# %% ../nbs/10_preflight.ipynb #26f010ee
-def count_rows(
-    rows: tokens.TokenizedRows,  # from `tokenize_rows`
-    numbers: list,  # number of each row in its source, from 1
-) -> RowCounts:  # of these rows
-    "Measure tokenized rows."
-    import numpy as np
-    ids = rows.dataset.data.column("input_ids").combine_chunks() if len(rows) else None
-    if ids is None: return RowCounts(np.zeros(0, np.int32), np.zeros(0, np.int32))
-    flat, starts = ids.flatten().to_numpy(), np.asarray(ids.offsets) - np.asarray(ids.offsets)[0]
-    lengths = np.diff(starts).astype(np.int32)
-    first, low = flat[:lengths[0]], lengths.min()
-    same = np.ones(low, bool)
-    for at in range(0, len(lengths), 1000): same &= (flat[starts[at:-1][:1000, None] + np.arange(low)] == first[:low]).all(0)
-    shared = int(low if same.all() else same.argmin())
-    return RowCounts(lengths, np.asarray(numbers, np.int32), tuple(first[:shared].tolist()), int(flat.max()))
-
-# %% ../nbs/10_preflight.ipynb #95696e99
-@dataclass(frozen=True)
-class JobRows:
-    "The rows of a run, tokenized, and what became of each that was read."
-    train: tokens.TokenizedRows
-    test: tokens.TokenizedRows
-    ledger: dict  # read = trained + held_out + sampled_away + dropped
-    hashes: dict  # "data": split -> hash of its rows as read; "train", "test": of the rows on either side of the split
-    limit: int  # tokens a row may have
-    counts: dict = field(default_factory=dict, repr=False)  # "train", "test" -> `RowCounts`
-    numbers: list = field(default_factory=list, repr=False)  # of each row to train on: where it is in the data, from 1
-    held_out: object = field(default=None, repr=False)  # `Dataset`: the rows of `test`, as read
-
-# %% ../nbs/10_preflight.ipynb #f7da3670
-def _tokenize_part(
-    ds,  # a `Dataset`: some rows of one side of the split
-    job: Job,  # for the template and the kind of loss
-    tokenizer,  # of the base model
-    limit: int,  # tokens a row may have
-) -> tuple:  # (`TokenizedRows`, position of each in `ds`; position -> why it was dropped)
-    "Format and tokenize some rows."
-    missing = prompts.missing_values(ds, job.template)
-    some = ds if len(missing) < len(ds) else ds.select([])
-    text = prompts.map_dataset_with_prompt_template(some, job.template, tokenizer.eos_token)
-    rows = tokens.tokenize_rows(text, tokenizer, job.template, job.settings.completion_only, limit)
-    there = [i for i in range(len(ds)) if i not in missing]
-    reasons = {i: "no value for " + ", ".join(f) for i, f in missing.items()} | {there[i]: why for i, why in rows.dropped.items()}
-    return rows, [there[i] for i in rows.kept], reasons
-
-# %% ../nbs/10_preflight.ipynb #5a9e6cbb
-def _tokenize_half(
-    ds,  # a `Dataset`: one side of the split
-    numbers: list,  # where each of its rows is in its source, from 0
-    source: str,  # split that the rows were read from
-    job: Job,  # for the template and the kind of loss
-    tokenizer,  # of the base model
-    limit: int,  # tokens a row may have
-    keep: bool = True,  # the tokens; False: measure them and let them go
-    size: int = 5_000,  # rows of a part
-) -> tuple:  # (`TokenizedRows`, `RowCounts`, what was dropped and why)
-    "Format, tokenize and measure one side of the split."
-    from datasets import concatenate_datasets
-    parts, kept, reasons, counts = [], [], {}, count_rows(tokens.TokenizedRows(None, ()), [])
-    for at in range(0, max(1, len(ds)), size):
-        rows, there, why = _tokenize_part(ds.select(range(at, min(at + size, len(ds)))), job, tokenizer, limit)
-        counts += count_rows(rows, [numbers[at + i] + 1 for i in there])
-        kept += [at + i for i in there]
-        reasons |= {at + i: reason for i, reason in why.items()}
-        if keep: parts.append(rows.dataset)
-    dropped = [{"split": source, "row": numbers[i] + 1, "reason": why} for i, why in sorted(reasons.items(), key=lambda o: numbers[o[0]])]
-    return tokens.TokenizedRows(concatenate_datasets(parts) if keep else None, tuple(kept), reasons), counts, dropped
-
-# %% ../nbs/10_preflight.ipynb #8bcc2873
-def _split_rows(
-    data,  # a `DatasetDict`
-    args: jobargs.JobArgs,  # for fraction and split
-) -> dict:  # "train", "test" -> (`Dataset`, number of each row in its source, name of the source)
-    "Both sides of the split, and where their rows came from."
-    import warnings
-    own = next((o for o in ("test", "eval") if o in data), None)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # splits that aren't used are in the ledger
-        halves = splits.sample_and_split_dataset(data, args.dataset_fraction, args.train_test_split)
-    train, test = splits.split_rows(len(data["train"]), args.dataset_fraction, 1.0 if own else args.train_test_split)
-    return {"train": (halves["train"], train, "train"),
-            "test": (halves["test"], list(range(len(data[own]))) if own else test, own or "train")}
-
-# %% ../nbs/10_preflight.ipynb #cafe89db
-def read_rows(
-    job_dataset: SimpleNamespace,  # row of datasets
-    template: prompts.PromptTemplate | None = None,  # checked against the columns
-    token: str | None = None,  # for the Hugging Face hub
-):  # a `DatasetDict`
-    "Read a data set; raises where the template names columns that it hasn't."
-    data = corpus.load_dataset_into_memory(job_dataset, token)
-    used = [o for o in ("train", next((o for o in ("test", "eval") if o in data), None)) if o]
-    missing = [f"split {o}: {q}" if len(data) > 1 else q for o in used for q in (prompts.template_problems(template, data[o].column_names) if template else ())]
-    consts.raise_problems(missing, "The prompt doesn't fit the data set")
-    return data
-
-# %% ../nbs/10_preflight.ipynb #ce0f1bdc
-def prepare_rows(
-    job: Job,  # from `check_job`
-    tokenizer,  # with a pad token
-    config=None,  # of the base model, for its window and its vocabulary
-    data=None,  # a `DatasetDict`; default: what the job's data set holds
-    keep: bool = True,  # tokens and hashes, for training; False: the counts alone
-) -> JobRows:  # tokenized, with the ledger
-    "Read, sample, split, format and tokenize; raises where no row is left to train on."
-    if data is None: data = read_rows(job.records.dataset, job.template, job.token)
-    halves, limit = _split_rows(data, job.args), tokens.length_limit(job.settings.max_length, getattr(config, "max_position_embeddings", None))
-    done = {name: _tokenize_half(*half, job, tokenizer, limit, keep) for name, half in halves.items()}
-    counts = {name: o[1] for name, o in done.items()}
-    if config is not None: consts.raise_problems(adapters.vocabulary_problems(tokenizer, config.vocab_size, [[c.top] for c in counts.values()]),
-                                                 f"The model {job.source} can't be used")
-    ledger = row_ledger({name: len(ds) for name, ds in data.items()}, {k: len(v[0]) for k, v in halves.items()},
-                        {k: len(v[0]) for k, v in done.items()}, done["train"][2] + done["test"][2])
-    if not ledger["trained"]: raise ValueError(f"no row is left to train on\n{describe_ledger(ledger)}")
-    named = {"data": data, **{k: v[0] for k, v in halves.items()}} if keep else {}
-    hashes = {k: {name: splits.rows_hash(ds) for name, ds in v.items()} if k == "data" else splits.rows_hash(v) for k, v in named.items()}
-    numbers = [halves["train"][1][i] + 1 for i in done["train"][0].kept]
-    return JobRows(done["train"][0], done["test"][0], ledger, hashes, limit, counts, numbers, halves["test"][0].select(done["test"][0].kept))
-
 # %% ../nbs/10_preflight.ipynb #87a33b37
 def _check_rows(p: Preflight, keep: bool):
     "The data set, its columns, the ledger."
@@ -579,13 +386,6 @@ def optimizer_bytes(
     "Memory of an optimizer's state: as a rule two numbers a parameter."
     numbers = next((n for o, n in (("sgd", 0), ("adagrad", 1), ("lion", 1), ("rmsprop", 1), ("adafactor", 1)) if o in optim), 2)
     return int(trained * numbers * (1 if "8bit" in optim or "4bit" in optim else 4))
-
-# %% ../nbs/10_preflight.ipynb #1bea0af8
-def in_units(
-    size: float,  # bytes
-) -> str:  # such as "1.5 GiB"
-    "A size as a person reads it."
-    return f"{size / 2**30:,.3g} GiB" if size >= 2**30 else f"{size / 2**20:,.3g} MiB"
 
 # %% ../nbs/10_preflight.ipynb #620d1e5f
 @dataclass(frozen=True, repr=False)
@@ -704,20 +504,6 @@ def _check_memory(p: Preflight):
     if fixed.total > free: p.add("error", "memory", f"{words}: the model alone doesn't fit; quantise it, take a smaller one, or a machine with more memory")
     elif need.total > free: p.add("warning", "memory", f"{words}: this may not fit; set gradient_checkpointing, a smaller max_length, tokens_per_pass or batch")
     else: p.add("ok", "memory", words)
-
-# %% ../nbs/10_preflight.ipynb #053e8d4d
-def disk_problems(
-    needs: dict,  # folder, there or not -> bytes that will go into it
-) -> list:  # sentences
-    "Which folders have too little room; those on one disk are added up."
-    import shutil
-    disks = {}
-    for path, size in needs.items(): disks.setdefault(os.stat(nearest_folder(path)).st_dev, []).append((path, size))
-    problems = []
-    for found in disks.values():
-        free, need = shutil.disk_usage(nearest_folder(found[0][0])).free, sum(size for _, size in found)
-        if need > free: problems.append(f"{' and '.join(path for path, _ in found)}: {in_units(need)} will be needed, {in_units(free)} are free; make room")
-    return problems
 
 # %% ../nbs/10_preflight.ipynb #9229bf26
 def _check_disk(p: Preflight):

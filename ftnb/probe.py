@@ -14,11 +14,12 @@ import ftnb.packing as packing
 import ftnb.preflight as preflight
 import ftnb.ranks as ranks
 import ftnb.trainer as trainer
+from .rows import JobRows, RowCounts
 from .settings import TrainingSettings
 
 # %% ../nbs/11_probe.ipynb #23301ab5
 def largest_pass(
-    rows: preflight.RowCounts,  # to train on
+    rows: RowCounts,  # to train on
     settings: TrainingSettings,  # of the run
     budget: int,  # computed tokens of a flat pass
 ) -> list:  # positions of rows
@@ -72,7 +73,7 @@ def probe_pass(
 # %% ../nbs/11_probe.ipynb #27aac968
 def estimate_time(
     job: preflight.Job,  # from `check_job`
-    rows: preflight.JobRows,  # from `prepare_rows`
+    rows: JobRows,  # from `prepare_rows`
     model,  # a `PeftModel`, not trained yet
 ) -> str:  # a sentence
     "Probe the largest pass of a run, and say how long the run will take."

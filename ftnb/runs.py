@@ -15,8 +15,8 @@ from fastcore.basics import patch
 import ftnb.curves as curves
 import ftnb.jobargs as jobargs
 import ftnb.monitor as monitor
-import ftnb.preflight as preflight
 import ftnb.studio as studio
+from .rows import describe_ledger
 
 # %% ../nbs/13_runs.ipynb #8cfef343
 def _part(
@@ -110,7 +110,7 @@ def _ledger_lines(
 ) -> list:  # sentences
     "What became of the rows."
     ledger = _part(record, "rows") or curves._read_json(train_out_dir/"ledger.json")
-    try: return preflight.describe_ledger(ledger, 20).splitlines()
+    try: return describe_ledger(ledger, 20).splitlines()
     except (KeyError, TypeError, ValueError, AttributeError): return []
 
 # %% ../nbs/13_runs.ipynb #7096d0b5

@@ -10,12 +10,14 @@ __all__ = ['wants_bar', 'progress_line', 'taken_memory', 'free_memory', 'tokens_
 import contextlib, os, sys, time
 from dataclasses import asdict, dataclass
 
-from .checkpoints import (RunStopped, RunTotals, StopRequest, _one_line, append_metrics, begin_or_resume, flow_callback, guarded_tracker, resumable,
-                              run_identity, stop_on_signals, storage_error)
+from .checkpoints import begin_or_resume, flow_callback, resumable, run_identity
+from .guards import RunStopped, StopRequest, guarded_tracker, one_line, stop_on_signals
+from .metrics import RunTotals, append_metrics
 from .packing import (KeptPrefix, causal_model, common_prefix, keeps_prefix, lift_prefix, pack_rows, packed_loss, packing_attention, shares_exactly,
                           split_passes)
 from .ranks import dealing, from_first, mean_over_all, process_count, process_rank, settings_for_all
 from .settings import TrainingSettings
+from .storage import storage_error
 
 # %% ../nbs/09_trainer.ipynb #014e0a73
 def wants_bar() -> bool:  # True in a terminal or a notebook, False in a job's log
@@ -318,7 +320,7 @@ def _say_how_it_ends(
         append_metrics(os.path.join(trainer.args.output_dir, "metrics.jsonl"), trainer.state.global_step, {"state": state, "message": message}, trainer.totals)
     try: yield
     except BaseException as e:
-        with contextlib.suppress(OSError): say("stopped" if isinstance(e, (RunStopped, KeyboardInterrupt)) else "failed", _one_line(e))
+        with contextlib.suppress(OSError): say("stopped" if isinstance(e, (RunStopped, KeyboardInterrupt)) else "failed", one_line(e))
         raise
     say("finished")
 
