@@ -19,6 +19,7 @@ import ftnb.evaluate as evaluate
 import ftnb.jobargs as jobargs
 import ftnb.monitor as monitor
 import ftnb.preflight as preflight
+import ftnb.stills as stills
 import ftnb.studio as studio
 
 # %% ../nbs/13_form.ipynb #e24e5ac9
@@ -42,6 +43,7 @@ class Form:
         **fields,  # field -> value; a model, data set or prompt by its name or id
     ):
         self.db, self.token, self.check, self.process, self.box = db, None, None, None, None
+        self.watched, self.still = None, stills.Still(lambda: self._still_html())
         self.read_database()
         self.values = draft.new_values(self.folder)
         only = {f: rows[0].id for f, t in _TABLES.items() if len(rows := self.rows[t]) == 1}
@@ -358,6 +360,7 @@ def _work(
         for work in () if form.closed.is_set() else (form._look_ahead, form._preview, form._follow):
             try: work()
             except Exception as e: form.state.value = _badge(f"{type(e).__name__}: {e}")
+        form.still.renew()
 
 # %% ../nbs/13_form.ipynb #4523e938
 @patch
@@ -526,14 +529,16 @@ def show(
 
 # %% ../nbs/13_form.ipynb #9b178bba
 @patch
-def _repr_mimebundle_(
-    self: Form,
-    include=None,  # as IPython asks
-    exclude=None,  # as IPython asks
-) -> dict:  # the widgets in a kernel; nothing elsewhere, where the text is shown
-    "What a notebook shows."
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    if not hasattr(shell, "kernel"): return {}
+def _still_html(self: Form) -> str:
+    "What the form says, and the picture of its run."
+    picture = self.watched.still_html() if self.watched else ""
+    return f"<pre>{escape(repr(self))}</pre>{picture}<p>The form is live while its kernel runs: run this cell again to use it.</p>"
+
+# %% ../nbs/13_form.ipynb #dd56d040
+@patch
+def _ipython_display_(self: Form):
+    "The widgets in a notebook; elsewhere the text is shown."
+    if not stills.in_notebook(): raise NotImplementedError
     try: bundle = self.show()._repr_mimebundle_()
-    except ImportError: return {}  # no ipywidgets
-    return {**bundle, "text/plain": repr(self)}
+    except ImportError: raise NotImplementedError from None  # no ipywidgets
+    self.still.show({**bundle, "text/plain": repr(self)})

@@ -13,6 +13,7 @@ from fastcore.basics import patch
 
 import ftnb.curves as curves
 import ftnb.preflight as preflight
+import ftnb.stills as stills
 
 # %% ../nbs/12_monitor.ipynb #6d3fe912
 def sparkline(
@@ -84,6 +85,7 @@ class Monitor:
         every: float = 2.0,  # seconds between two looks
     ):
         self.metrics, self.every, self.box, self.drawn = curves.read_metrics(path), every, None, None
+        self.still = stills.Still(self.still_html)
         self.closed, self.lock = threading.Event(), threading.Lock()
 
     def __repr__(self):
@@ -93,8 +95,12 @@ class Monitor:
         return "\n".join(p for p in parts if p)
 
     def _repr_html_(self):
-        from base64 import b64encode
         self.look()
+        return self.still_html()
+
+    def still_html(self) -> str:
+        "Head, picture and notes, as they were last read."
+        from base64 import b64encode
         image = b64encode(curves.figure_png(curves.plot_run(self.metrics), 80)).decode()
         return f'{_page_head(self.metrics)}<img alt="curves of the run" style="max-width:100%" src="data:image/png;base64,{image}">{_page_notes(self.metrics)}'
 
@@ -111,7 +117,8 @@ def look(
         head.value, notes.value = _page_head(self.metrics), _page_notes(self.metrics)
         if new or self.drawn != state: image.value = curves.figure_png(curves.plot_run(self.metrics), 110)
         self.drawn = state
-        return new
+    self.still.renew()
+    return new
 
 # %% ../nbs/12_monitor.ipynb #43ca5d90
 @patch
@@ -140,6 +147,7 @@ def close(self: Monitor):
     "End the looks; the last picture stays."
     self.closed.set()
     if self.box is not None: self.box.children[3].description, self.box.children[3].disabled = "Not watching any more", True
+    self.still.renew(now=True)
 
 # %% ../nbs/12_monitor.ipynb #b44855ea
 @patch
@@ -164,17 +172,12 @@ def show(
 
 # %% ../nbs/12_monitor.ipynb #40306b53
 @patch
-def _repr_mimebundle_(
-    self: Monitor,
-    include=None,  # as IPython asks
-    exclude=None,  # as IPython asks
-) -> dict:  # the widgets in a kernel; nothing elsewhere, where the text or the picture is shown
-    "What a notebook shows."
-    import sys
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    if not hasattr(shell, "kernel"): return {}
-    try: return {k: v for k, v in self.show()._repr_mimebundle_().items() if k != "text/plain"}
-    except ImportError: return {}  # no ipywidgets
+def _ipython_display_(self: Monitor):
+    "The widgets in a notebook; elsewhere the text or the picture is shown."
+    if not stills.in_notebook(): raise NotImplementedError
+    try: bundle = self.show()._repr_mimebundle_()
+    except ImportError: raise NotImplementedError from None  # no ipywidgets
+    self.still.show({k: v for k, v in bundle.items() if k != "text/plain"})
 
 # %% ../nbs/12_monitor.ipynb #2f1fbd85
 def monitor(
