@@ -267,7 +267,8 @@ def tutorial(notebook, pictures):
     pictures["preview.png"] = png(part(notebook, *2 * [notebook.output("preview(rows.train")], above=0))
     said = notebook.output("compare(base").inner_text()
     check("base and adapter are compared", all(o in said for o in ("perplexity", "base", "adapter")))
-    return bad_outputs(notebook)
+    bad_outputs(notebook)
+    left_alone(notebook, "finished")
 
 def bad_outputs(notebook):
     "Errors, and what was written to stderr, in the saved notebook."
@@ -398,6 +399,24 @@ def compared(notebook):
     loss = {m[1]: float(m[2]) for m in re.finditer(r"^(base|shop-intents) +([\d.]+)", text, re.M)}
     check("the adapter has learnt", loss and loss["shop-intents"] < loss["base"] / 2, str(loss))
 
+SEEN = """() => [...document.querySelectorAll('.jp-NotebookPanel:not(.lm-mod-hidden) .jp-OutputArea-child')]
+    .filter(o => o.offsetParent !== null).map(o => ({text: o.innerText, still: !!o.querySelector('.ftnb-still'), picture: !!o.querySelector('.ftnb-still img')}))"""
+
+def left_alone(notebook, words, shot=None):
+    "Save, end the kernel, load the page again: a still stands where the widgets were, and no error."
+    check(f"{notebook.name}: no still is seen while the widgets live", not any(o["still"] for o in notebook.page.evaluate(SEEN)))
+    notebook.saved()
+    notebook.page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+    notebook.open(notebook.name)
+    lost = lambda: "model not found" in notebook.root.inner_html()
+    notebook.until("JupyterLab has given up on the widgets", lost)
+    seen = notebook.page.evaluate(SEEN)
+    stills = [o for o in seen if o["still"]]
+    check(f"{notebook.name}: its widgets' last words stay", any(words in o["text"] for o in stills), f"{len(stills)} stills")
+    check(f"{notebook.name}: with the picture of the run", any(o["picture"] for o in stills))
+    check(f"{notebook.name}: no error is seen in their place", not any("Error displaying widget" in o["text"] for o in seen))
+    if shot: notebook.root.locator(".ftnb-still").first.scroll_into_view_if_needed(); notebook.page.screenshot(path=shot)
+
 def form(notebook, pictures, moves):
     shots = []
     open_form(notebook)
@@ -408,6 +427,7 @@ def form(notebook, pictures, moves):
     check("the adapter is registered", [n for n, place in adapter_rows(notebook) if Path(place, "adapter_model.safetensors").exists()] == ["shop-intents"])
     pictures["run_live.gif"] = animation(shots[:-1:2] + shots[-1:])
     compared(notebook)
+    left_alone(notebook, "run this cell again")
 
 def drive(work, pictures, errors, moves):
     "Everything in one browser; a picture of the page is kept where it goes wrong."

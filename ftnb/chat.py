@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 from fastcore.basics import patch
 
+import ftnb.progress as progress
+import ftnb.stills as stills
 from .models import Precision
 from .evaluate import LoadedModels, generate_answers, load_models, make_questions
 from .prompts import PromptTemplate, format_row, read_template
@@ -33,6 +35,7 @@ class Chat:
     template: PromptTemplate | None = None  # of the prompts; None: text as it is typed
     settings: dict = field(default_factory=dict)  # for `generate_answers`
     said: list = field(default_factory=list)  # (slot -> text, model -> answer) of each question, the last one last
+    still: "stills.Still | None" = field(default=None, init=False, repr=False)  # what stays of its box
 
     @property
     def slots(self) -> tuple:
@@ -110,6 +113,7 @@ def box(self: Chat):
         except Exception as e: problem = f"{type(e).__name__}: {e}"
         finally: send.disabled, send.description = False, "Send"
         answers.value = self._answers_html(problem)
+        if self.still: self.still.renew(now=True)
     send.on_click(click)
     self._box = w.VBox([*fields, send, answers])
     self._box.fields, self._box.send, self._box.answers = fields, send, answers
@@ -117,9 +121,8 @@ def box(self: Chat):
 
 # %% ../nbs/12_chat.ipynb #216483b2
 @patch
-def _repr_mimebundle_(
-    self: Chat,
-    **kwargs,  # from IPython
-) -> dict:  # the widgets, and plain text where there are none
-    "How Jupyter shows it."
-    return self.box._repr_mimebundle_(**kwargs) | {"text/plain": repr(self)}
+def _ipython_display_(self: Chat):
+    "The widgets in a notebook; elsewhere the text is shown."
+    if not progress.in_notebook(): raise NotImplementedError
+    self.still = stills.Still(self._answers_html)
+    self.still.show(self.box._repr_mimebundle_() | {"text/plain": repr(self)})

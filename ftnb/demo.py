@@ -23,7 +23,7 @@ from .prompts import PromptTemplate, format_row, parse_template
 from .splits import sample_and_split_dataset
 from .studio import create_studio, open_studio, resolve_records, studio_url
 from .tiny import save_tiny
-from .trainer import wants_bar
+from .progress import progress_bar, wants_bar
 
 # %% ../nbs/16_demo.ipynb #94a0dc3b
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -157,8 +157,7 @@ def _stages(
     if not (progress and wants_bar()):
         yield (lambda name: print(f"base model: {name}", flush=True)) if progress else (lambda name: None)
         return
-    from tqdm.auto import tqdm
-    with tqdm(total=total, bar_format="base model {bar:20} {n}/{total} {desc} [{elapsed}]") as bar:
+    with progress_bar(total=total, bar_format="base model {bar:20} {n}/{total} {desc} [{elapsed}]") as bar:
         def stage(name):
             if bar.desc: bar.update()
             bar.set_description_str(name)

@@ -19,7 +19,7 @@ from .consts import raise_problems
 from .packing import common_prefix, pack_rows, packed_loss, packing_attention, shares_exactly, split_passes
 from .prompts import PromptTemplate, format_row, map_dataset_with_prompt_template, read_template
 from .tokens import tokenize_rows
-from .trainer import wants_bar
+from .progress import progress_bar, wants_bar
 
 # %% ../nbs/11_evaluate.ipynb #8bfb0f59
 def _prompt_ids(
@@ -125,12 +125,11 @@ def generate_answers(
     progress: bool = False,  # show a bar
 ) -> list:  # of str: an answer for each prompt, in order
     "The most likely answer to each prompt, token by token."
-    from tqdm.auto import tqdm
     stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
     rows, ends, answers = _prompt_ids(tokenizer, prompts), _end_ids(model, tokenizer), {}
     def ended(ids): return ids and (ids[-1] in ends or any(s in tokenizer.decode(ids) for s in stops))
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    with _answering(model), tqdm(total=len(rows), disable=not progress, desc="answers", unit="prompt") as bar:
+    with _answering(model), progress_bar(total=len(rows), disable=not progress, desc="answers", unit="prompt") as bar:
         shared = _shared_cache(model, rows)
         for batch in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
             answers.update(zip(batch, _answer_batch(model, [rows[i] for i in batch], shared, max_new_tokens, ended)))

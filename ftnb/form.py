@@ -19,6 +19,7 @@ import ftnb.evaluate as evaluate
 import ftnb.jobargs as jobargs
 import ftnb.monitor as monitor
 import ftnb.preflight as preflight
+import ftnb.progress as progress
 import ftnb.stills as stills
 import ftnb.studio as studio
 
@@ -538,7 +539,7 @@ def _still_html(self: Form) -> str:
 @patch
 def _ipython_display_(self: Form):
     "The widgets in a notebook; elsewhere the text is shown."
-    if not stills.in_notebook(): raise NotImplementedError
+    if not progress.in_notebook(): raise NotImplementedError
     try: bundle = self.show()._repr_mimebundle_()
     except ImportError: raise NotImplementedError from None  # no ipywidgets
     self.still.show({**bundle, "text/plain": repr(self)})

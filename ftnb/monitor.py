@@ -13,6 +13,7 @@ from fastcore.basics import patch
 
 import ftnb.curves as curves
 import ftnb.preflight as preflight
+import ftnb.progress as progress
 import ftnb.stills as stills
 
 # %% ../nbs/12_monitor.ipynb #6d3fe912
@@ -174,7 +175,7 @@ def show(
 @patch
 def _ipython_display_(self: Monitor):
     "The widgets in a notebook; elsewhere the text or the picture is shown."
-    if not stills.in_notebook(): raise NotImplementedError
+    if not progress.in_notebook(): raise NotImplementedError
     try: bundle = self.show()._repr_mimebundle_()
     except ImportError: raise NotImplementedError from None  # no ipywidgets
     self.still.show({k: v for k, v in bundle.items() if k != "text/plain"})
