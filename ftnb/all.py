@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/99_all.ipynb #e6683a81
 from .consts import *
+from .progress import *
 from .jobargs import *
 from .storage import *
 from .studio import *

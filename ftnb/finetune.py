@@ -22,6 +22,7 @@ import ftnb.jobargs as jobargs
 import ftnb.launch as launch
 import ftnb.models as models
 import ftnb.preflight as preflight
+import ftnb.progress as progress
 import ftnb.probe as probe
 import ftnb.ranks as ranks
 import ftnb.runrecord as runrecord
@@ -235,11 +236,6 @@ def register_command(
     except (ValueError, OSError) as e: sys.exit(str(e))
     print(f"registered: {given.out_dir} as {id}")
 
-# %% ../nbs/14_finetune.ipynb #22c8125b
-def _in_kernel() -> bool:  # True in Jupyter, where `sys.argv` is the kernel's own
-    "Whether this runs in a Jupyter kernel."
-    return "ipykernel" in sys.modules and "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None
-
 # %% ../nbs/14_finetune.ipynb #c78082c4
 def _without_token(
     run,  # a function of the arguments
@@ -258,7 +254,7 @@ def run_command(
     argv: list | None = None,  # default: the command line, unless this is a kernel
 ):
     "The job: `JOB_ARGUMENTS` from the environment, else the command line; `--help` explains the keys."
-    if argv is None: argv = [] if _in_kernel() else sys.argv[1:]
+    if argv is None: argv = [] if progress.in_notebook() else sys.argv[1:]
     if "--help" in argv or "-h" in argv: return print(jobargs.job_arguments_help())
     try: args = jobargs.parse_job_arguments(os.environ.get(consts.JOB_ARGUMENTS) or " ".join(argv))
     except ValueError:
@@ -269,4 +265,4 @@ def run_command(
     ranks.told_to_launcher(lambda: _without_token(launch.launch if launch.wanted(args) else finetune, args))  # on several devices or nodes, or here
 
 # %% ../nbs/14_finetune.ipynb #4fcb10cb
-if __name__ == "__main__" and "__all__" in globals() and (os.environ.get(consts.JOB_ARGUMENTS) or not _in_kernel()): run_command()
+if __name__ == "__main__" and "__all__" in globals() and (os.environ.get(consts.JOB_ARGUMENTS) or not progress.in_notebook()): run_command()

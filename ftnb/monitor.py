@@ -117,8 +117,8 @@ def look(
         head, image, notes = self.box.children[:3]
         head.value, notes.value = _page_head(self.metrics), _page_notes(self.metrics)
         if new or self.drawn != state: image.value = curves.figure_png(curves.plot_run(self.metrics), 110)
-        self.drawn = state
-    self.still.renew()
+        changed, self.drawn = self.drawn != state, state
+    self.still.renew(now=changed)
     return new
 
 # %% ../nbs/12_monitor.ipynb #43ca5d90

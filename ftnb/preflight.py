@@ -20,6 +20,7 @@ import ftnb.consts as consts
 import ftnb.jobargs as jobargs
 import ftnb.models as models
 import ftnb.packing as packing
+import ftnb.progress as progress
 import ftnb.prompts as prompts
 import ftnb.ranks as ranks
 import ftnb.studio as studio
@@ -545,7 +546,7 @@ def quiet_libraries():
     warnings.filterwarnings("ignore", message="fan_in_fan_out")  # PEFT settles it for GPT-2's layers
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
-    if not trainer.wants_bar(): transformers.utils.logging.disable_progress_bar()
+    if progress.in_notebook() or not progress.wants_bar(): transformers.utils.logging.disable_progress_bar()  # in a notebook they are widgets
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # %% ../nbs/10_preflight.ipynb #23d8efc0

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 # %% ../nbs/11_stills.ipynb #a919635d
 _STYLE = """<style>
 .jp-OutputArea-child:has(.ftnb-still):has(+ .jp-OutputArea-child .jupyter-widgets > *) {display: none}
-.jp-OutputArea-child:has(.ftnb-still) + .jp-OutputArea-child:has(> .jupyter-widgets:not(:has(*))) {display: none}
+.jp-OutputArea-child:has(.ftnb-still):not(:has(+ .jp-OutputArea-child .jupyter-widgets > *)) + .jp-OutputArea-child:has(> .jupyter-widgets) {display: none}
 </style>"""
 
 # %% ../nbs/11_stills.ipynb #53cbf95d
