@@ -267,7 +267,7 @@ def start_worker(
     found = answer[0] if isinstance(answer, (list, tuple)) and answer else answer
     if isinstance(found, dict) and found.get("id"): return found["id"]
     said = found.get("message") or found.get("error") if isinstance(found, dict) else found
-    raise RuntimeError(f"node {node} of {at.nodes} can't be started; Cloudera's workers API says: {said}")
+    raise RuntimeError(f"node {node} of {at.nodes} can't be started; Cloudera's workers API says: {consts.printable(str(said))}")
 
 # %% ../nbs/13_launch.ipynb #a5a2c1ba
 def worker_statuses(

@@ -56,7 +56,8 @@ class Preflight:
     ):
         "Put lines into the report; a token among the words is left out."
         token = self.args.hf_token.reveal() if self.args.hf_token else ""
-        self.findings += [Finding(level, about, t.replace(token, "***") if token else t) for t in texts]
+        shown = [consts.printable(jobargs.without_secrets(t, token)) for t in texts]
+        self.findings += [Finding(level, about, t) for t in shown]
 
     def lines(
         self,
