@@ -22,6 +22,7 @@ from .adapters import *
 from .metrics import *
 from .guards import *
 from .checkpoints import *
+from .prefix import *
 from .packing import *
 from .settings import *
 from .trainer import *

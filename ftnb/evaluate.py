@@ -16,7 +16,8 @@ from fastcore.basics import patch
 
 from .models import Precision, choose_precision, load_base_model, load_tokenizer
 from .consts import raise_problems
-from .packing import common_prefix, pack_rows, packed_loss, packing_attention, shares_exactly, split_passes
+from .packing import packed_loss, packing_attention, shares_exactly
+from .prefix import common_prefix, pack_rows, split_passes
 from .prompts import PromptTemplate, format_row, map_dataset_with_prompt_template, read_template
 from .tokens import tokenize_rows
 from .progress import progress_bar, wants_bar

@@ -310,7 +310,7 @@ def _check_model(p: Preflight):
     if plan is None: return
     total, trained = adapters.get_model_parameters(plan)
     p.add("ok", "model", f"{total - trained:,} parameters, {trained:,} of LoRA to be trained")
-    why = "; ".join(packing._sharing_obstacles(plan)) if p.known["settings"].shared_prefix is not False else "shared_prefix is false"
+    why = "; ".join(packing.sharing_obstacles(plan, p.known["settings"].config)) if p.known["settings"].shared_prefix is not False else "shared_prefix is false"
     p.known["shares"] = not why
     if why and p.known["settings"].shared_prefix is True: p.add("error", "model", f"shared_prefix is true, but the prefix can't be shared: {why}; use auto")
     elif why: p.add("warning", "model", f"rows are trained in padded batches: {why}")

@@ -12,6 +12,7 @@ import ftnb.adapters as adapters
 import ftnb.models as models
 import ftnb.packing as packing
 import ftnb.preflight as preflight
+import ftnb.prefix as prefix
 import ftnb.ranks as ranks
 import ftnb.trainer as trainer
 from .rows import JobRows, RowCounts
@@ -60,7 +61,7 @@ def probe_pass(
 ) -> tuple:  # (computed tokens, seconds)
     "Run one pass as training does; the model and the random state stay as they were."
     import time, torch
-    batch = packing.pack_rows(features)
+    batch = prefix.pack_rows(features)
     with _as_in_training(model, precision):
         for _ in range(2):  # the first one also warms up
             start = time.perf_counter()
@@ -79,7 +80,7 @@ def estimate_time(
     "Probe the largest pass of a run, and say how long the run will take."
     import torch
     torch.set_num_threads(min(torch.get_num_threads(), trainer.usable_cores()))
-    if trainer.sharing_obstacle(model, rows.train.dataset, job.settings.shared_prefix): return "no estimate of the time: it is made for rows that share their prefix"
+    if trainer.sharing_obstacle(model, rows.train.dataset, job.settings): return "no estimate of the time: it is made for rows that share their prefix"
     counts, device = rows.counts["train"], job.precision.device
     budget = preflight.pass_budget(model, job.precision, job.settings, counts.prefix, trainer.free_memory(device))
     chosen = largest_pass(counts, job.settings, budget)

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from .checkpoints import begin_or_resume, flow_callback, resumable, run_identity
 from .guards import RunStopped, StopRequest, guarded_tracker, one_line, stop_on_signals
 from .metrics import RunTotals, append_metrics
-from .packing import (KeptPrefix, causal_model, common_prefix, keeps_prefix, lift_prefix, pack_rows, packed_loss, packing_attention, shares_exactly,
-                          split_passes)
+from .packing import KeptPrefix, causal_model, keeps_prefix, packed_loss, packing_attention, shares_exactly
+from .prefix import common_prefix, lift_prefix, pack_rows, split_passes
 from .progress import progress_bar, wants_bar
 from .ranks import dealing, from_first, mean_over_all, process_count, process_rank, settings_for_all
 from .settings import TrainingSettings
@@ -115,13 +115,15 @@ def packed_passes(
 def sharing_obstacle(
     model,  # a `PeftModel`
     train,  # `Dataset` with `input_ids` and `labels`
-    asked="auto",  # `shared_prefix` of the training arguments
+    settings: TrainingSettings,  # from `settle_training`
 ) -> str:  # why rows are trained in padded batches; "" where they share
     "Settle whether rows share their prefix; raises where that was demanded and can't be."
-    if asked is False: return "shared_prefix is false"
-    check = shares_exactly(model, [train[i] for i in sorted({0, len(train) - 1})])
+    if settings.shared_prefix is False: return "shared_prefix is false"
+    config = settings.config
+    mixed = "bf16" if config.get("bf16") else "fp16" if config.get("fp16") else None
+    check = shares_exactly(model, [train[i] for i in sorted({0, len(train) - 1})], mixed, config)
     why = check.reason or ("" if check else "the numerical check failed")
-    if why and asked is True: raise ValueError(f"shared_prefix is true, but the prefix can't be shared: {why}; use auto")
+    if why and settings.shared_prefix is True: raise ValueError(f"shared_prefix is true, but the prefix can't be shared: {why}; use auto")
     return why
 
 # %% ../nbs/09_trainer.ipynb #c117df6a
@@ -285,7 +287,7 @@ def _settle_budget(
     settings: TrainingSettings,  # from `settle_training`
 ) -> tuple:  # (computed tokens of a flat pass, 0 for padded batches; why padded, or "")
     "Whether rows share their prefix, and how many tokens go into a pass."
-    if why := from_first(lambda: sharing_obstacle(model, train, settings.shared_prefix)): return 0, why
+    if why := from_first(lambda: sharing_obstacle(model, train, settings)): return 0, why
     if settings.tokens_per_pass: return settings.tokens_per_pass, ""
     device = model.get_input_embeddings().weight.device
     prefix = common_prefix([r["input_ids"] for r in train.select(range(min(len(train), settings.rows_per_step)))])
