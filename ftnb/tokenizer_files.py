@@ -163,7 +163,7 @@ def tokenizer_problems(
     difference = _first_difference(tokenizer, loaded, rows)
     return problems + ([f"the saved tokenizer reads the text in another way: {difference}"] if difference else [])
 
-# %% ../nbs/06_tokenizer_files.ipynb #ffd81052
+# %% ../nbs/06_tokenizer_files.ipynb #368a5149
 def save_tokenizer(
     tokenizer,  # as trained
     folder: str,  # of the adapter
@@ -181,3 +181,4 @@ def save_tokenizer(
         for name in files: os.remove(os.path.join(folder, name))
     tokenizer.save_pretrained(folder)
     _change_files(folder, tokenizer)
+    if problems := tokenizer_problems(folder, tokenizer, rows, token): raise RuntimeError("; ".join(problems))

@@ -1,0 +1,143 @@
+"What a job leaves is loaded with the libraries that the Studio pins: `python .ci/studio.py`."
+# They are installed from the package index into a folder of their own; FTNB_STUDIO_LIBS names one that is there already.
+import contextlib, io, json, os, shutil, sqlite3, subprocess, sys, tempfile, time, traceback
+from contextlib import closing
+from pathlib import Path
+
+PINNED = ("peft==0.12.0", "transformers==4.44.0", "tokenizers==0.19.1", "huggingface_hub==0.24.6", "accelerate==0.33.0")
+TEXTS = ("Message: where is my parcel?\nIntent:", "The keypad of my phone is broken.", "  two spaces, caf\u00e9, \U0001F600 12345\n\n",
+         "Message: I want my money back!\nIntent: refund")
+HERE = Path(__file__).resolve()
+results = []
+
+# name: (tokenizer, architecture, LoRA settings, who wrote the base's tokenizer files)
+CASES = {
+    "llama": ("llama", "llama", {"r": 4, "lora_alpha": 8}, 4),
+    "llama, by transformers 5": ("llama", "llama", {"r": 4, "target_modules": "all-linear"}, 5),
+    "llama 3": ("llama3", "llama", {"r": 4, "use_rslora": True, "layers_to_transform": [1], "layers_pattern": "layers"}, 4),
+    "qwen 2": ("qwen", "qwen2", {"r": 8, "use_dora": True}, 4),
+    "qwen 2, by transformers 5": ("qwen", "qwen2", {"r": 4, "target_modules": ".*mlp.*_proj", "bias": "lora_only"}, 5),
+    "gpt2": ("bpe", "gpt2", {"r": 4, "lora_alpha": 16}, 4),
+    "gpt2, by transformers 5": ("bpe", "gpt2", {"r": 4, "target_modules": ["c_attn", "c_fc"], "inference_mode": True}, 5),
+    "pissa": ("qwen", "qwen2", {"r": 4, "init_lora_weights": "pissa", "target_modules": "all-linear"}, 4),
+    "pissa by fast SVD": ("bpe", "gpt2", {"r": 4, "init_lora_weights": "pissa_niter_4", "target_modules": ["c_attn", "c_fc"]}, 4),
+    "olora": ("llama", "llama", {"r": 4, "init_lora_weights": "olora", "use_rslora": True}, 4),
+    "patterns": ("llama", "llama", {"r": 4, "target_modules": "all-linear", "rank_pattern": {"^model.layers.0.*_proj": 2},
+                                    "alpha_pattern": {"q_proj": 32, "down_proj": 2}}, 4),
+    "output layer": ("llama3", "llama", {"r": 4, "modules_to_save": ["lm_head"]}, 4),
+}
+
+def check(what, right):
+    results.append(bool(right))
+    print(f"{'ok' if right else 'FAILED'}: {what}", flush=True)
+
+def install(folder):
+    "The Studio's libraries; torch and the rest are those of this interpreter."
+    if not (folder/"transformers").is_dir():
+        command = [sys.executable, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-deps", "--target", str(folder), *PINNED]
+        subprocess.run(command, check=True)
+    return folder
+
+def as_version_4(base, tokenizer_too):
+    "Write a tiny base's settings as transformers 4 did, which both versions read: so do the models on the hub."
+    from ftnb.tokenizer_files import portable_merges
+    config = json.loads((base/"config.json").read_text())
+    config["torch_dtype"] = config.pop("dtype")
+    rope = config.pop("rope_parameters", None) or {}
+    if "rope_theta" in rope: config["rope_theta"] = rope["rope_theta"]
+    (base/"config.json").write_text(json.dumps(config, indent=2))
+    if not tokenizer_too: return
+    settings = json.loads((base/"tokenizer_config.json").read_text())
+    settings = {k: v for k, v in settings.items() if k not in ("backend", "is_local")} | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (base/"tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+    content = portable_merges(json.loads((base/"tokenizer.json").read_text()))
+    (base/"tokenizer.json").write_text(json.dumps(content, ensure_ascii=False))
+
+def job(work, name):
+    "Run a small job; returns (base, folder of its adapter)."
+    from ftnb.demo import DEMO_TRAINING, make_demo_project
+    from ftnb.finetune import finetune
+    from ftnb.jobargs import parse_job_arguments
+    from ftnb.tiny import save_tiny
+    kind, arch, lora, version = CASES[name]
+    place = work/name.replace(" ", "_").replace(",", "")
+    base = save_tiny(place/"base", kind=kind, arch=arch, initializer_range=0.1)
+    as_version_4(base, version == 4)
+    project = make_demo_project(place/"project", base, fraction=0.03, lora=lora, training=DEMO_TRAINING | {"learning_rate": 1e-2})
+    with closing(sqlite3.connect(project.db)) as con, con: con.execute("UPDATE models SET location = '../base'")  # as a project's folder is named
+    os.chdir(project.folder)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            finetune(parse_job_arguments(project.job_arguments), {"FINE_TUNING_STUDIO_SQLITE_DB": str(project.db)})
+    except Exception:
+        print(said.getvalue()[-3000:])
+        traceback.print_exc()
+    finally: os.chdir(work)
+    return base, project.out_dir
+
+def loaded(base, adapter, ids=None):
+    "What the libraries of this interpreter make of an adapter: ids of texts, logits with it and without."
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+    said = {"ids": [tokenizer(text)["input_ids"] for text in TEXTS], "texts": [tokenizer.decode(tokenizer(text)["input_ids"]) for text in TEXTS],
+            "special": [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id],
+            "base": json.loads((Path(adapter)/"adapter_config.json").read_text())["base_model_name_or_path"]}
+    def logits(): return [model(input_ids=torch.tensor([row])).logits[0].float().numpy() for row in ids or said["ids"]]
+    with torch.no_grad():
+        said["logits"] = logits()
+        with model.disable_adapter(): said["alone"] = logits()
+    return said
+
+def child(libs, places, out):
+    "In a process of its own: load all adapters with the Studio's libraries."
+    sys.path.insert(0, str(libs))
+    import pickle, warnings
+    warnings.simplefilter("ignore")
+    import peft, transformers
+    transformers.logging.set_verbosity_error()
+    found = {"versions": (peft.__version__, transformers.__version__)}
+    for name, base, adapter in json.loads(Path(places).read_text()):
+        try: found[name] = loaded(base, adapter)
+        except Exception: found[name] = traceback.format_exc()
+    Path(out).write_bytes(pickle.dumps(found))
+
+def compare(name, ours, theirs):
+    if not isinstance(theirs, dict):
+        print(theirs)
+        return check(f"{name}: the Studio's libraries load the adapter", False)
+    off = max(abs(a - b).max() for a, b in zip(ours["logits"], theirs["logits"]) if a.shape == b.shape)
+    moved = max(abs(a - b).max() for a, b in zip(theirs["logits"], theirs["alone"]))
+    limit = 1e-4 * max(abs(a).max() for a in ours["logits"])
+    check(f"{name}: the same logits (they differ by {off:.1e}; the adapter moves them by {moved:.1e})", off <= limit < moved / 10)
+    check(f"{name}: the same tokens", ours["ids"] == theirs["ids"] and ours["texts"] == theirs["texts"])
+    check(f"{name}: the same special tokens {theirs['special']}", ours["special"] == theirs["special"] and theirs["special"][2] is not None)
+    check(f"{name}: its base is named by an absolute path", os.path.isabs(theirs["base"]))
+
+def main():
+    import pickle
+    from transformers import logging
+    logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as work:
+        work, start = Path(work).resolve(), time.time()
+        libs = install(Path(os.environ.get("FTNB_STUDIO_LIBS") or work/"libs"))
+        jobs = {name: job(work, name) for name in CASES}
+        trained = {name: places for name, places in jobs.items() if (places[1]/"adapter_model.safetensors").exists()}
+        for name in CASES: check(f"{name}: the job runs", name in trained)
+        print(f"{len(jobs)} jobs: {time.time() - start:.0f} s", flush=True)
+        (work/"places.json").write_text(json.dumps([[name, *map(str, places)] for name, places in trained.items()]))
+        subprocess.run([sys.executable, str(HERE), "--child", str(libs), str(work/"places.json"), str(work/"found")], check=True, cwd=work)
+        found = pickle.loads((work/"found").read_bytes())
+        check(f"the Studio's libraries are at work: peft {found['versions'][0]}, transformers {found['versions'][1]}", found["versions"] == ("0.12.0", "4.44.0"))
+        for name, (base, adapter) in trained.items():
+            theirs = found[name]
+            compare(name, loaded(base, adapter, theirs["ids"] if isinstance(theirs, dict) else None), theirs)
+    print(f"{sum(results)} passed, {len(results) - sum(results)} failed")
+    return int(not all(results))
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]: child(*sys.argv[2:])
+    else: sys.exit(main())
