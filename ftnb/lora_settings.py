@@ -6,12 +6,12 @@
 __all__ = ['LORA_RULES', 'LORA_STARTS', 'MOST_RANK', 'PEFT_0_12', 'VLLM_MOST_RANK', 'start_kind', 'moves_base', 'start_problems',
            'lora_problems', 'saved_settings', 'explicit_patterns', 'reader_warnings']
 
-# %% ../nbs/06_lora_settings.ipynb #651a0b85
+# %% ../nbs/06_lora_settings.ipynb #d0430c97
 import os
 import re
 
 from .consts import nearest
-from .fields import FieldRule, decide, field_problems, idle_notes, library_defaults
+from .fields import decide, field_problems, idle_notes, library_defaults
 
 # %% ../nbs/06_lora_settings.ipynb #aada3ae7
 LORA_RULES = {
@@ -62,7 +62,7 @@ def moves_base(
     "Whether this way to start takes a part of the base model's weights into the adapter."
     return str(start_kind(start)).split("_")[0] in ("pissa", "olora")
 
-# %% ../nbs/06_lora_settings.ipynb #0e5e5fa5
+# %% ../nbs/06_lora_settings.ipynb #d1deb664
 def start_problems(
     lora: dict,  # LoRA settings
     quantised: bool = False,  # a base in 4 or 8 bits
@@ -74,8 +74,8 @@ def start_problems(
     if kind is None: return [f"{key}; it must be one of {', '.join(usable)}{nearest(str(start), usable)}"]
     if LORA_STARTS[kind].kind == "refused": return [f"{key}, which {LORA_STARTS[kind].reason}; leave it out, or use one of {', '.join(usable)}"]
     problems = []
-    if quantised and (moves_base(start) or kind == "mica"):
-        problems.append(f"{key}, which takes the weights of the base apart, and a quantised base has none: set load_in_4bit and load_in_8bit to false, or leave it out")
+    if quantised and (moves_base(start) or kind in ("mica", "orthogonal")):
+        problems.append(f"{key}, which begins from the weights of the base, and a quantised base has none: set load_in_4bit and load_in_8bit to false, or leave it out")
     if moves_base(start) and lora.get("use_dora"):
         problems.append(f"{key}, and use_dora is true: an adapter with both can't be saved for the base as it is; leave one of them out")
     return problems

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOKENIZER_FILES', 'TEMPLATE_FOLDER', 'ROLES', 'own_tokenizer_files', 'portable_config', 'portable_merges',
-           'tokenizer_problems', 'save_tokenizer']
+           'tokenizer_problems', 'save_tokenizer', 'check_saving']
 
 # %% ../nbs/06_tokenizer_files.ipynb #5b73c545
 import json, os, shutil
@@ -182,3 +182,17 @@ def save_tokenizer(
     tokenizer.save_pretrained(folder)
     _change_files(folder, tokenizer)
     if problems := tokenizer_problems(folder, tokenizer, rows, token): raise RuntimeError("; ".join(problems))
+
+# %% ../nbs/06_tokenizer_files.ipynb #5dabc449
+def check_saving(
+    tokenizer,  # as it will be trained with
+    source: str,  # hub name or folder of the base
+    rows=(),  # token ids of the rows to train on
+    token: str | None = None,  # for gated models
+):
+    "Raise where the tokenizer beside the adapter wouldn't give the ids that are trained."
+    import tempfile
+    base = os.path.abspath(source) if os.path.isdir(source) else source
+    with tempfile.TemporaryDirectory() as folder:
+        _write_json(os.path.join(folder, "adapter_config.json"), {"peft_type": "LORA", "base_model_name_or_path": base})
+        save_tokenizer(tokenizer, folder, source, rows, token)
