@@ -18,6 +18,8 @@ from .splits import *
 from .tokens import *
 from .preview import *
 from .models import *
+from .lora_settings import LORA_RULES, lora_problems, reader_warnings
+from .tokenizer_files import save_tokenizer
 from .adapters import *
 from .metrics import *
 from .guards import *

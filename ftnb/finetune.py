@@ -65,7 +65,7 @@ def train_and_save(
     first, model = not ranks.process_rank(), build_model(job)
     alone = first and not ranks.shards_model()  # with the whole model
     questions, score = evaluate.make_scorer(rows.held_out if alone else (), tokenizer, job.template, job.settings.completion_only, rows.limit)
-    before = score(model)
+    with adapters.as_base(model): before = score(model)
     if alone: print(f"time: {probe.estimate_time(job, rows, model)}", flush=True)
     run = trainer.train_adapter(model, tokenizer, rows.train.dataset, rows.test.dataset, job.settings, bar,
                                 runrecord.job_identity(job, rows) if first else None, rows.numbers)
@@ -74,7 +74,8 @@ def train_and_save(
     if not first: return None
     used = {k: sorted(config[k]) if isinstance(config[k], set) else config[k] for k in sorted({"target_modules", *job.records.lora}) if k in config}
     comparison = evaluate.describe_scores(questions, before, score(model))
-    return runrecord.SavedAdapter(adapters.save_adapter(model, tokenizer, job.args.out_dir), expected, row, run.metrics, used, run.unshared, comparison)
+    folder = adapters.save_adapter(model, tokenizer, job.args.out_dir, job.source, rows.train.dataset[:1000]["input_ids"], job.token)
+    return runrecord.SavedAdapter(folder, expected, row, run.metrics, used, run.unshared, comparison)
 
 # %% ../nbs/14_finetune.ipynb #093e868d
 def _draw(

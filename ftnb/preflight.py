@@ -18,12 +18,14 @@ from fastcore.basics import patch
 import ftnb.adapters as adapters
 import ftnb.consts as consts
 import ftnb.jobargs as jobargs
+import ftnb.lora_settings as lora_settings
 import ftnb.models as models
 import ftnb.packing as packing
 import ftnb.progress as progress
 import ftnb.prompts as prompts
 import ftnb.ranks as ranks
 import ftnb.studio as studio
+import ftnb.tokenizer_files as tokenizer_files
 import ftnb.tokens as tokens
 import ftnb.trainer as trainer
 from .rows import RowCounts, describe_ledger, prepare_rows, read_rows
@@ -190,6 +192,14 @@ def held_as(
     "How the base model's weights are held."
     return next((f"{b}-bit" for b in (4, 8) if (precision.bnb or {}).get(f"load_in_{b}bit")), precision.dtype)
 
+# %% ../nbs/10_preflight.ipynb #5c1f0a7d
+def _check_lora(p: Preflight):
+    "What LoRA's settings come to with the precision of the base, and who can load the adapter."
+    if "lora" not in p.known: return
+    problems = lora_settings.start_problems(p.known["lora"], p.known["precision"].bnb is not None)
+    p.add("error", "settings", *problems)
+    p.add("warning", "settings", *lora_settings.reader_warnings(p.known["lora"]))
+
 # %% ../nbs/10_preflight.ipynb #61f21da9
 def _check_settings(p: Preflight):
     "LoRA, quantisation and training arguments, and what they come to on this machine."
@@ -205,6 +215,7 @@ def _check_settings(p: Preflight):
     settings = precision and p.attempt("settings", settle_training, training, precision, p.args.train_out_dir)
     if not settings: return
     p.known |= {"precision": precision, "settings": settings}
+    _check_lora(p)
     p.add("warning", "settings", *precision.notes, *settings.notes)
     p.add("ok", "settings", f"{precision.device}, {held_as(precision)}, {settings.config['optim']}, {settings.rows_per_step} rows a step" + f" on each of {ranks.process_count()} processes" * (ranks.process_count() > 1))
 
@@ -308,6 +319,7 @@ def _check_model(p: Preflight):
     if problems != [] or "precision" not in p.known: return
     plan = p.known["plan"] = p.attempt("model", plan_model, config, p.known["lora"], p.known["precision"])
     if plan is None: return
+    p.add("warning", "model", *adapters.plan_warnings(plan, p.known["lora"], config.architectures))
     total, trained = adapters.get_model_parameters(plan)
     p.add("ok", "model", f"{total - trained:,} parameters, {trained:,} of LoRA to be trained")
     why = "; ".join(packing.sharing_obstacles(plan, p.known["settings"].config)) if p.known["settings"].shared_prefix is not False else "shared_prefix is false"
@@ -358,6 +370,8 @@ def _check_rows(p: Preflight, keep: bool):
     first, *drops = describe_ledger(rows.ledger).splitlines()
     p.add("ok", "rows", first.removeprefix("rows: "))
     p.add("warning", "rows", *(o.strip() for o in drops))
+    ids = rows.train.dataset["input_ids"] if keep else ()
+    p.attempt("tokens", tokenizer_files.check_saving, p.known["tokenizer"], p.job.source, ids, p.job.token)
     longest = counts.lengths.argsort(kind="stable")[::-1][:3]
     p.add("ok", "tokens", f"{counts.lengths.sum():,} in {len(counts.lengths):,} rows to train on, of which all begin with the same {counts.prefix:,}; the longest: "
           + ", ".join(f"train row {counts.numbers[i]} with {counts.lengths[i]:,}" for i in longest) + f" (limit {rows.limit:,})")
