@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['parse_template', 'PromptTemplate', 'read_template', 'template_problems', 'end_with_eos', 'format_row', 'value_spans',
-           'missing_values', 'map_dataset_with_prompt_template']
+           'missing_values', 'value_column', 'map_dataset_with_prompt_template']
 
 # %% ../nbs/04_prompts.ipynb #3e1a8381
 import re
@@ -159,19 +159,41 @@ def missing_values(
     lacking = ([f for f, v in zip(fields, values) if v is None or v != v] for values in _values(dataset, fields))
     return {i: found for i, found in enumerate(lacking) if found}
 
+# %% ../nbs/04_prompts.ipynb #e0dd8c73
+def value_column(
+    field: str,  # column that a template uses
+) -> str:  # the column that holds its values
+    "Where the values of a template's column stand once the texts are in `prediction`."
+    return f"{field} (as read)" if field == TRAINING_DATA_TEXT_FIELD else field
+
+# %% ../nbs/04_prompts.ipynb #6c244259
+def _as_read(
+    dataset,  # a `Dataset`, with or without texts
+):  # the `Dataset` as it was before it had texts
+    "A column `prediction` of the data's own under its own name again."
+    kept = value_column(TRAINING_DATA_TEXT_FIELD)
+    if not {kept, TRAINING_DATA_TEXT_FIELD} <= set(dataset.column_names): return dataset
+    return dataset.remove_columns(TRAINING_DATA_TEXT_FIELD).rename_column(kept, TRAINING_DATA_TEXT_FIELD)
+
 # %% ../nbs/04_prompts.ipynb #56d7bcd4
 def _with_texts(
     dataset,  # a `Dataset`
     texts: list,  # one a row
     origin: tuple,  # what they were made with
+    keep: bool = False,  # a column `prediction` of the data's own, under another name
 ):  # the `Dataset` with the column `prediction`, in memory, its features and output format kept
     "Put the formatted texts beside the other columns."
     import pyarrow as pa
     from datasets import Dataset, Features, Value
     from datasets.fingerprint import Hasher
     table, info, output = dataset.with_format("arrow")[:], dataset.info.copy(), dataset.format
-    if TRAINING_DATA_TEXT_FIELD in table.column_names: table = table.drop_columns(TRAINING_DATA_TEXT_FIELD)
-    info.features = Features({**{c: dataset.features[c] for c in table.column_names}, TRAINING_DATA_TEXT_FIELD: Value("string")})
+    features = dict(dataset.features)
+    if TRAINING_DATA_TEXT_FIELD in features:
+        place = table.column_names.index(TRAINING_DATA_TEXT_FIELD)
+        old, own = table.column(place), features.pop(TRAINING_DATA_TEXT_FIELD)
+        table, name = table.remove_column(place), value_column(TRAINING_DATA_TEXT_FIELD)
+        if keep: table, features = table.append_column(name, old), features | {name: own}
+    info.features = Features(features | {TRAINING_DATA_TEXT_FIELD: Value("string")})
     table = table.append_column(TRAINING_DATA_TEXT_FIELD, pa.array(texts, pa.string()))
     named = Hasher.hash((dataset._fingerprint, origin))
     return Dataset(table, info=info, split=dataset.split, fingerprint=named).with_format(output["type"], **output["format_kwargs"])
@@ -199,7 +221,7 @@ def _format_split(
     name: str,  # of the split, for messages
 ):  # the `Dataset` with the column `prediction`
     "Format one split, in one pass over its rows."
-    fields = template.fields
+    dataset, fields = _as_read(dataset), template.fields
     texts = [None if any(v is None or v != v for v in values) else format_row(template, dict(zip(fields, values)), eos_token)
              for values in _values(dataset, fields)]
     kept = [i for i, text in enumerate(texts) if text is not None]
@@ -207,4 +229,4 @@ def _format_split(
         lacking = {f for found in missing_values(dataset, template).values() for f in found}
         raise ValueError(f"no row of {name} can be formatted: all {len(texts)} lack a value for {' or '.join(f'{{{f}}}' for f in sorted(lacking))}")
     if len(kept) < len(texts): dataset, texts = dataset.select(kept), [texts[i] for i in kept]
-    return _with_texts(dataset, texts, (template.pieces, eos_token))
+    return _with_texts(dataset, texts, (template.pieces, eos_token), TRAINING_DATA_TEXT_FIELD in fields)
