@@ -9,13 +9,13 @@ __all__ = ['MANIFEST', 'NEEDED', 'read_manifest', 'seal_checkpoint', 'checkpoint
            'resumable', 'begin_or_resume']
 
 # %% ../nbs/08_checkpoints.ipynb #ecf63c03
-import contextlib, json, os, shutil, time
+import contextlib, json, os, re, shutil, time
 
 from .consts import raise_problems
 from .guards import RunStopped, StopRequest, check_finite, step_rows, weights_finite
 from .metrics import keep_metrics
 from .ranks import process_count, spread_like, take_state, whole_state, whole_weights
-from .storage import file_hash, flush, storage_error
+from .storage import clear_folder, file_hash, flush, open_plain, read_json, set_aside, storage_error, write_json
 
 # %% ../nbs/08_checkpoints.ipynb #fa550b7f
 MANIFEST = "manifest.json"
@@ -35,7 +35,7 @@ def read_manifest(
     folder: str,  # a checkpoint
 ) -> dict:  # step, files (name -> SHA-256) and identity
     "A checkpoint's manifest; raises where it isn't what was written."
-    with open(os.path.join(folder, MANIFEST), encoding="utf-8") as f: text = f.read()
+    with open(open_plain(os.path.join(folder, MANIFEST)), encoding="utf-8") as f: text = f.read()
     try:
         content = json.loads(text)
         content.pop("sha256")
@@ -70,6 +70,7 @@ def checkpoint_problem(
 ) -> str:  # why it can't be used; "" for a whole one
     "Compare a checkpoint with its manifest, byte for byte."
     if os.path.islink(folder): return "it is a link"
+    if not os.path.isdir(folder): return "it is no folder"
     try: manifest = read_manifest(folder)
     except FileNotFoundError: return f"{MANIFEST} is missing"
     except (OSError, ValueError) as e: return str(e)
@@ -88,19 +89,10 @@ def checkpoint_problem(
 def checkpoint_folders(
     output_dir: str,  # of the run
 ) -> list:  # (step, path), newest first
-    "The checkpoints of a run."
-    found = [o[len("checkpoint-"):] for o in os.listdir(output_dir) if o.startswith("checkpoint-")]
-    return [(s, os.path.join(output_dir, f"checkpoint-{s}")) for s in sorted((int(o) for o in found if o.isascii() and o.isdigit()), reverse=True)]
-
-# %% ../nbs/08_checkpoints.ipynb #0e9f151a
-def _set_aside(
-    path: str,  # a checkpoint that can't be used
-) -> str:  # where it is now
-    "Give it a name that nothing takes for a checkpoint."
-    head, name = os.path.split(path)
-    free = next(p for i in range(1, 10**6) if not os.path.lexists(p := os.path.join(head, f"broken-{name}" + f"-{i}" * (i > 1))))
-    os.rename(path, free)
-    return free
+    "The checkpoints of a run; only names as a run writes them count, and `checkpoint-009` isn't one."
+    found = [re.fullmatch(r"checkpoint-(0|[1-9]\d{0,17})", name, re.ASCII) for name in os.listdir(output_dir)]
+    steps = sorted((int(match[1]) for match in found if match), reverse=True)
+    return [(step, os.path.join(output_dir, f"checkpoint-{step}")) for step in steps]
 
 # %% ../nbs/08_checkpoints.ipynb #2f0bc7e6
 def _flat(
@@ -122,16 +114,27 @@ def identity_differences(
     return [f"{k}: {said(then, k)} in the checkpoint, {said(now, k)} now" for k in sorted({*then, *now}) if (k in then, then.get(k)) != (k in now, now.get(k))]
 
 # %% ../nbs/08_checkpoints.ipynb #e73a8469
+def _tidy(
+    output_dir: str,  # of the run
+):
+    "Remove what a dead process left half done; whatever else has such a name stays, and is told."
+    for name in sorted(os.listdir(output_dir)):
+        path, half = os.path.join(output_dir, name), re.fullmatch(r"\.checkpoint-(0|[1-9]\d{0,17})\.(part|old)", name, re.ASCII)
+        folder = os.path.isdir(path) and not os.path.islink(path)
+        if half and folder: shutil.rmtree(path)
+        elif half or name.startswith("checkpoint-") and not re.fullmatch(r"checkpoint-(0|[1-9]\d{0,17})", name, re.ASCII) or name == "stop" and folder:
+            print(f"{path} is nothing that a run has made; it is passed over", flush=True)
+
+# %% ../nbs/08_checkpoints.ipynb #48a45b5c
 def find_checkpoint(
     output_dir: str,  # of the run
     identity: dict,  # this run's
 ) -> str | None:  # the folder to go on from
     "The newest whole checkpoint; raises where it is another run's. What a dead process left half done is removed."
-    for name in os.listdir(output_dir):
-        if name.startswith(".checkpoint-"): shutil.rmtree(os.path.join(output_dir, name))
+    _tidy(output_dir)
     for _, place in checkpoint_folders(output_dir):
         if why := checkpoint_problem(place):
-            print(f"{os.path.basename(place)} can't be used ({why}); it is set aside as {os.path.basename(_set_aside(place))}", flush=True)
+            print(f"{os.path.basename(place)} can't be used ({why}); it is set aside as {os.path.basename(set_aside(place))}", flush=True)
             continue
         raise_problems(identity_differences(read_manifest(place)["identity"], identity),
                        f"{place} is from another run, so this one can't go on from it. Give another train_out_dir, or delete that folder to begin anew. The differences")
@@ -149,6 +152,7 @@ def drop_old_checkpoints(
     for step, place in found[keep:] if keep else ():
         if best and os.path.basename(best) == f"checkpoint-{step}": continue
         gone = os.path.join(output_dir, f".checkpoint-{step}.old")
+        clear_folder(gone)
         os.rename(place, gone)
         shutil.rmtree(gone)
 
@@ -194,13 +198,12 @@ def planned_tokens(
 ) -> int:  # as chosen when the run began
     "Read `plan.json` where it is this run's, else write it."
     path = os.path.join(output_dir, "plan.json")
-    try:
-        with open(path, encoding="utf-8") as f: plan = json.load(f)
-        if plan["identity"] == identity: return int(plan["tokens_per_pass"])
-    except (FileNotFoundError, ValueError, TypeError, KeyError, RecursionError): pass
-    with open(f"{path}.part", "w", encoding="utf-8") as f: json.dump({"tokens_per_pass": tokens, "identity": identity}, f, indent=1)
-    flush(f.name)
-    os.replace(f.name, path)
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        plan = read_json(path)
+        then = plan["tokens_per_pass"]
+        if plan["identity"] == identity and type(then) is int and 0 <= then < 2**40: return then
+        if plan["identity"] == identity: print(f"{path} says that a pass has {str(then)[:40]} tokens; it is written anew", flush=True)
+    write_json(path, {"tokens_per_pass": tokens, "identity": identity})
     return tokens
 
 # %% ../nbs/08_checkpoints.ipynb #50621ed8
@@ -227,7 +230,7 @@ def _run_state(
     own, since = trainer.accelerator.reduce(trainer.own.to(trainer.accelerator.device)), trainer.accelerator.reduce(trainer._tr_loss.clone(), "mean")
     metrics = os.path.join(trainer.args.output_dir, "metrics.jsonl")
     lines = 0
-    with contextlib.suppress(FileNotFoundError), open(metrics, "rb") as f: lines = sum(o.endswith(b"\n") for o in f)
+    with contextlib.suppress(OSError), open(open_plain(metrics), "rb") as f: lines = sum(o.endswith(b"\n") for o in f)
     return {"totals": own.tolist(), "loss_sum": trainer._total_loss_scalar, "loss_since_log": since.item(), "logged_step": trainer._globalstep_last_logged,
             "tokens_per_pass": trainer.budget, "seconds": trainer.seconds + time.monotonic() - trainer.began, "metrics_lines": lines,
             "processes": trainer.accelerator.num_processes, "train_tokens": getattr(trainer, "_total_train_tokens", 0),
@@ -290,9 +293,11 @@ def save_checkpoint(
     place, part, state = os.path.join(out, f"checkpoint-{step}"), os.path.join(out, f".checkpoint-{step}.part"), _run_state(trainer)
     if not weights_finite(trainer.model):
         raise FloatingPointError(f"the weights aren't finite after step {step}; {step_rows(trainer, True)}. Nothing of it is saved. A lower learning_rate or max_grad_norm may help")
-    def begin(): shutil.rmtree(part, ignore_errors=True); os.makedirs(part)
+    def begin():
+        clear_folder(part)
+        os.makedirs(part)
     def end():
-        if os.path.lexists(place): _set_aside(place)
+        if os.path.lexists(place): set_aside(place)
         seal_checkpoint(part, place, step, trainer.identity)
         drop_old_checkpoints(out, trainer.args.save_total_limit, trainer.state.best_model_checkpoint)
     try:
@@ -335,7 +340,7 @@ def _agree(
     import torch
     if trainer.is_world_process_zero():
         due = trainer.save_seconds is not None and time.monotonic() - trainer.saved_at >= trainer.save_seconds
-        if not trainer.stop.by and os.path.exists(os.path.join(trainer.args.output_dir, "stop")): trainer.stop.by = "the file stop"
+        if not trainer.stop.by and os.path.isfile(os.path.join(trainer.args.output_dir, "stop")): trainer.stop.by = "the file stop"
     else: due = False
     if trainer.accelerator.num_processes == 1: return due, bool(trainer.stop.by)
     said = trainer.accelerator.reduce(torch.tensor([due, bool(trainer.stop.by)], dtype=torch.long, device=trainer.accelerator.device)).tolist()
@@ -378,7 +383,7 @@ def _save_or_stop(
         trainer.saved_step, trainer.saved_at = step, time.monotonic()
     if not trainer.stopping: return
     if trainer.is_world_process_zero():
-        with contextlib.suppress(FileNotFoundError): os.remove(os.path.join(trainer.args.output_dir, "stop"))
+        with contextlib.suppress(OSError): os.remove(os.path.join(trainer.args.output_dir, "stop"))
     place = os.path.join(trainer.args.output_dir, f"checkpoint-{step}")
     raise RunStopped(f"stopped by {trainer.stop.by or 'another process'} at step {step} of {trainer.state.max_steps}; a checkpoint is in {place}; run the job again with the same arguments to go on")
 
@@ -472,7 +477,7 @@ def _choose_checkpoint(
     "Tidy a run's folder and find where the run stands."
     out = trainer.args.output_dir
     place, tokens = find_checkpoint(out, identity), planned_tokens(out, identity, tokens)
-    with contextlib.suppress(FileNotFoundError): os.remove(os.path.join(out, "stop"))  # meant for an earlier run
+    with contextlib.suppress(OSError): os.remove(os.path.join(out, "stop"))  # meant for an earlier run
     keep_metrics(os.path.join(out, "metrics.jsonl"), _read_run_state(place)["metrics_lines"] if place else 0)
     return place, tokens
 

@@ -22,6 +22,7 @@ import ftnb.preflight as preflight
 import ftnb.probe as probe
 import ftnb.prompts as prompts
 import ftnb.settings as settings
+import ftnb.storage as storage
 import ftnb.studio as studio
 import ftnb.trainer as trainer
 
@@ -424,10 +425,10 @@ def start_job(
     env = {**(os.environ if env is None else env), consts.JOB_ARGUMENTS: jobargs.format_job_arguments(args), "PYTHONUNBUFFERED": "1"}
     if args.hf_token: env[consts.HF_TOKEN] = args.hf_token.reveal()
     command = [sys.executable, str(Path(ftnb.__file__).absolute().parent/"finetune.py")]
-    with open(folder/"output.log", "ab") as log:
+    with open(storage.open_plain(folder/"output.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab") as log:
         process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     said = dict(pid=process.pid, created=psutil.Process(process.pid).create_time())
-    (folder/"process.json").write_text(json.dumps(said), encoding="utf-8")
+    storage.write_json(folder/"process.json", said)
     return process
 
 # %% ../nbs/12_draft.ipynb #49c2e020

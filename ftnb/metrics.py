@@ -9,7 +9,7 @@ __all__ = ['RunTotals', 'append_metrics', 'keep_metrics']
 import contextlib, json, os, time
 from dataclasses import asdict, dataclass
 
-from .storage import storage_error
+from .storage import clear_way, open_plain, storage_error, whole_file
 
 # %% ../nbs/07_metrics.ipynb #cdfbe407
 @dataclass
@@ -42,7 +42,7 @@ def append_metrics(
     from math import isfinite
     plain = {k: None if isinstance(v, float) and not isfinite(v) else v for k, v in logs.items() if isinstance(v, (int, float, str))}
     try:
-        with open(path, "a", encoding="utf-8") as f:
+        with open(open_plain(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a", encoding="utf-8") as f:
             f.write(json.dumps({"step": step, "time": round(time.time(), 3), **plain, **asdict(totals)}) + "\n")
     except OSError as e: raise storage_error(e, os.path.dirname(path), "metrics.jsonl") from e
 
@@ -51,12 +51,10 @@ def keep_metrics(
     path: str,  # the run's metrics.jsonl
     lines: int,  # that stay, from the first
 ):
-    "Cut the file behind its first lines; none: no file."
-    if not lines or not os.path.exists(path):
-        with contextlib.suppress(FileNotFoundError): os.remove(path)
-        return
-    with open(path, "r+b") as f:
-        for _ in range(lines):
-            at, line = f.tell(), f.readline()
-            if not line.endswith(b"\n"): f.seek(at); break  # shorter than it was, or torn
-        f.truncate(f.tell())
+    "Keep the first lines of the file, as far as they are whole; none: no file."
+    kept = []
+    with contextlib.suppress(OSError), open(open_plain(path), "rb") as f:
+        for line, _ in zip(f, range(lines)):
+            if line.endswith(b"\n"): kept.append(line)  # or torn
+    if not kept: return clear_way(path)
+    with whole_file(path, binary=True) as f: f.writelines(kept)

@@ -15,6 +15,7 @@ from fastcore.basics import patch
 import ftnb.curves as curves
 import ftnb.jobargs as jobargs
 import ftnb.monitor as monitor
+import ftnb.storage as storage
 import ftnb.studio as studio
 from .rows import describe_ledger
 
@@ -154,8 +155,7 @@ def write_report(
     image = curves.figure_png(curves.plot_run(metrics, str(record.get("adapter_name") or "") or None), 130)
     page = report_html(metrics, record, _ledger_lines(folder, record), image)
     for name, content in (("run.png", image), ("report.html", page.encode("utf-8", "replace"))):
-        (folder/f"{name}.part").write_bytes(content)
-        os.replace(folder/f"{name}.part", folder/name)
+        with storage.whole_file(folder/name, binary=True) as f: f.write(content)
     return folder/"report.html"
 
 # %% ../nbs/13_runs.ipynb #b926f9ab
