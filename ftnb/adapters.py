@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['get_model_parameters', 'vocabulary_problems', 'apply_lora', 'as_base', 'target_problems', 'plan_warnings',
-           'link_problem', 'plain_matrices', 'plain_settings', 'save_adapter', 'as_loaded', 'probe_logits',
+           'link_problem', 'plain_matrices', 'plain_settings', 'save_adapter', 'NotProven', 'as_loaded', 'probe_logits',
            'prove_adapter', 'publish_folder', 'clear_leftovers']
 
 # %% ../nbs/07_adapters.ipynb #b5fc6ea3
@@ -193,6 +193,20 @@ def _write_plain(
     config = plain_settings(saved_settings(config), _layer_ranks(model), bool(start))
     with open(settings, "w", encoding="utf-8") as f: json.dump(config, f, indent=2, sort_keys=True)
 
+# %% ../nbs/07_adapters.ipynb #b6d5d4d2
+@contextlib.contextmanager
+def _its_files(
+    folder: str,  # that files are written to
+    tell: "Callable | None",  # is told why they can't be; default: that is raised
+):
+    "Within this files are written together: where one fails, none of them stays."
+    before = set(os.listdir(folder))
+    try: yield
+    except Exception as e:
+        for name in set(os.listdir(folder)) - before: os.remove(os.path.join(folder, name))
+        if tell is None: raise
+        tell(e)
+
 # %% ../nbs/07_adapters.ipynb #285a40b9
 def save_adapter(
     model,  # a `PeftModel`
@@ -201,6 +215,7 @@ def save_adapter(
     source: str = "",  # hub name or folder of the base; default: where the tokenizer was loaded from
     rows=(),  # token ids of the trained rows, which the saved tokenizer must give again
     token: str | None = None,  # for gated models
+    without_tokenizer: "Callable | None" = None,  # is told why the tokenizer can't be saved; default: then nothing is
 ) -> str:  # the folder beside it that holds the adapter now
     "Write adapter and tokenizer to a new folder beside `out_dir`; nothing stays of it where that fails."
     import shutil, tempfile
@@ -212,11 +227,15 @@ def save_adapter(
         os.chmod(folder, 0o755)
         model.save_pretrained(folder, save_embedding_layers=False)
         _write_plain(model, folder)
-        save_tokenizer(tokenizer, folder, source, rows, token)
+        with _its_files(folder, without_tokenizer): save_tokenizer(tokenizer, folder, source, rows, token)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return folder
+
+# %% ../nbs/07_adapters.ipynb #55412f34
+class NotProven(RuntimeError):
+    "A saved adapter that doesn't give what was trained."
 
 # %% ../nbs/07_adapters.ipynb #c5ca93c3
 def as_loaded(
@@ -262,7 +281,7 @@ def prove_adapter(
     difference = (got - expected).abs().max().item() if got.shape == expected.shape else float("inf")
     limit = (1e-4 if precision.dtype == "float32" else 2e-2) * max(1.0, expected.abs().max().item())
     if not difference <= limit:
-        raise RuntimeError(f"the saved adapter, loaded onto {source}, gives logits that differ by {difference:.3g} from the trained model's (limit {limit:.3g})")
+        raise NotProven(f"the saved adapter, loaded onto {source}, gives logits that differ by {difference:.3g} from the trained model's (limit {limit:.3g})")
     return difference
 
 # %% ../nbs/07_adapters.ipynb #0d9fe8b8

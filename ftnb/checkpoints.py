@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'NEEDED', 'read_manifest', 'seal_checkpoint', 'checkpoint_problem', 'checkpoint_folders',
-           'identity_differences', 'find_checkpoint', 'drop_old_checkpoints', 'rows_fingerprint', 'run_identity',
-           'planned_tokens', 'seeded_order', 'save_checkpoint', 'load_trained', 'flow_callback', 'whole_checkpoint',
-           'resumable', 'begin_or_resume']
+           'identity_differences', 'find_checkpoint', 'drop_old_checkpoints', 'rows_fingerprint', 'library_version',
+           'run_identity', 'planned_tokens', 'seeded_order', 'save_checkpoint', 'load_trained', 'is_over',
+           'flow_callback', 'whole_checkpoint', 'resumable', 'begin_or_resume']
 
 # %% ../nbs/08_checkpoints.ipynb #ecf63c03
 import contextlib, json, os, re, shutil, time
 
 from .consts import raise_problems
-from .guards import RunStopped, StopRequest, check_finite, step_rows, weights_finite
+from .guards import RunStopped, StopRequest, best_effort, check_finite, step_rows, weights_finite
 from .metrics import keep_metrics
 from .ranks import process_count, spread_like, take_state, whole_state, whole_weights
 from .storage import clear_folder, file_hash, flush, open_plain, read_json, set_aside, storage_error, write_json
@@ -171,6 +171,18 @@ def rows_fingerprint(
             digest.update(np.concatenate([np.asarray(r, np.int64) for r in rows]).tobytes())
     return digest.hexdigest()
 
+# %% ../nbs/08_checkpoints.ipynb #7a6f177d
+def library_version(
+    name: str,  # of a library
+) -> str:  # "?" where nobody can say
+    "The version of a library, also of one that is used without being installed."
+    from importlib import import_module
+    from importlib.metadata import version
+    try: return version(name)
+    except Exception: pass  # no installed package of this name, or one whose metadata can't be read
+    try: return str(getattr(import_module(name), "__version__", "?"))
+    except Exception: return "?"
+
 # %% ../nbs/08_checkpoints.ipynb #1d6d0061
 def run_identity(
     config: dict,  # training arguments, as the trainer takes them
@@ -180,14 +192,13 @@ def run_identity(
     more: dict | None = None,  # what else must agree
 ) -> dict:  # JSON-able
     "What a checkpoint must agree with: arguments, LoRA, rows, versions."
-    from importlib.metadata import version
     free = ("output_dir", "logging_dir", "report_to", "run_name", "disable_tqdm", "per_device_train_batch_size", "gradient_accumulation_steps")
     lora = {k: sorted(v) if isinstance(v, (set, frozenset)) else v for k, v in model.peft_config[model.active_adapters[0]].to_dict().items()}
     lora = {k: v for k, v in lora.items() if v is not None and k not in ("base_model_name_or_path", "revision", "inference_mode")}
     rows = int(config.get("per_device_train_batch_size", 8)) * int(config.get("gradient_accumulation_steps", 1)) * process_count()
     mine = {"training": {k: v for k, v in config.items() if k not in free}, "rows_per_step": rows, "lora": lora,
             "rows": {"train": rows_fingerprint(train), "test": rows_fingerprint(test)},
-            "versions": {n: version(n) for n in ("torch", "transformers", "trl", "peft", "accelerate")}}
+            "versions": {n: library_version(n) for n in ("torch", "transformers", "trl", "peft", "accelerate")}}
     return json.loads(json.dumps({**mine, **(more or {})}, default=str))
 
 # %% ../nbs/08_checkpoints.ipynb #50c9401a
@@ -346,6 +357,13 @@ def _agree(
     said = trainer.accelerator.reduce(torch.tensor([due, bool(trainer.stop.by)], dtype=torch.long, device=trainer.accelerator.device)).tolist()
     return said[0] > 0, said[1] > 0
 
+# %% ../nbs/08_checkpoints.ipynb #b981d5cb
+def is_over(
+    trainer,  # in training
+) -> bool:
+    "Has the last optimizer step been taken? What fails from here on can't be mended by training again."
+    return 0 < trainer.state.max_steps <= trainer.state.global_step
+
 # %% ../nbs/08_checkpoints.ipynb #5ed21910
 def flow_callback(
     trainer,  # that it steers
@@ -364,6 +382,7 @@ def flow_callback(
             self.owed = wanted and (control.should_training_stop or state.global_step % trainer.epoch_steps == 0)
             control.should_save = wanted and not self.owed
         def on_train_end(self, args, state, control, **kw):
+            trainer.took = trainer.seconds + time.monotonic() - trainer.began
             if not weights_finite(trainer.model): raise FloatingPointError(f"the weights aren't finite after step {state.global_step}; {step_rows(trainer, True)}. Nothing of it is saved. A lower learning_rate may help")
         def on_epoch_end(self, args, state, control, **kw):
             control.should_save, self.owed = control.should_save or self.owed, False
@@ -379,7 +398,8 @@ def _save_or_stop(
         trainer.store_flos()
         place = os.path.join(trainer.args.output_dir, f"checkpoint-{best}")
         if best and (best == step or os.path.isdir(place)): trainer.state.best_model_checkpoint = place
-        save_checkpoint(trainer)
+        if is_over(trainer) and not trainer.stopping: best_effort(f"the checkpoint of the last step, {step}", lambda: save_checkpoint(trainer))
+        else: save_checkpoint(trainer)
         trainer.saved_step, trainer.saved_at = step, time.monotonic()
     if not trainer.stopping: return
     if trainer.is_world_process_zero():
@@ -395,8 +415,13 @@ def _evaluate_apart(
     "Evaluate without a trace in the random numbers; raises where the held-out loss isn't finite after training began."
     import torch
     from math import isfinite
-    with torch.random.fork_rng(devices=[]): metrics = evaluate()
+    def apart():
+        with torch.random.fork_rng(devices=[]): return evaluate()
+    alone = trainer.accelerator.num_processes == 1  # of several, one that fails can't go on without the others
+    if alone and is_over(trainer): metrics = best_effort("the last evaluation", apart, {})
+    else: metrics = apart()
     if trainer.is_in_train: trainer.model.train()  # as it was, and as it is in a run that goes on from here
+    if not metrics: return {"eval_loss": float("nan")}
     loss = metrics.get("eval_loss", 0.0)
     if trainer.state.global_step and not isfinite(loss):
         raise FloatingPointError(f"the held-out loss is {loss} after step {trainer.state.global_step}; nothing of it is saved. A lower learning_rate or max_grad_norm may help")
@@ -409,6 +434,14 @@ def whole_checkpoint(
     "A checkpoint to be loaded; raises where it isn't whole."
     if why := checkpoint_problem(folder): raise ValueError(f"{folder} can't be used: {why}")
     return folder
+
+# %% ../nbs/08_checkpoints.ipynb #6506d92c
+def _load_best(
+    trainer,  # after its last step
+):
+    "Go back to the checkpoint of the lowest held-out loss; where it can't be read, the last weights stay."
+    place = os.path.join(trainer.args.output_dir, f"checkpoint-{trainer.state.best_global_step}")
+    best_effort(f"loading the best checkpoint {place} instead of the last weights", lambda: load_trained(trainer.model, whole_checkpoint(place)))
 
 # %% ../nbs/08_checkpoints.ipynb #0e3afb19
 def _begin_epoch(
@@ -429,7 +462,7 @@ def resumable(
     "A trainer whose checkpoints are whole, and whose runs go on from them exactly."
     class Resumable(base):
         identity, resumed, stop, save_seconds, row_numbers, own = None, None, StopRequest(), None, None, None
-        order, epoch_steps, step_loss, seconds, began, saved_at, saved_step, stopping, budget = None, 1, 0.0, 0.0, 0.0, 0.0, -1, False, 0
+        order, epoch_steps, step_loss, seconds, began, took, saved_at, saved_step, stopping, budget = None, 1, 0.0, 0.0, 0.0, 0.0, 0.0, -1, False, 0
         def _get_train_sampler(self, *args, **kwargs):
             sampler = super()._get_train_sampler(*args, **kwargs)
             if hasattr(sampler, "set_epoch"): return sampler  # has an order of its own
@@ -446,7 +479,7 @@ def resumable(
             if wanted and self.saved_step != self.state.global_step: _save_or_stop(self)  # `best` may have unset it
         def _load_from_checkpoint(self, folder, model=None): load_trained(self.model, folder)
         def _load_optimizer_and_scheduler(self, folder): _load_optimizer(self, folder) if folder else None
-        def _load_best_model(self): load_trained(self.model, whole_checkpoint(os.path.join(self.args.output_dir, f"checkpoint-{self.state.best_global_step}")))
+        def _load_best_model(self): _load_best(self)
     return Resumable
 
 # %% ../nbs/08_checkpoints.ipynb #922f5b82

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import ftnb.adapters as adapters
 import ftnb.consts as consts
 import ftnb.evaluate as evaluate
+import ftnb.guards as guards
 import ftnb.jobargs as jobargs
 import ftnb.launch as launch
 import ftnb.models as models
@@ -55,6 +56,28 @@ def build_model(
     return model
 
 # %% ../nbs/14_finetune.ipynb #f1d7708a
+def _saved(
+    job: Job,  # from `preflight.check_job`
+    tokenizer,  # with a pad token
+    rows: JobRows,  # from `prepare_rows`
+    run: trainer.TrainedRun,  # from `trainer.train_adapter`
+    compared: "Callable",  # the trained model -> base against adapter
+) -> runrecord.SavedAdapter | None:  # None on any process but the first
+    "Write the adapter to a folder beside its place first of all, then find out what describes it."
+    model, row, notes = adapters.as_loaded(run.model), rows.train.dataset[0]["input_ids"], []
+    probed = lambda: adapters.probe_logits(model, row)  # on all processes: under FSDP each has a part
+    if ranks.process_rank(): return probed() and None
+    def told(e): guards.say_failed("the tokenizer beside the adapter", e, notes)
+    some = rows.train.dataset[:1000]["input_ids"]
+    folder = adapters.save_adapter(model, tokenizer, job.args.out_dir, job.source, some, job.token, told)
+    expected = guards.best_effort("the logits to prove the adapter by", probed, None, notes) if ranks.process_count() == 1 else probed()
+    config = model.peft_config["default"].to_dict()
+    names = [k for k in sorted({"target_modules", *job.records.lora}) if k in config]
+    used = {k: sorted(config[k]) if isinstance(config[k], set) else config[k] for k in names}
+    comparison = guards.best_effort("base against adapter", lambda: compared(model), {}, notes)
+    return runrecord.SavedAdapter(folder, expected, row, run.metrics, used, run.unshared, comparison, notes)
+
+# %% ../nbs/14_finetune.ipynb #5dfdc6b7
 def train_and_save(
     job: Job,  # from `preflight.check_job`
     tokenizer,  # with a pad token
@@ -64,26 +87,51 @@ def train_and_save(
     "Train, and write the adapter to a folder beside its place; base and adapter are scored on held-out rows, where one process has the whole model."
     first, model = not ranks.process_rank(), build_model(job)
     alone = first and not ranks.shards_model()  # with the whole model
-    questions, score = evaluate.make_scorer(rows.held_out if alone else (), tokenizer, job.template, job.settings.completion_only, rows.limit)
-    with adapters.as_base(model): before = score(model)
-    if alone: print(f"time: {probe.estimate_time(job, rows, model)}", flush=True)
-    run = trainer.train_adapter(model, tokenizer, rows.train.dataset, rows.test.dataset, job.settings, bar,
-                                runrecord.job_identity(job, rows) if first else None, rows.numbers)
-    model, row = adapters.as_loaded(run.model), rows.train.dataset[0]["input_ids"]
-    config, expected = model.peft_config["default"].to_dict(), adapters.probe_logits(model, row)  # on all processes: under FSDP each has a part
-    if not first: return None
-    used = {k: sorted(config[k]) if isinstance(config[k], set) else config[k] for k in sorted({"target_modules", *job.records.lora}) if k in config}
-    comparison = evaluate.describe_scores(questions, before, score(model))
-    folder = adapters.save_adapter(model, tokenizer, job.args.out_dir, job.source, rows.train.dataset[:1000]["input_ids"], job.token)
-    return runrecord.SavedAdapter(folder, expected, row, run.metrics, used, run.unshared, comparison)
+    held_out = rows.held_out if alone else ()
+    def scorer(): return evaluate.make_scorer(held_out, tokenizer, job.template, job.settings.completion_only, rows.limit)
+    questions, score = guards.best_effort("base against adapter", scorer, ((), None))
+    with adapters.as_base(model): before = guards.best_effort("the base's score", lambda: score(model)) if score else None
+    if alone: guards.best_effort("the estimated time", lambda: print(f"time: {probe.estimate_time(job, rows, model)}", flush=True))
+    identity = runrecord.job_identity(job, rows) if first else None
+    run = trainer.train_adapter(model, tokenizer, rows.train.dataset, rows.test.dataset, job.settings, bar, identity, rows.numbers)
+    def compared(model): return {} if before is None else evaluate.describe_scores(questions, before, score(model))
+    return _saved(job, tokenizer, rows, run, compared)
 
 # %% ../nbs/14_finetune.ipynb #093e868d
 def _draw(
     args: jobargs.JobArgs,  # of a job that has trained
 ):
     "Write the run's report; without one the run is as good."
-    try: runs.write_report(args.train_out_dir, args.out_dir)
-    except Exception as e: print(f"no report.html: {e}", flush=True)
+    guards.best_effort("report.html", lambda: runs.write_report(args.train_out_dir, args.out_dir))
+
+# %% ../nbs/14_finetune.ipynb #f611f429
+def _prove(
+    job: Job,  # from `preflight.check_job`
+    saved: runrecord.SavedAdapter,  # from `train_and_save`
+) -> dict:  # as in run.json: the largest difference of a logit, or why there is no proof
+    "Load the adapter back; raises where it isn't what was trained. A proof that can't be made is told, and withholds nothing."
+    if saved.expected is None: return {"not_made": "the trained model's logits are not known"}
+    prove = lambda: adapters.prove_adapter(saved.folder, job.source, _whole(job.precision), saved.probe, saved.expected, job.token)
+    try: return {"largest_logit_difference": prove()}
+    except adapters.NotProven: raise
+    except Exception as e:
+        guards.say_failed("the adapter's proof", e, saved.notes)
+        return {"not_made": guards.one_line(e)}
+
+# %% ../nbs/14_finetune.ipynb #6b0a7d24
+def _keep(
+    folder: str,  # of a trained adapter that can't take its place
+    out_dir: str,  # that place
+) -> str:  # where it is kept
+    "Give a trained adapter a name beside its place, so that nothing of the training is lost."
+    weights, out = "adapter_model.safetensors", os.path.realpath(out_dir)
+    for i in range(1, 10**6):
+        place = f"{out}.not-published" + f"-{i}" * (i > 1)
+        if not os.path.lexists(place): break
+        same = os.path.isfile(os.path.join(place, weights)) and storage.file_hash(os.path.join(place, weights)) == storage.file_hash(os.path.join(folder, weights))
+        if same: shutil.rmtree(folder); return place  # as an earlier run has left it
+    os.rename(folder, place)
+    return place
 
 # %% ../nbs/14_finetune.ipynb #4e5cf850
 def _register(
@@ -106,19 +154,24 @@ def _finish(
     job: Job,  # from `preflight.check_job`
     rows: JobRows,  # from `prepare_rows`
     saved: runrecord.SavedAdapter,  # from `train_and_save`
-    start: float,  # when the job began, in seconds since 1970
+    times: dict,  # "started": in seconds since 1970; "began": on this machine's monotonic clock
 ) -> dict:  # the content of run.json
     "Prove the adapter, put it in its place, register it if asked."
     try:
-        difference = adapters.prove_adapter(saved.folder, job.source, _whole(job.precision), saved.probe, saved.expected, job.token)
-        run = runrecord.describe_run(job, rows, saved) | {"proof": {"largest_logit_difference": difference}, "started": round(start, 3), "seconds": round(time.time() - start, 3)}
+        proof = _prove(job, saved)
+        took = {"started": round(times["started"], 3), "seconds": round(time.monotonic() - times["began"], 3)}
+        run = runrecord.describe_run(job, rows, saved) | {"proof": proof} | took
         storage.write_json(os.path.join(saved.folder, "run.json"), run)
         adapters.publish_folder(saved.folder, job.args.out_dir)
+    except Exception as e:
+        place = _keep(saved.folder, job.args.out_dir)
+        raise RuntimeError(f"{e}\nThe adapter is not in {job.args.out_dir}; what was trained is kept in {place}") from e
     except BaseException:
         shutil.rmtree(saved.folder, ignore_errors=True)
         raise
     _draw(job.args)
-    print(f"adapter: {job.args.out_dir} (loaded back: its logits are within {difference:.1g} of the trained model's)", flush=True)
+    what = "not proven: " + proof["not_made"] if "not_made" in proof else f"loaded back: its logits are within {proof['largest_logit_difference']:.1g} of the trained model's"
+    print(f"adapter: {job.args.out_dir} ({what})", flush=True)
     if job.args.auto_add_adapter: _register(job)
     return run
 
@@ -130,7 +183,7 @@ def _prepared(
 ):
     "Within this, other processes find the rows in `train_out_dir`; gives what they must know, JSON-able."
     folder = os.path.join(job.args.train_out_dir, ".rows")
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that died
+    storage.clear_folder(folder)  # of a run that died
     if ranks.process_count() == 1: yield None; return
     try:
         for name in ("train", "test"): getattr(rows, name).dataset.save_to_disk(os.path.join(folder, name))
@@ -187,20 +240,22 @@ def finetune(
     "Run a job: the adapter is in `out_dir`, whole and proven, and registered where that is asked for."
     if ranks.process_rank(): return _follow(args)
     with ranks.leading() as tell:
-        start, check = time.time(), preflight.check_job(args, env)
+        times, check = {"started": time.time(), "began": time.monotonic()}, preflight.check_job(args, env)
         print(check, flush=True)
         check.raise_errors()
         job, tokenizer, rows = check.job, check.known["tokenizer"], check.known["rows"]
-        with storage.only_one(args.train_out_dir):
+        beside, name = os.path.split(os.path.realpath(args.out_dir))
+        with storage.only_one(args.train_out_dir), storage.only_one(beside, "out_dir", name):
             adapters.clear_leftovers(args.out_dir)
             if run := runrecord.finished_run(job, rows): return _finished(job, run)
             runrecord.check_checkpoints(job, rows)
-            storage.write_json(os.path.join(args.train_out_dir, "job.json"), {"arguments": jobargs.format_job_arguments(args), "started": round(start, 3)})
+            told = {"arguments": jobargs.format_job_arguments(args), "started": round(times["started"], 3)}
+            storage.write_json(os.path.join(args.train_out_dir, "job.json"), told)
             storage.write_json(os.path.join(args.train_out_dir, "ledger.json"), rows.ledger)
             with _prepared(job, rows) as told:
                 tell(told)
                 saved = train_and_save(job, tokenizer, rows, bar)
-            return _finish(job, rows, saved, start)
+            return _finish(job, rows, saved, times)
 
 # %% ../nbs/14_finetune.ipynb #02a19b96
 def register_saved(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INSIST_SECONDS', 'step_rows', 'weights_finite', 'check_finite', 'RunStopped', 'StopRequest', 'stop_on_signals',
-           'one_line', 'guarded_tracker']
+           'one_line', 'guarded_tracker', 'say_failed', 'best_effort']
 
 # %% ../nbs/07_guards.ipynb #c46c3667
 import contextlib, os, time
@@ -114,3 +114,26 @@ def guarded_tracker(
     for event in dir(TrainerCallback):
         if event.startswith("on_"): setattr(GuardedTracker, event, pass_on(event))
     return GuardedTracker()
+
+# %% ../nbs/07_guards.ipynb #4e4af518
+def say_failed(
+    what: str,  # was to be done, as the log names it
+    e: Exception,  # why it wasn't
+    notes: list | None = None,  # where that is noted, too
+):
+    "Tell that something failed which only describes a run."
+    said = f"{what}: failed ({one_line(e)}); the adapter is not touched by that"
+    print(said, flush=True)
+    if notes is not None: notes.append(said)
+
+# %% ../nbs/07_guards.ipynb #65fa14f3
+def best_effort(
+    what: str,  # is done, as the log will name it
+    act: "Callable",  # does it
+    instead=None,  # the result where that fails
+    notes: list | None = None,  # where the failure is noted, too
+):  # what `act` gives, or `instead`
+    "Do what only describes a run; where it fails, say so and go on."
+    try: return act()
+    except Exception as e: say_failed(what, e, notes)
+    return instead

@@ -16,7 +16,9 @@ import ftnb.jobargs as jobargs
 import ftnb.preflight as preflight
 import ftnb.ranks as ranks
 import ftnb.studio as studio
+from .guards import best_effort
 from .rows import JobRows
+from .storage import file_hash, open_plain, read_json
 
 # %% ../nbs/12_runrecord.ipynb #edeb3235
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class SavedAdapter:
     used: dict = field(default_factory=dict)  # LoRA settings as PEFT completed them
     unshared: str = ""  # why rows were trained in padded batches; "" where they shared their prefix
     comparison: dict = field(default_factory=dict)  # base and adapter on some held-out rows; empty where there is none
+    notes: list = field(default_factory=list)  # what failed on the way and withheld nothing, in words
 
 # %% ../nbs/12_runrecord.ipynb #f63ed1b2
 def job_identity(
@@ -46,31 +49,41 @@ def job_identity(
 
 # %% ../nbs/12_runrecord.ipynb #65f28764
 def library_versions() -> dict:  # name -> version
-    "Versions of what a run stands on."
+    "Versions of what a run stands on, also where `ftnb` itself is used without being installed."
     import platform
-    from importlib.metadata import version
     names = ("ftnb", "torch", "transformers", "peft", "trl", "datasets", "tokenizers", "bitsandbytes", "accelerate")
-    return {"python": platform.python_version()} | {n: version(n) for n in names}
+    return {"python": platform.python_version()} | {n: checkpoints.library_version(n) for n in names}
 
 # %% ../nbs/12_runrecord.ipynb #15b7d9a4
+def _used(
+    job: preflight.Job,  # from `preflight.check_job`
+    rows: JobRows,  # from `prepare_rows`
+    saved: SavedAdapter,  # from `train_and_save`
+) -> dict:  # precision, quantisation, LoRA, training arguments
+    "What had an effect, whatever was asked."
+    mine = {"max_length": rows.limit, "completion_only_loss": job.settings.completion_only, "shared_prefix": not saved.unshared}
+    return {"precision": {"device": job.precision.device, "dtype": job.precision.dtype}, "bnb": job.precision.bnb or {},
+            "lora": saved.used, "training": job.settings.config | mine}
+
+# %% ../nbs/12_runrecord.ipynb #c9d0c1a1
 def describe_run(
     job: preflight.Job,  # from `preflight.check_job`
     rows: JobRows,  # from `prepare_rows`
     saved: SavedAdapter,  # from `train_and_save`
 ) -> dict:  # the content of run.json
-    "Arguments, records, what was asked and what was used, versions, rows, results."
-    from hashlib import sha256
-    from pathlib import Path
-    weights, asked = Path(saved.folder)/"adapter_model.safetensors", {k: getattr(job.records, k) for k in ("lora", "bnb", "training")}
-    named = {k: getattr(job.records, k) for k in ("model", "dataset", "prompt")}
-    used = {"precision": {"device": job.precision.device, "dtype": job.precision.dtype}, "bnb": job.precision.bnb or {}, "lora": saved.used,
-            "training": job.settings.config | {"max_length": rows.limit, "completion_only_loss": job.settings.completion_only, "shared_prefix": not saved.unshared}}
-    notes = [*job.notes, *([f"rows were trained in padded batches: {saved.unshared}"] if saved.unshared else [])]
-    return {"experimentid": job.args.experimentid, "identity": job_identity(job, rows), "arguments": jobargs.format_job_arguments(job.args),
-            "records": {k: {"id": r.id, "name": r.name, "sha256": studio.record_hash(r)} for k, r in named.items()}
-                       | {k: {"source": job.records.sources[k], "sha256": studio.record_hash(v)} for k, v in asked.items()},
-            "asked": asked, "used": used, "notes": notes, "rows": rows.ledger, "rows_sha256": rows.hashes, "metrics": saved.metrics, "comparison": saved.comparison, "processes": ranks.process_count(),
-            "adapter_sha256": sha256(weights.read_bytes()).hexdigest(), "versions": library_versions()}
+    "Arguments, records, what was asked and what was used, versions, rows, results. A part that can't be told is left empty, and noted."
+    notes = [*job.notes, *([f"rows were trained in padded batches: {saved.unshared}"] if saved.unshared else []), *saved.notes]
+    asked = {k: getattr(job.records, k) for k in ("lora", "bnb", "training")}
+    def records():
+        named = {k: getattr(job.records, k) for k in ("model", "dataset", "prompt")}
+        blobs = {k: {"source": job.records.sources[k], "sha256": studio.record_hash(v)} for k, v in asked.items()}
+        return {k: {"id": r.id, "name": r.name, "sha256": studio.record_hash(r)} for k, r in named.items()} | blobs
+    needed = {"experimentid": job.args.experimentid, "identity": job_identity(job, rows), "arguments": jobargs.format_job_arguments(job.args),
+              "adapter_sha256": file_hash(os.path.join(saved.folder, "adapter_model.safetensors"))}
+    parts = {"records": records, "used": lambda: _used(job, rows, saved), "versions": library_versions, "processes": ranks.process_count}
+    told = {k: best_effort(f"{k} of run.json", part, {}, notes) for k, part in parts.items()}
+    return needed | told | {"asked": asked, "notes": notes, "rows": rows.ledger, "rows_sha256": rows.hashes,
+                            "metrics": saved.metrics, "comparison": saved.comparison}
 
 # %% ../nbs/12_runrecord.ipynb #a33bf191
 def finished_run(
@@ -78,12 +91,11 @@ def finished_run(
     rows: JobRows,  # from `prepare_rows`
 ) -> dict | None:  # the content of its run.json
     "The run whose adapter is in its place, where it is this one and the weights are what it saved."
-    from hashlib import sha256
     try:
-        with open(os.path.join(job.args.out_dir, "run.json"), encoding="utf-8") as f: run = json.load(f)
-        with open(os.path.join(job.args.out_dir, "adapter_model.safetensors"), "rb") as f: weights = sha256(f.read()).hexdigest()
+        run = read_json(os.path.join(job.args.out_dir, "run.json"))
+        weights = file_hash(os.path.join(job.args.out_dir, "adapter_model.safetensors"))
         same = run["identity"] == json.loads(json.dumps(job_identity(job, rows), default=str)) and run["adapter_sha256"] == weights
-    except (OSError, ValueError, TypeError, KeyError, RecursionError): return None
+    except (OSError, ValueError, TypeError, KeyError): return None
     return run if same else None
 
 # %% ../nbs/12_runrecord.ipynb #cd82a2e0

@@ -141,7 +141,7 @@ def file_hash(
     "SHA-256 of a file."
     from hashlib import sha256
     digest = sha256()
-    with open(path, "rb") as f:
+    with open(open_plain(path), "rb") as f:
         while block := f.read(1 << 20): digest.update(block)
     return digest.hexdigest()
 

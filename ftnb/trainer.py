@@ -11,7 +11,7 @@ import contextlib, os, sys, time
 from dataclasses import asdict, dataclass
 
 from .checkpoints import begin_or_resume, flow_callback, resumable, run_identity
-from .guards import RunStopped, StopRequest, guarded_tracker, one_line, stop_on_signals
+from .guards import RunStopped, StopRequest, best_effort, guarded_tracker, one_line, stop_on_signals
 from .metrics import RunTotals, append_metrics
 from .packing import KeptPrefix, causal_model, keeps_prefix, packed_loss, packing_attention, shares_exactly
 from .prefix import common_prefix, lift_prefix, pack_rows, split_passes
@@ -40,6 +40,18 @@ def taken_memory() -> int:  # bytes
     if torch.cuda.is_available() and torch.cuda.is_initialized(): return torch.cuda.max_memory_reserved()
     return psutil.Process().memory_info().rss
 
+# %% ../nbs/09_trainer.ipynb #8c82fa6a
+def _write_line(
+    path: str,  # metrics.jsonl
+    state: "TrainerState",  # of transformers
+    logs: dict,  # the trainer's names and numbers
+    totals: RunTotals,  # so far
+):
+    "Write a line of metrics; from the last optimizer step on a write that fails is only told."
+    line = lambda: append_metrics(path, state.global_step, {**logs, "max_steps": state.max_steps, "memory": taken_memory()}, totals)
+    if 0 < state.max_steps <= state.global_step: best_effort("a line of metrics.jsonl", line)
+    else: line()
+
 # %% ../nbs/09_trainer.ipynb #84963e70
 def _run_callback(
     path: str,  # metrics.jsonl
@@ -51,16 +63,16 @@ def _run_callback(
     from transformers import TrainerCallback
     class RunCallback(TrainerCallback):
         def on_train_begin(self, args, state, control, **kw):
-            self.start, self.said = time.time() - earlier(), 0.0
+            self.start, self.said = time.monotonic() - earlier(), float("-inf")
             self.bar = progress_bar(total=state.max_steps, desc="Training", unit="step") if bar and state.is_world_process_zero else None
         def on_step_end(self, args, state, control, **kw):
             if self.bar is not None: self.bar.update(state.global_step - self.bar.n)
         def on_log(self, args, state, control, logs=None, **kw):
-            if state.is_world_process_zero: append_metrics(path, state.global_step, {**(logs or {}), "max_steps": state.max_steps, "memory": taken_memory()}, totals)
+            if state.is_world_process_zero: _write_line(path, state, logs or {}, totals)
             if not hasattr(self, "start") or not state.is_world_process_zero: return
             if self.bar is not None: self.bar.set_postfix({k: f"{v:.4g}" for k, v in logs.items() if k in ("loss", "eval_loss")})
-            elif time.time() - self.said >= 10 or state.global_step == state.max_steps and "loss" in logs:
-                self.said = time.time()
+            elif time.monotonic() - self.said >= 10 or state.global_step == state.max_steps and "loss" in logs:
+                self.said = time.monotonic()
                 print(progress_line(state.global_step, state.max_steps, logs, self.said - self.start, totals.rows), flush=True)
         def on_train_end(self, args, state, control, **kw):
             if self.bar is not None: self.bar.close()
@@ -302,8 +314,8 @@ def _final_metrics(
     "What a run came to, over all its sessions."
     before = next((o["eval_loss"] for o in trainer.state.log_history if "eval_loss" in o and o["step"] == 0), None)
     metrics = {"train_loss": done.training_loss, "eval_loss_before": before, "eval_loss": after, "steps": done.global_step,
-               "train_seconds": round(trainer.seconds + done.metrics["train_runtime"], 3), **asdict(trainer.totals)}
-    return {k: v for k, v in metrics.items() if v is not None}
+               "train_seconds": round(trainer.took, 3), **asdict(trainer.totals)}
+    return {k: v for k, v in metrics.items() if v is not None and v == v}  # not NaN
 
 # %% ../nbs/09_trainer.ipynb #8e59faf4
 @contextlib.contextmanager
@@ -318,7 +330,7 @@ def _say_how_it_ends(
     except BaseException as e:
         with contextlib.suppress(OSError): say("stopped" if isinstance(e, (RunStopped, KeyboardInterrupt)) else "failed", one_line(e))
         raise
-    say("finished")
+    best_effort("the last line of metrics.jsonl", lambda: say("finished"))
 
 # %% ../nbs/09_trainer.ipynb #d0097feb
 def train_adapter(
