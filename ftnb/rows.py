@@ -7,7 +7,7 @@ __all__ = ['row_ledger', 'describe_ledger', 'RowCounts', 'count_rows', 'JobRows'
 
 # %% ../nbs/09_rows.ipynb #f1782b99
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import ftnb.adapters as adapters
@@ -27,7 +27,7 @@ def row_ledger(
     dropped: list,  # {"split", "row", "reason"} of each row left out
 ) -> preview.RowLedger:  # counts that add up
     "What became of the rows; raises where they don't add up."
-    own = next((o for o in ("test", "eval") if o in read), None)
+    own = splits.own_held_out(read)
     total = read["train"] + (read[own] if own else 0)
     ledger = preview.RowLedger({"read": total, "trained": kept["train"], "held_out": kept["test"], "sampled_away": total - sum(split.values()),
               "dropped": dropped, "splits_not_used": {k: n for k, n in read.items() if k not in ("train", own)}})
@@ -106,12 +106,12 @@ def _tokenize_part(
     limit: int,  # tokens a row may have
 ) -> tuple:  # (`TokenizedRows`, position of each in `ds`; position -> why it was dropped)
     "Format and tokenize some rows."
-    missing = prompts.missing_values(ds, job.template)
-    some = ds if len(missing) < len(ds) else ds.select([])
+    missing = prompts.unusable_rows(ds, job.template)
+    some = prompts.text_columns(ds if len(missing) < len(ds) else ds.select([]), job.template.fields)[0]
     text = prompts.map_dataset_with_prompt_template(some, job.template, tokenizer.eos_token)
     rows = tokens.tokenize_rows(text, tokenizer, job.template, job.settings.completion_only, limit)
     there = [i for i in range(len(ds)) if i not in missing]
-    reasons = {i: "no value for " + ", ".join(f) for i, f in missing.items()} | {there[i]: why for i, why in rows.dropped.items()}
+    reasons = missing | {there[i]: why for i, why in rows.dropped.items()}
     return rows, [there[i] for i in rows.kept], reasons
 
 # %% ../nbs/09_rows.ipynb #5a9e6cbb
@@ -123,6 +123,7 @@ def _tokenize_half(
     tokenizer,  # of the base model
     limit: int,  # tokens a row may have
     keep: bool = True,  # the tokens; False: measure them and let them go
+    unread: dict = {},  # row of the source, from 0 -> why it can't be read
     size: int = 5_000,  # rows of a part
 ) -> tuple:  # (`TokenizedRows`, `RowCounts`, what was dropped and why)
     "Format, tokenize and measure one side of the split."
@@ -132,7 +133,7 @@ def _tokenize_half(
         rows, there, why = _tokenize_part(ds.select(range(at, min(at + size, len(ds)))), job, tokenizer, limit)
         counts += count_rows(rows, [numbers[at + i] + 1 for i in there])
         kept += [at + i for i in there]
-        reasons |= {at + i: reason for i, reason in why.items()}
+        reasons |= {at + i: unread.get(numbers[at + i], reason) for i, reason in why.items()}
         if keep: parts.append(rows.dataset)
     dropped = [{"split": source, "row": numbers[i] + 1, "reason": why} for i, why in sorted(reasons.items(), key=lambda o: numbers[o[0]])]
     return tokens.TokenizedRows(concatenate_datasets(parts) if keep else None, tuple(kept), reasons), counts, dropped
@@ -144,7 +145,7 @@ def _split_rows(
 ) -> dict:  # "train", "test" -> (`Dataset`, number of each row in its source, name of the source)
     "Both sides of the split, and where their rows came from."
     import warnings
-    own = next((o for o in ("test", "eval") if o in data), None)
+    own = splits.own_held_out(data)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # splits that aren't used are in the ledger
         halves = splits.sample_and_split_dataset(data, args.dataset_fraction, args.train_test_split)
@@ -152,31 +153,54 @@ def _split_rows(
     return {"train": (halves["train"], train, "train"),
             "test": (halves["test"], list(range(len(data[own]))) if own else test, own or "train")}
 
+# %% ../nbs/09_rows.ipynb #7c0744c6
+def _unreadable(
+    ds,  # a `Dataset`
+    template: prompts.PromptTemplate,  # of the job
+) -> dict:  # row from 0 -> why
+    "Rows in which a value that the template uses is no text."
+    return prompts.text_columns(ds.select_columns(list(template.fields)), template.fields)[1] if template.fields else {}
+
+# %% ../nbs/09_rows.ipynb #d58914bd
+def _too_many_lost(
+    lost: dict,  # row from 0 -> why it can't be read
+    n: int,  # rows that there are
+) -> list:  # sentences; none where it is a tenth or less
+    "What to say where too much can't be read."
+    if len(lost) * 10 <= n: return []
+    shown = [f"row {row + 1}: {why}" for row, why in sorted(lost.items())[:10]]
+    return shown + [f"{len(lost):,} of {n:,} rows can't be read: up to a tenth would be left out"]
+
 # %% ../nbs/09_rows.ipynb #cafe89db
 def read_rows(
     job_dataset: SimpleNamespace,  # row of datasets
     template: prompts.PromptTemplate | None = None,  # checked against the columns
     token: str | None = None,  # for the Hugging Face hub
-):  # a `DatasetDict`
-    "Read a data set; raises where the template names columns that it hasn't."
-    data = corpus.load_dataset_into_memory(job_dataset, token)
-    used = [o for o in ("train", next((o for o in ("test", "eval") if o in data), None)) if o]
-    missing = [f"split {o}: {q}" if len(data) > 1 else q for o in used for q in (prompts.template_problems(template, data[o].column_names) if template else ())]
-    consts.raise_problems(missing, "The prompt doesn't fit the data set")
-    return data
+) -> corpus.Corpus:  # the rows, and what can't be read of them
+    "Read a data set; raises where the template names columns that it hasn't, or where too much can't be read."
+    found = corpus.read_corpus(job_dataset, token)
+    used = [name for name in ("train", splits.own_held_out(found.splits)) if name]
+    said = lambda name: f"split {name}: " * (len(found.splits) > 1)
+    problems_of = lambda name: prompts.template_problems(template, found.splits[name].column_names) if template else []
+    consts.raise_problems([said(name) + problem for name in used for problem in problems_of(name)], "The prompt doesn't fit the data set")
+    lost = {name: _unreadable(found.splits[name], template) for name in used if template}
+    consts.raise_problems([said(name) + problem for name in lost for problem in _too_many_lost(lost[name], len(found.splits[name]))],
+                          "The data set can't be read")
+    return replace(found, unread=found.unread | {name: lost[name] | found.unread.get(name, {}) for name in lost})
 
 # %% ../nbs/09_rows.ipynb #ce0f1bdc
 def prepare_rows(
     job: "Job",  # from `check_job`
     tokenizer,  # with a pad token
     config=None,  # of the base model, for its window and its vocabulary
-    data=None,  # a `DatasetDict`; default: what the job's data set holds
+    data=None,  # a `DatasetDict` or a `Corpus`; default: what the job's data set holds
     keep: bool = True,  # tokens and hashes, for training; False: the counts alone
 ) -> JobRows:  # tokenized, with the ledger
     "Read, sample, split, format and tokenize; raises where no row is left to train on."
     if data is None: data = read_rows(job.records.dataset, job.template, job.token)
+    unread, data = getattr(data, "unread", {}), getattr(data, "splits", data)
     halves, limit = _split_rows(data, job.args), tokens.length_limit(job.settings.max_length, getattr(config, "max_position_embeddings", None))
-    done = {name: _tokenize_half(*half, job, tokenizer, limit, keep) for name, half in halves.items()}
+    done = {name: _tokenize_half(*half, job, tokenizer, limit, keep, unread.get(half[2], {})) for name, half in halves.items()}
     counts = {name: o[1] for name, o in done.items()}
     if config is not None: consts.raise_problems(adapters.vocabulary_problems(tokenizer, config.vocab_size, [[c.top] for c in counts.values()]),
                                                  f"The model {job.source} can't be used")
