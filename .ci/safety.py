@@ -96,9 +96,16 @@ def read_rows(record, rows):
         assert bad and f"(row {bad[0]})" in str(e), (str(e), bad)
         return None
     assert not bad, bad
-    empty = (lambda v: v or None) if record.type.endswith("csv") else lambda v: v  # an empty field of a CSV file is a missing value
-    assert [dict(r) for r in found] == [{k: empty(v) for k, v in r.items()} for r in rows]
+    if record.type.endswith("csv"): rows = as_csv_has_it(rows)
+    assert [dict(r) for r in found] == rows
     return found
+
+def as_csv_has_it(rows):
+    "Rows with their empty fields: the empty text in a column of texts, a missing value among numbers, dates, true and false."
+    kinds = [r" *([-+]?(\d+([.,]\d*)?|[.,]\d+)([eE][-+]?\d+)?|[-+]?(inf|nan|NaN|Inf|Infinity)) *", " *(true|false|True|False|TRUE|FALSE) *"]
+    def texts(c): return [r[c] for r in rows if r[c]]
+    typed = {c for c in "ab" if texts(c) and any(all(re.fullmatch(kind, v, re.A) for v in texts(c)) for kind in kinds)}
+    return [{c: v or (None if c in typed else "") for c, v in r.items()} for r in rows]
 
 def check_tokens(kind, tok, pieces, row, before, text, ids, labels, only):
     "Ids and labels of a row, against its text alone."
@@ -126,7 +133,7 @@ def text(examples=1500):
     import datasets
     from collections import Counter
     from hypothesis import HealthCheck, Phase, given, note, settings, strategies as st
-    from ftnb.prompts import map_dataset_with_prompt_template, missing_values
+    from ftnb.prompts import map_dataset_with_prompt_template, missing_values, unusable_rows
     from ftnb.tokens import tokenize_rows
     datasets.disable_progress_bars()
     warnings.simplefilter("ignore")
@@ -154,9 +161,12 @@ def text(examples=1500):
         with tempfile.TemporaryDirectory() as folder: ds = read_rows(write_rows(folder, file, rows), rows)
         if ds is None: return count.update(["refused files"])
         prompt = SimpleNamespace(prompt_template=None, input_template=written(given), completion_template=written(added))
-        used, found = {o for slot, o in pieces if slot}, ds[:]
-        good = [i for i in range(len(ds)) if all(found[c][i] is not None for c in used)]
-        assert sorted(missing_values(ds, prompt)) == [i for i in range(len(ds)) if i not in good]
+        used, found, rows = {o for slot, o in pieces if slot}, ds[:], [dict(r) for r in ds]
+        whole = [i for i in range(len(ds)) if all(found[c][i] is not None for c in used)]
+        assert sorted(missing_values(ds, prompt)) == [i for i in range(len(ds)) if i not in whole]
+        blank = lambda row: any(slot for slot, _ in added) and not "".join(row[o] if slot else o for slot, o in added).strip()
+        good = [i for i in whole if not blank(rows[i])]
+        assert sorted(unusable_rows(ds, prompt)) == [i for i in range(len(ds)) if i not in good]
         if not good: return count.update(["nothing left"])
         done = map_dataset_with_prompt_template(ds, prompt, tok.eos_token)
         want = [expected(pieces, rows[i], tok.eos_token) for i in good]
