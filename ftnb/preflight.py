@@ -223,7 +223,7 @@ def _check_settings(p: Preflight):
 def _check_template(p: Preflight):
     "The prompt's slots, and where its completion begins."
     if "prompt" not in p.known: return
-    template, where = p.attempt("template", prompts.read_template, p.known["prompt"]), f"prompt {p.args.prompt_id}"
+    template, where = p.attempt("template", prompts.read_template, p.known["prompt"], None, False), f"prompt {p.args.prompt_id}"
     if template is None: return
     p.known["template"] = template
     if p.known.get("training", {}).get("completion_only_loss") and template.completion is None:
@@ -363,13 +363,14 @@ def _check_rows(p: Preflight, keep: bool):
     data = p.attempt("rows", read_rows, p.known["dataset"], p.known.get("template"), p.known["token"])
     if data is None: return
     if not p.job or "tokenizer" not in p.known:
-        return p.add("ok", "rows", ", ".join(f"{len(ds):,} read in split {name}" for name, ds in data.items()) + "; not looked at further")
+        return p.add("ok", "rows", ", ".join(f"{len(ds):,} read in split {name}" for name, ds in data.splits.items()) + "; not looked at further")
     rows = p.attempt("rows", prepare_rows, p.job, p.known["tokenizer"], p.known["config"], data, keep)
     if rows is None: return
     p.known["rows"], counts = rows, rows.counts["train"]
     first, *drops = describe_ledger(rows.ledger).splitlines()
     p.add("ok", "rows", first.removeprefix("rows: "))
-    p.add("warning", "rows", *(o.strip() for o in drops))
+    p.add("warning", "rows", *(o.strip() for o in drops), *prompts.conversation_warnings(data.splits["train"], p.job.template))
+    p.add("ok", "rows", *prompts.empty_text_notes(data.splits["train"], p.job.template))
     ids = rows.train.dataset["input_ids"] if keep else ()
     p.attempt("tokens", tokenizer_files.check_saving, p.known["tokenizer"], p.job.source, ids, p.job.token)
     longest = counts.lengths.argsort(kind="stable")[::-1][:3]

@@ -14,7 +14,7 @@ from itertools import chain
 from os.path import commonprefix
 
 from .consts import TRAINING_DATA_TEXT_FIELD, raise_problems
-from .prompts import PromptTemplate, format_row, read_template, value_column, value_spans
+from .prompts import PromptTemplate, format_row, read_template, text_columns, value_column, value_spans
 
 # %% ../nbs/06_tokens.ipynb #c301fdec
 def find_padding_token_candidate(
@@ -483,7 +483,8 @@ def tokenize_rows(
     "Token ids and labels of every row; raises where EOS or the completion can't be found."
     template = PromptTemplate(()) if template is None else read_template(template)
     raise_problems(_tokenizing_problems(tokenizer, template, completion_only, dataset.column_names), "The rows can't be tokenized")
-    dataset = dataset.select_columns(list(dict.fromkeys([TRAINING_DATA_TEXT_FIELD, *map(value_column, template.fields)])))
+    used = list(dict.fromkeys(map(value_column, template.fields)))
+    dataset = text_columns(dataset.select_columns(list(dict.fromkeys([TRAINING_DATA_TEXT_FIELD, *used]))), used)[0]
     plain, shared, tables, kept, dropped, joined = _PlainTokenizer(tokenizer), _find_shared(dataset, tokenizer, template), [], [], {}, 0
     for at in range(0, len(dataset), 1000):
         good = []
