@@ -42,7 +42,7 @@ def fields():
     from transformers import BitsAndBytesConfig
     from trl import SFTConfig
     from ftnb.adapters import lora_problems
-    from ftnb.models import bnb_problems
+    from ftnb.quantisation import bnb_problems
     from ftnb.settings import training_problems
     own = {SFTConfig: training_problems, LoraConfig: lora_problems, BitsAndBytesConfig: bnb_problems}
     seen = set()

@@ -12,6 +12,7 @@ import contextlib
 import os
 
 import ftnb.models as models
+import ftnb.targets as targets
 from .consts import raise_problems
 from .lora_settings import LORA_RULES, explicit_patterns, lora_problems, moves_base, saved_settings
 from .tokenizer_files import save_tokenizer, tokenizer_problems
@@ -66,7 +67,7 @@ def apply_lora(
     from transformers import set_seed
     raise_problems(lora_problems(lora), "The LoRA settings can't be used")
     set_seed(seed)
-    model = get_peft_model(model, LoraConfig(**_full_settings(lora, model.config.model_type)))
+    model = get_peft_model(model, LoraConfig(**targets.text_targets(model, _full_settings(lora, model.config.model_type))))
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     model.loaded_dtypes = {n: p.dtype for n, p in trained.items()}  # as PEFT will load them, too
     if moves_base(lora.get("init_lora_weights", True)):
@@ -103,15 +104,16 @@ def target_problems(
     lora: dict,  # LoRA settings
 ) -> list:  # a sentence, or nothing
     "Whether the model has what LoRA is to be put into."
-    import re, torch
-    from transformers import AutoModelForCausalLM
+    import re
+    ranks = [o for o in (lora.get("r"), *(lora.get("rank_pattern") or {}).values()) if isinstance(o, int)]
+    if max(ranks, default=0) > 2**31: return [f"lora_config: a rank of {max(ranks):,} makes weights larger than any memory; take 8 to 64"]
     try:
-        with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-            try: return _start_problems(apply_lora(model, lora), lora.get("init_lora_weights", True))
-            except (ValueError, TypeError, AttributeError, re.error) as e: return [f"lora_config: {e}"]
-    except (NotImplementedError, RuntimeError): pass  # needs weights, which aren't there yet
-    return []
+        model = models.shape_model(config)
+        if problem := targets.pattern_problem(lora, [name for name, _ in model.named_modules()]): return [problem]
+        try:
+            with models.on_meta(): return _start_problems(apply_lora(model, lora), lora.get("init_lora_weights", True))
+        except (ValueError, TypeError, AttributeError, re.error) as e: return [f"lora_config: {e}"]
+    except (NotImplementedError, RuntimeError): return []  # needs weights, which aren't there yet
 
 # %% ../nbs/07_adapters.ipynb #7db3fde2
 def plan_warnings(

@@ -17,6 +17,7 @@ from .prompts import *
 from .splits import *
 from .tokens import *
 from .preview import *
+from .quantisation import *
 from .models import *
 from .lora_settings import LORA_RULES, lora_problems, reader_warnings
 from .tokenizer_files import save_tokenizer

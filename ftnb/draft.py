@@ -17,7 +17,7 @@ import ftnb.adapters as adapters
 import ftnb.consts as consts
 import ftnb.corpus as corpus
 import ftnb.jobargs as jobargs
-import ftnb.models as models
+import ftnb.quantisation as quantisation
 import ftnb.preflight as preflight
 import ftnb.probe as probe
 import ftnb.prompts as prompts
@@ -151,7 +151,7 @@ def _settings_problems(
     blob: dict,  # they
 ) -> dict:  # field -> problem
     "What is wrong with settings, as the rooms that use them see it."
-    check = {"lora_config": adapters.lora_problems, "bnb_config": models.bnb_problems, "training_arguments_config": settings.training_problems}[part]
+    check = {"lora_config": adapters.lora_problems, "bnb_config": quantisation.bnb_problems, "training_arguments_config": settings.training_problems}[part]
     return _place_problems(check(blob), part)
 
 # %% ../nbs/12_draft.ipynb #a97be591

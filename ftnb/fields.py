@@ -41,12 +41,13 @@ def library_defaults(
     "The fields of a configuration."
     from dataclasses import MISSING, fields, is_dataclass
     from inspect import Parameter, signature
-    if not is_dataclass(config_class):
-        named = signature(config_class.__init__).parameters.values()
-        plain = [p for p in named if p.name != "self" and p.kind not in (Parameter.VAR_KEYWORD, Parameter.VAR_POSITIONAL)]
-        return {p.name: None if p.default is Parameter.empty else p.default for p in plain}
+    various = (Parameter.VAR_KEYWORD, Parameter.VAR_POSITIONAL)
+    taken = {p.name: p.default for p in signature(config_class).parameters.values() if p.kind not in various}
+    made_by = [f for f in fields(config_class) if f.init] if is_dataclass(config_class) else []
+    if {f.name for f in made_by} != set(taken):  # no dataclass, or one with an __init__ of its own
+        return {name: None if default is Parameter.empty else default for name, default in taken.items()}
     found = {}
-    for f in fields(config_class):
+    for f in made_by:
         made = f.default_factory() if f.default_factory is not MISSING else None
         found[f.name] = made if f.default is MISSING else f.default
     return found
