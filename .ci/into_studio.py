@@ -1,6 +1,7 @@
 "A Studio that is there, on Python 3.10 with libraries of 2024, trains with ftnb: `python .ci/into_studio.py [WORDS OF A PART ...]`."
 import hashlib, json, os, re, shutil, signal, sqlite3, subprocess, sys, tempfile, textwrap, time
-from contextlib import closing, contextmanager
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -9,7 +10,7 @@ from transformers import logging
 
 import ftnb
 from ftnb.demo import make_demo_project
-from ftnb.jobargs import parse_job_arguments
+from ftnb.jobargs import format_job_arguments, parse_job_arguments
 from ftnb.stand_in import StandIn
 from ftnb.tiny import save_tiny
 
@@ -400,7 +401,39 @@ def real_job(work, old, python, kernel):
         code, said = studio.do("undo")
         check("undo: the Studio's own script is back, data and adapter stay", code == 0 and studio.script == FORMER and (project.out_dir/"run.json").exists(), said)
 
-PARTS = ("own environment", "killed", "api", "doors", "real job")
+# 6. Two nodes: the second is started by Cloudera's module, which only the Studio's Python has, and begins in that Python too
+
+WORKERS = """
+import os, subprocess, sys
+FOLDER = os.path.dirname(os.path.abspath(__file__))
+def pids():
+    return open(os.path.join(FOLDER, "pids")).read().split()
+def launch_workers(n, cpu, memory, nvidia_gpu=0, code="", env={}, **more):
+    log = open(os.path.join(FOLDER, "worker.log"), "wb")
+    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, **env}, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    with open(os.path.join(FOLDER, "pids"), "a") as f: f.write(f"{process.pid}\\n")
+    return [{"id": str(process.pid), "status": "scheduling"}]
+def list_workers():
+    return [{"id": pid, "status": "running" if os.path.exists(f"/proc/{pid}") else "succeeded"} for pid in pids()]
+def stop_workers(*ids):
+    for pid in ids: subprocess.run(["kill", pid])
+"""
+
+def two_nodes(work, old, python):
+    folder, module = work/"project", work/"module"
+    project = make_demo_project(folder, save_tiny(work/"tiny", kind="qwen"), fraction=0.05)
+    module.mkdir()
+    (module/"cdsw.py").write_text(WORKERS)
+    with Studio(folder, old | {"PYTHONPATH": f"{old['PYTHONPATH']}:{module}"}, ROOT, python) as studio:
+        studio.do("install", "--env", sys.prefix)
+        args = replace(parse_job_arguments(project.job_arguments), dist_num=2, dist_cpu=1, dist_mem=2, dist_gpu=0)
+        env = studio.env | {"JOB_ARGUMENTS": format_job_arguments(args), "CDSW_IP_ADDRESS": "127.0.0.1"}
+        code, said = run([python, "-c", AS_A_CELL, folder/JOB], env, folder, timeout=500)
+        log = (module/"worker.log").read_text() if (module/"worker.log").exists() else "no worker was started"
+        check("a job on two nodes: the second one comes, in the Studio's Python, and hands over too", code == 0 and "node 1 has come" in said, said[-2000:] + log[-2000:])
+        check("and its adapter is there", (project.out_dir/"adapter_model.safetensors").exists())
+
+PARTS = ("own environment", "killed", "api", "doors", "real job", "two nodes")
 
 def main(words):
     logging.disable_progress_bar()
@@ -423,6 +456,7 @@ def main(words):
         if "api" in chosen: api(work/"api", old, python, clone, env)
         if "doors" in chosen: doors(work, old, python, clone, env, kernel)
         if "real job" in chosen: real_job(work/"real", old, python, kernel)
+        if "two nodes" in chosen: two_nodes(work/"nodes", old, python)
     print(f"{sum(results)} passed, {len(results) - sum(results)} failed")
     return int(not all(results))
 

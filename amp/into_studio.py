@@ -382,6 +382,7 @@ cell. It hands over to ftnb's Python, and passes on what that prints, the signal
 """
 import codecs
 import fcntl
+import importlib.util
 import os
 import selectors
 import signal
@@ -417,8 +418,9 @@ def ftnb_environment():
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON") and k not in left_out}
     env["PATH"] = os.path.dirname(PYTHON) + os.pathsep + env.get("PATH", "")
     env.update(PYTHONNOUSERSITE="1", PYTHONSAFEPATH="1", PYTHONUNBUFFERED="1", PYTHONUTF8="1")
-    env.update(FTNB_JOB_SCRIPT=os.path.join(FOLDER, "finetune_job.py"), FTNB_RUNTIME_PYTHON=sys.executable,
-               FTNB_RUNTIME_PATH=os.environ.get("PYTHONPATH", ""))  # for workers, which start in this Python again
+    env["FTNB_JOB_SCRIPT"] = os.path.join(FOLDER, "finetune_job.py")  # what a further node of the job begins with
+    if importlib.util.find_spec("cml") or importlib.util.find_spec("cdsw"):  # Cloudera's module for workers, only this Python's
+        env.update(FTNB_RUNTIME_PYTHON=sys.executable, FTNB_RUNTIME_PATH=os.environ.get("PYTHONPATH", ""))
     return env
 
 

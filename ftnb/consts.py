@@ -6,7 +6,8 @@
 __all__ = ['TRAINING_DATA_TEXT_FIELD', 'TRAINING_DEFAULT_TRAIN_TEST_SPLIT', 'TRAINING_DEFAULT_DATASET_FRACTION',
            'TRAINING_DATASET_SEED', 'DEFAULT_LORA_CONFIG', 'DEFAULT_BNB_CONFIG', 'DEFAULT_TRAINING_ARGUMENTS',
            'DATASET_TYPES', 'MODEL_TYPES', 'ADAPTER_TYPES', 'CONFIG_TYPES', 'JOB_ARGUMENTS', 'STUDIO_DB',
-           'STUDIO_DB_DEFAULT', 'HF_TOKEN', 'printable', 'raise_problems', 'nearest']
+           'STUDIO_DB_DEFAULT', 'HF_TOKEN', 'JOB_SCRIPT', 'RUNTIME_PYTHON', 'RUNTIME_PATH', 'printable',
+           'raise_problems', 'nearest']
 
 # %% ../nbs/00_consts.ipynb #d4b2dc3b
 TRAINING_DATA_TEXT_FIELD = "prediction"  # column with the fully formatted text of a row
@@ -40,6 +41,11 @@ JOB_ARGUMENTS = "JOB_ARGUMENTS"  # environment variable with the job's `--key va
 STUDIO_DB = "FINE_TUNING_STUDIO_SQLITE_DB"  # environment variable with the path of the Studio database
 STUDIO_DB_DEFAULT = ".app/state.db"  # used when it is not set, below the working directory
 HF_TOKEN = "HUGGINGFACE_ACCESS_TOKEN"  # environment variable with the token for gated models
+
+# %% ../nbs/00_consts.ipynb #48525be1
+JOB_SCRIPT = "FTNB_JOB_SCRIPT"  # environment variable with the path of the script that handed the job over
+RUNTIME_PYTHON = "FTNB_RUNTIME_PYTHON"  # environment variable with the Python that has Cloudera's module for workers
+RUNTIME_PATH = "FTNB_RUNTIME_PATH"  # environment variable with that Python's PYTHONPATH
 
 # %% ../nbs/00_consts.ipynb #17845765
 def printable(

@@ -206,11 +206,40 @@ def run_ranks(
     return []
 
 # %% ../nbs/13_launch.ipynb #f6ee7e8f
-def workers_api():  # a module; None where this isn't Cloudera ML
+def workers_api():  # a module, or what stands for it; None where this isn't Cloudera ML
     "Cloudera's module for workers."
     from importlib import import_module
     for name in ("cml.workers_v1", "cdsw"):
         with contextlib.suppress(ImportError): return import_module(name)
+    if python := os.environ.get(consts.RUNTIME_PYTHON): return _RuntimeWorkers(python, os.environ.get(consts.RUNTIME_PATH, ""))
+
+# %% ../nbs/13_launch.ipynb #74477b33
+_ASK_WORKERS = """import json, sys
+try: import cml.workers_v1 as api
+except ImportError: import cdsw as api
+name, ids, settings = json.load(sys.stdin)
+print(json.dumps(getattr(api, name)(*ids, **settings), default=str))
+"""
+
+# %% ../nbs/13_launch.ipynb #7a2cc8fc
+@dataclass(frozen=True)
+class _RuntimeWorkers:
+    "Cloudera's module for workers, in the Python that handed the job over."
+    python: str  # its path
+    path: str  # its PYTHONPATH
+
+    def _ask(self, name, *ids, **settings):
+        import subprocess
+        env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+        if self.path: env["PYTHONPATH"] = self.path
+        done = subprocess.run([self.python, "-c", _ASK_WORKERS], input=json.dumps([name, ids, settings]), env=env,
+                              text=True, capture_output=True)
+        if done.returncode: raise RuntimeError((done.stderr.strip().splitlines() or ["no answer"])[-1])
+        return json.loads(done.stdout.strip().splitlines()[-1])
+
+    def launch_workers(self, **settings): return self._ask("launch_workers", **settings)
+    def list_workers(self): return self._ask("list_workers")
+    def stop_workers(self, *ids): return self._ask("stop_workers", *ids)
 
 # %% ../nbs/13_launch.ipynb #c99ee876
 NODE_RANK, MASTER_IP, MASTER_PORT = "CML_FTS_JOB_NODE_RANK", "CML_FTS_JOB_MASTER_IP", "MASTER_PORT"  # what a worker is told by its environment
@@ -238,6 +267,8 @@ def _worker_env(
 def worker_code() -> str:  # Python, without secrets
     "What a worker runs."
     from importlib.util import find_spec
+    if script := os.environ.get(consts.JOB_SCRIPT):
+        return f"import os; os.chdir({os.getcwd()!r}); exec(compile(open({script!r}, encoding='utf-8').read(), {script!r}, 'exec'))"
     home = os.path.dirname(os.path.dirname(os.path.abspath(find_spec("ftnb.jobargs").origin)))
     return f"import os, sys; os.chdir({os.getcwd()!r}); sys.path.insert(0, {home!r}); import ftnb.finetune; ftnb.finetune.run_command()"
 

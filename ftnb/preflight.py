@@ -131,7 +131,7 @@ def processes_problems(
     from importlib.util import find_spec
     found, env = [], os.environ if env is None else env
     if args.dist_num > 1 and "LOCAL_RANK" not in env:
-        here = find_spec("cml") or find_spec("cdsw")
+        here = find_spec("cml") or find_spec("cdsw") or env.get(consts.RUNTIME_PYTHON)
         found += missing_resources(args, env) if here else [f"--dist_num {args.dist_num}: nodes are started by Cloudera ML's workers API, which isn't here; run the job there, or send it with 1"]
     if not ranks.shards_model(): return found
     if env.get("FSDP_VERSION", "1") != "2": found.append("FSDP of version 1 is asked for: add --fsdp_version 2 to accelerate launch")
