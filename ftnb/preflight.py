@@ -236,6 +236,7 @@ def _check_template(p: Preflight):
     template, where = p.attempt("template", prompts.read_template, p.known["prompt"], None, False), f"prompt {p.args.prompt_id}"
     if template is None: return
     p.known["template"] = template
+    if note := tokens.asked_otherwise(p.known["prompt"]): p.add("warning", "template", f"{where}: {note}")
     if p.known.get("training", {}).get("completion_only_loss") and template.completion is None:
         p.add("error", "template", f"{where}: completion_only_loss needs a prompt_template that ends in its completion_template")
     if not template.fields: p.add("warning", "template", f"{where}: it has no {{column}}, so every row is the same text")
@@ -284,10 +285,11 @@ def load_base_files(
     import warnings
     from transformers import AutoConfig
     tokenizer = models.load_tokenizer(source, token)
+    config = AutoConfig.from_pretrained(source, token=token, trust_remote_code=False)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", UserWarning)
-        tokens.configure_tokenizer_padding(tokenizer)
-    return tokenizer, AutoConfig.from_pretrained(source, token=token, trust_remote_code=False), tuple(str(o.message) for o in said)
+        tokens.configure_tokenizer_padding(tokenizer, embeddings=config.get_text_config().vocab_size)
+    return tokenizer, config, tuple(str(o.message) for o in said)
 
 # %% ../nbs/10_preflight.ipynb #f83582af
 def plan_model(
@@ -373,6 +375,8 @@ def _check_rows(p: Preflight, keep: bool):
     p.add("warning", "rows", *(o.strip() for o in drops), *prompts.conversation_warnings(data.splits["train"], p.job.template))
     p.add("ok", "rows", *prompts.empty_text_notes(data.splits["train"], p.job.template))
     ids = rows.train.dataset["input_ids"] if keep else ()
+    note = tokens.boundary_note(rows.train.joined + rows.test.joined, len(rows.train) + len(rows.test), p.known["template"])
+    p.add("warning", "tokens", *tokens.prompt_notes(p.known["tokenizer"], p.known["template"]), *[note] * bool(note))
     p.attempt("tokens", tokenizer_files.check_saving, p.known["tokenizer"], p.job.source, ids, p.job.token)
     longest = counts.lengths.argsort(kind="stable")[::-1][:3]
     p.add("ok", "tokens", f"{counts.lengths.sum():,} in {len(counts.lengths):,} rows to train on, of which all begin with the same {counts.prefix:,}; the longest: "

@@ -128,15 +128,16 @@ def _tokenize_half(
 ) -> tuple:  # (`TokenizedRows`, `RowCounts`, what was dropped and why)
     "Format, tokenize and measure one side of the split."
     from datasets import concatenate_datasets
-    parts, kept, reasons, counts = [], [], {}, count_rows(tokens.TokenizedRows(None, ()), [])
+    parts, kept, reasons, joined, counts = [], [], {}, 0, count_rows(tokens.TokenizedRows(None, ()), [])
     for at in range(0, max(1, len(ds)), size):
         rows, there, why = _tokenize_part(ds.select(range(at, min(at + size, len(ds)))), job, tokenizer, limit)
         counts += count_rows(rows, [numbers[at + i] + 1 for i in there])
         kept += [at + i for i in there]
+        joined += rows.joined
         reasons |= {at + i: unread.get(numbers[at + i], reason) for i, reason in why.items()}
         if keep: parts.append(rows.dataset)
     dropped = [{"split": source, "row": numbers[i] + 1, "reason": why} for i, why in sorted(reasons.items(), key=lambda o: numbers[o[0]])]
-    return tokens.TokenizedRows(concatenate_datasets(parts) if keep else None, tuple(kept), reasons), counts, dropped
+    return tokens.TokenizedRows(concatenate_datasets(parts) if keep else None, tuple(kept), reasons, joined), counts, dropped
 
 # %% ../nbs/09_rows.ipynb #8bcc2873
 def _split_rows(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['find_padding_token_candidate', 'configure_tokenizer_padding', 'encode_prompts', 'make_labels', 'length_limit',
-           'TokenizedRows', 'tokenize_rows']
+           'TokenizedRows', 'tokenize_rows', 'prompt_notes', 'boundary_note', 'asked_otherwise']
 
 # %% ../nbs/06_tokens.ipynb #2b41a095
 import re
@@ -27,21 +27,38 @@ def find_padding_token_candidate(
         for word in ("pad", "reserved"):
             if found := next((t for t in group if word in t.lower()), None): return found
 
+# %% ../nbs/06_tokens.ipynb #cd5c96e2
+def _pad_problem(
+    pad_token: str,  # asked for
+    vocab: dict,  # token -> id
+) -> str:  # a sentence, or ""
+    "Why a token can't be the pad token."
+    if not pad_token: return "pad_token is empty; name a token of the vocabulary, or leave it out (None)"
+    if pad_token in vocab: return ""
+    return f"pad_token {pad_token!r} isn't in the tokenizer's vocabulary of {len(vocab)}; name a token that is"
+
 # %% ../nbs/06_tokens.ipynb #1d994045
 def configure_tokenizer_padding(
     tokenizer,  # a transformers tokenizer; changed in place
     pad_token: str | None = None,  # asked for; must be in the vocabulary
+    embeddings: int | None = None,  # rows of the model's embedding; None: one for every token
 ):  # the tokenizer, with a pad token
     "Give a tokenizer a pad token without growing its vocabulary; raises if `pad_token` isn't in it."
+    import warnings
     eos, vocab = tokenizer.eos_token, tokenizer.get_vocab()
-    own, unk = (t if t in vocab and t != eos else None for t in (tokenizer.pad_token, tokenizer.unk_token))
-    if own: return tokenizer
-    if pad_token is not None and pad_token not in vocab:
-        raise ValueError(f"pad_token {pad_token!r} isn't in the tokenizer's vocabulary of {len(tokenizer)}; name a token that is")
-    tokenizer.pad_token = pad_token or unk or find_padding_token_candidate(tokenizer) or eos
-    if tokenizer.pad_token == eos:
-        import warnings
-        warnings.warn(f"the tokenizer pads with its EOS token {eos!r}; safe here, since labels are masked by position")
+    added = {t.content for t in tokenizer.added_tokens_decoder.values()}
+    def usable(token): return token in vocab and token != eos and (embeddings is None or vocab[token] < embeddings)
+    own = tokenizer.pad_token
+    if usable(own): return tokenizer
+    if pad_token is not None and (problem := _pad_problem(pad_token, vocab)): raise ValueError(problem)
+    candidate = find_padding_token_candidate(tokenizer)
+    last = [candidate] if candidate in added and usable(candidate) else [eos]
+    chosen = pad_token or (tokenizer.unk_token if usable(tokenizer.unk_token) else last[0])
+    tokenizer.add_special_tokens({"pad_token": chosen})  # at once what it will be when it is loaded
+    if own in vocab and own != eos: warnings.warn(
+        f"the pad token {own!r} has the id {vocab[own]}, and the model only {embeddings} embeddings; {chosen!r} is used for padding")
+    if chosen == eos: warnings.warn(
+        f"the tokenizer pads with its EOS token {eos!r}; safe here, since labels are masked by position")
     return tokenizer
 
 # %% ../nbs/06_tokens.ipynb #91ee24e8
@@ -497,3 +514,44 @@ def tokenize_rows(
                 joined += row.joined
         tables.append(_table(good))
     return TokenizedRows(_as_dataset(tables or [_table([])]), tuple(kept), dropped, joined)
+
+# %% ../nbs/06_tokens.ipynb #ab8d479f
+def prompt_notes(
+    tokenizer,  # of the base model
+    template: PromptTemplate,  # of the prompts
+) -> list:  # sentences
+    "What a template has that the tokenizer brings too."
+    start, (head, tail) = template.pieces[0][0] if template.pieces else "", _added_tokens(tokenizer)
+    first, last = (tokenizer.decode(ids, skip_special_tokens=False) for ids in (head, tail))
+    notes = []
+    if head and start.startswith(first): notes.append(
+        f"the prompt begins with {first!r}, which the tokenizer puts before every text: it is trained and compared with it once, "
+        "but programs that give the prompt as a text have it twice; take it out of input_template and prompt_template")
+    if tail: notes.append(
+        f"the tokenizer puts {last!r} after every text: programs that give the prompt as a text ask for an answer behind it; "
+        "they must leave it off, as is done here")
+    return notes
+
+# %% ../nbs/06_tokens.ipynb #07f05875
+def boundary_note(
+    joined: int,  # rows put together of prompt and completion, from `TokenizedRows`
+    total: int,  # rows
+    template: PromptTemplate,  # of the prompts
+) -> str:  # a sentence, or ""
+    "What became of rows whose completion would have changed the tokens of their prompt."
+    if not joined: return ""
+    asked = "".join(literal + "x" * (field is not None) for literal, field in template.pieces[:template.completion])
+    space = asked[len(asked.rstrip()):]
+    note = (f"in {joined:,} of {total:,} rows a token would join the end of the prompt to the completion: they are trained as they will be asked, "
+            "the tokens of the prompt, then those of the completion")
+    return note + (f"; models learn and answer better where the {space!r} at the prompt's end stands at the start of completion_template instead" if space else "")
+
+# %% ../nbs/06_tokens.ipynb #d61bc029
+def asked_otherwise(
+    prompt,  # a Studio prompt
+) -> str:  # a sentence, or ""
+    "Whether the Studio asks with another text than the one that is trained."
+    whole, asks, adds = (getattr(prompt, f"{part}_template", None) or "" for part in ("prompt", "input", "completion"))
+    if not (whole.strip() and asks and adds) or whole == asks + adds: return ""
+    return ("prompt_template isn't input_template and then completion_template: the first is trained, and the Studio asks with the second; "
+            "make them the same text")
