@@ -117,6 +117,43 @@ class Studio:
     @property
     def script(self): return self.job["script"]
 
+# 0. Which Python
+
+PICK = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import into_studio as program
+program.PYTHONS = tuple(sys.argv[4:])
+options = program.read_options(["install", "--project", sys.argv[2]])
+try: print(program.find_python(program.Place(sys.argv[2], "."), options, {"runtime_identifier": sys.argv[3]}))
+except program.Problem as e: print(e)
+"""
+UV = """#!/bin/sh
+echo "$@" >> "$(dirname "$0")/asked"
+[ "$2" = install ] && mkdir -p "$UV_PYTHON_INSTALL_DIR/a/bin" && ln -sf PYTHON "$UV_PYTHON_INSTALL_DIR/a/bin/python3"
+[ "$2" = install ]
+"""
+
+def which_python(work, old, python):
+    project, tools = work/"project", work/"tools"
+    for folder in (project/".ftnb", tools): folder.mkdir(parents=True)
+    own = str(Path(sys._base_executable).resolve())
+    for name, target in (("old", python), ("new", own), ("odd", "/bin/false")): (tools/name).symlink_to(target)
+    env = {**os.environ, **old, "PATH": f"{tools}:/usr/bin:/bin", "HOME": str(work)}
+    env.pop("PYTHONHOME", None)
+    pick = lambda *names, session=python, runtime="": run([session, "-c", PICK, ROOT/"amp", project, runtime, *names], env, work)[1].strip()
+    right = lambda said: Path(said).resolve() == Path(own)
+    check("a Python that is too old, or doesn't run, is passed over", right(pick("old", "odd", "missing", "new")))
+    if python != sys.executable:
+        said = pick("old", "odd")
+        check("none: each that was looked at is named, and what to do", "too old" in said and "it doesn't run" in said and "pip install uv" in said, said)
+    said = pick("new", session=sys.executable, runtime="ml-runtime-python3.10-cuda")
+    check("one of another image than that of jobs isn't taken", "lies in this session's image" in said, said)
+    (tools/"uv").write_text(UV.replace("-sf PYTHON", f"-sf {own}"))
+    (tools/"uv").chmod(0o755)
+    said = pick("missing")
+    check("else uv fetches one, into .ftnb", right(said.splitlines()[-1]) and "python install 3.12" in (tools/"asked").read_text() and (project/".ftnb"/"python"/"a").is_dir(), said)
+
 # 1. An environment of its own: made, made again, brought up to date, taken away
 
 def own_environment(work, old, python):
@@ -433,7 +470,7 @@ def two_nodes(work, old, python):
         check("a job on two nodes: the second one comes, in the Studio's Python, and hands over too", code == 0 and "node 1 has come" in said, said[-2000:] + log[-2000:])
         check("and its adapter is there", (project.out_dir/"adapter_model.safetensors").exists())
 
-PARTS = ("own environment", "killed", "api", "doors", "real job", "two nodes")
+PARTS = ("which Python", "own environment", "killed", "api", "doors", "real job", "two nodes")
 
 def main(words):
     logging.disable_progress_bar()
@@ -449,6 +486,7 @@ def main(words):
         if {"killed", "api", "doors"} & {*chosen}:
             for command in ([sys.executable, "-m", "venv", env], [env/"bin"/"pip", "install", "-q", "--disable-pip-version-check", clone]): subprocess.run([*map(str, command)], check=True)
             for name in ("build", "ftnb.egg-info"): shutil.rmtree(clone/name, ignore_errors=True)
+        if "which Python" in chosen: which_python(work/"which", old, python)
         if "own environment" in chosen: own_environment(work/"own", old, python)
         if "killed" in chosen:
             killed(work/"killed", old, python, clone, env)

@@ -217,7 +217,7 @@ def find_python(place, options, template):
             return path
         seen.append(f"{name} {'.'.join(map(str, version))}: {wrong}")
     if not options.python:
-        path = python_by_uv(place, seen)
+        path = python_by_uv(place, template, seen)
         if path:
             return path
     least = ".".join(map(str, LEAST))
@@ -237,7 +237,7 @@ def elsewhere(place, path, template):
             "start a session with the Studio's runtime")
 
 
-def python_by_uv(place, seen):
+def python_by_uv(place, template, seen):
     "A Python that uv has, or fetches into the folder `.ftnb`; None where it can't."
     uv = shutil.which("uv") or shutil.which("uv", path=os.path.expanduser("~/.local/bin"))
     if not uv:
@@ -255,7 +255,7 @@ def python_by_uv(place, seen):
         found += asked.stdout.split("\n")[:1] if asked.returncode == 0 else []
     for path in found:
         base, _, wrong = probe_python(path)
-        if base and not wrong:
+        if base and not wrong and not elsewhere(place, base, template):
             return base
     seen.append(f"uv: {last_line(done.stdout)}")
     return None
