@@ -10,18 +10,22 @@ TEXTS = ("Message: where is my parcel?\nIntent:", "The keypad of my phone is bro
 HERE = Path(__file__).resolve()
 results = []
 
-# name: (tokenizer, architecture, LoRA settings, who wrote the base's tokenizer files)
+# name: (tokenizer, architecture, LoRA settings, which transformers wrote the base's tokenizer files, or what its tokenizer_config.json says)
 CASES = {
     "llama": ("llama", "llama", {"r": 4, "lora_alpha": 8}, 4),
     "llama, by transformers 5": ("llama", "llama", {"r": 4, "target_modules": "all-linear"}, 5),
     "llama 3": ("llama3", "llama", {"r": 4, "use_rslora": True, "layers_to_transform": [1], "layers_pattern": "layers"}, 4),
     "qwen 2": ("qwen", "qwen2", {"r": 8, "use_dora": True}, 4),
     "qwen 2, by transformers 5": ("qwen", "qwen2", {"r": 4, "target_modules": ".*mlp.*_proj", "bias": "lora_only"}, 5),
-    "gpt2": ("bpe", "gpt2", {"r": 4, "lora_alpha": 16}, 4),
+    "gpt2": ("bpe", "gpt2", {"r": 4, "lora_alpha": 16}, {"model_max_length": 1024}),  # as on the hub: no class, no special token
+    "llama's own class": ("llama", "llama", {"r": 4}, {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}),
+    "a BOS switched off": ("llama", "llama", {"r": 4}, {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": False}),
+    "qwen 2's own class": ("qwen", "qwen2", {"r": 4}, {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}),
     "gpt2, by transformers 5": ("bpe", "gpt2", {"r": 4, "target_modules": ["c_attn", "c_fc"], "inference_mode": True}, 5),
     "pissa": ("qwen", "qwen2", {"r": 4, "init_lora_weights": "pissa", "target_modules": "all-linear"}, 4),
     "pissa by fast SVD": ("bpe", "gpt2", {"r": 4, "init_lora_weights": "pissa_niter_4", "target_modules": ["c_attn", "c_fc"]}, 4),
     "olora": ("llama", "llama", {"r": 4, "init_lora_weights": "olora", "use_rslora": True}, 4),
+    "layers left out": ("llama", "llama", {"r": 4, "target_modules": "all-linear", "exclude_modules": ".*layers.0.mlp.*"}, 4),
     "patterns": ("llama", "llama", {"r": 4, "target_modules": "all-linear", "rank_pattern": {"^model.layers.0.*_proj": 2},
                                     "alpha_pattern": {"q_proj": 32, "down_proj": 2}}, 4),
     "output layer": ("llama3", "llama", {"r": 4, "modules_to_save": ["lm_head"]}, 4),
@@ -38,7 +42,7 @@ def install(folder):
         subprocess.run(command, check=True)
     return folder
 
-def as_version_4(base, tokenizer_too):
+def as_version_4(base, written):
     "Write a tiny base's settings as transformers 4 did, which both versions read: so do the models on the hub."
     from ftnb.tokenizer_files import portable_merges
     config = json.loads((base/"config.json").read_text())
@@ -46,9 +50,10 @@ def as_version_4(base, tokenizer_too):
     rope = config.pop("rope_parameters", None) or {}
     if "rope_theta" in rope: config["rope_theta"] = rope["rope_theta"]
     (base/"config.json").write_text(json.dumps(config, indent=2))
-    if not tokenizer_too: return
+    if written == 5: return
     settings = json.loads((base/"tokenizer_config.json").read_text())
     settings = {k: v for k, v in settings.items() if k not in ("backend", "is_local")} | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if isinstance(written, dict): settings = written
     (base/"tokenizer_config.json").write_text(json.dumps(settings, indent=2))
     content = portable_merges(json.loads((base/"tokenizer.json").read_text()))
     (base/"tokenizer.json").write_text(json.dumps(content, ensure_ascii=False))
@@ -59,10 +64,10 @@ def job(work, name):
     from ftnb.finetune import finetune
     from ftnb.jobargs import parse_job_arguments
     from ftnb.tiny import save_tiny
-    kind, arch, lora, version = CASES[name]
-    place = work/name.replace(" ", "_").replace(",", "")
+    kind, arch, lora, written = CASES[name]
+    place = work/"".join(c if c.isalnum() else "_" for c in name)
     base = save_tiny(place/"base", kind=kind, arch=arch, initializer_range=0.1)
-    as_version_4(base, version == 4)
+    as_version_4(base, written)
     project = make_demo_project(place/"project", base, fraction=0.03, lora=lora, training=DEMO_TRAINING | {"learning_rate": 1e-2})
     with closing(sqlite3.connect(project.db)) as con, con: con.execute("UPDATE models SET location = '../base'")  # as a project's folder is named
     os.chdir(project.folder)

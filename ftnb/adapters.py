@@ -7,14 +7,14 @@ __all__ = ['get_model_parameters', 'vocabulary_problems', 'apply_lora', 'as_base
            'link_problem', 'plain_matrices', 'plain_settings', 'save_adapter', 'NotProven', 'as_loaded', 'probe_logits',
            'prove_adapter', 'publish_folder', 'clear_leftovers']
 
-# %% ../nbs/07_adapters.ipynb #b5fc6ea3
+# %% ../nbs/07_adapters.ipynb #66941386
 import contextlib
 import os
 
 import ftnb.models as models
 import ftnb.targets as targets
 from .consts import raise_problems
-from .lora_settings import LORA_RULES, explicit_patterns, lora_problems, moves_base, saved_settings
+from .lora_settings import LORA_RULES, explicit_patterns, explicit_targets, lora_problems, moves_base, saved_settings
 from .tokenizer_files import save_tokenizer, tokenizer_problems
 
 # %% ../nbs/07_adapters.ipynb #68fb30bd
@@ -180,7 +180,7 @@ def plain_settings(
         found = tuple({k: v * n for k, v in (config[key] or {}).items()} for key, n in zip(("rank_pattern", "alpha_pattern"), by))
     return new | dict(zip(("rank_pattern", "alpha_pattern"), found))
 
-# %% ../nbs/07_adapters.ipynb #1ded1e82
+# %% ../nbs/07_adapters.ipynb #c22d5d96
 def _write_plain(
     model,  # a `PeftModel`
     folder: str,  # where PEFT has saved it
@@ -192,7 +192,11 @@ def _write_plain(
     start = getattr(model, "lora_start", {})
     if start: save_file(plain_matrices(load_file(weights), start), weights, metadata={"format": "pt"})
     with open(settings, encoding="utf-8") as f: config = json.load(f)
-    config = plain_settings(saved_settings(config), _layer_ranks(model), bool(start))
+    layers = _layer_ranks(model)
+    config = plain_settings(saved_settings(config), layers, bool(start))
+    if config.get("exclude_modules") and not config.get("target_parameters"):
+        del config["exclude_modules"]
+        config["target_modules"] = explicit_targets(layers, [name for name, _ in model.base_model.model.named_modules()])
     with open(settings, "w", encoding="utf-8") as f: json.dump(config, f, indent=2, sort_keys=True)
 
 # %% ../nbs/07_adapters.ipynb #b6d5d4d2

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LORA_RULES', 'LORA_STARTS', 'MOST_RANK', 'PEFT_0_12', 'VLLM_MOST_RANK', 'start_kind', 'moves_base', 'start_problems',
-           'lora_problems', 'saved_settings', 'explicit_patterns', 'reader_warnings']
+           'lora_problems', 'saved_settings', 'explicit_patterns', 'explicit_targets', 'reader_warnings']
 
 # %% ../nbs/06_lora_settings.ipynb #d0430c97
 import os
@@ -149,6 +149,16 @@ def explicit_patterns(
         if len(named) > 1 or (own[named[0]] if named else (r, alpha)) != both: return None
     return {k: both[0] for k, both in own.items()}, {k: both[1] for k, both in own.items()}
 
+# %% ../nbs/06_lora_settings.ipynb #26371c13
+def explicit_targets(
+    layers,  # names of the LoRA layers
+    modules,  # names of all modules of the model
+) -> list:  # for target_modules
+    "Names that choose just these layers in every version of PEFT: last parts where they do, else whole names."
+    last = sorted({name.split(".")[-1] for name in layers})
+    chosen = {name for name in modules if name.split(".")[-1] in last}
+    return last if chosen == set(layers) else sorted(layers)
+
 # %% ../nbs/06_lora_settings.ipynb #7bc4ddc2
 VLLM_MOST_RANK = 512  # the largest value that vLLM's max_lora_rank takes
 
@@ -167,7 +177,7 @@ def _vllm_refuses(
     if patterns: found.append(f"{' and '.join(patterns)}: it scales all layers alike")
     return found
 
-# %% ../nbs/06_lora_settings.ipynb #55fb0f90
+# %% ../nbs/06_lora_settings.ipynb #a0120c4d
 def reader_warnings(
     lora: dict,  # LoRA settings
 ) -> list:  # sentences
@@ -176,7 +186,7 @@ def reader_warnings(
     defaults = library_defaults(LoraConfig)
     merge = "load it with PEFT on its base, and save what merge_and_unload() gives"
     found = []
-    new = [k for k, rule in LORA_RULES.items() if rule.kind == "used" and k not in PEFT_0_12]
+    new = [k for k, rule in LORA_RULES.items() if rule.kind == "used" and k not in (*PEFT_0_12, "exclude_modules")]
     unknown = sorted(k for k in new if lora.get(k) is not None and lora[k] != defaults[k])
     if unknown: found.append(f"lora_config: PEFT 0.12.0, the Studio's own, doesn't know {', '.join(unknown)}, and won't load the adapter; leave that out, or merge it: {merge}")
     refused = _vllm_refuses(lora)

@@ -377,7 +377,8 @@ def _check_rows(p: Preflight, keep: bool):
     ids = rows.train.dataset["input_ids"] if keep else ()
     note = tokens.boundary_note(rows.train.joined + rows.test.joined, len(rows.train) + len(rows.test), p.known["template"])
     p.add("warning", "tokens", *tokens.prompt_notes(p.known["tokenizer"], p.known["template"]), *[note] * bool(note))
-    p.attempt("tokens", tokenizer_files.check_saving, p.known["tokenizer"], p.job.source, ids, p.job.token)
+    said = p.attempt("tokens", tokenizer_files.check_saving, p.known["tokenizer"], p.job.source, ids, p.job.token)
+    p.add("warning", "tokens", *said or [])
     longest = counts.lengths.argsort(kind="stable")[::-1][:3]
     p.add("ok", "tokens", f"{counts.lengths.sum():,} in {len(counts.lengths):,} rows to train on, of which all begin with the same {counts.prefix:,}; the longest: "
           + ", ".join(f"train row {counts.numbers[i]} with {counts.lengths[i]:,}" for i in longest) + f" (limit {rows.limit:,})")
