@@ -63,7 +63,7 @@ def _used(
     "What had an effect, whatever was asked."
     mine = {"max_length": rows.limit, "completion_only_loss": job.settings.completion_only, "shared_prefix": not saved.unshared}
     return {"precision": {"device": job.precision.device, "dtype": job.precision.dtype}, "bnb": job.precision.bnb or {},
-            "lora": saved.used, "training": job.settings.config | mine}
+            "lora": saved.used, "training": job.settings.used(not saved.unshared, len(rows.test.dataset) > 0) | mine}
 
 # %% ../nbs/12_runrecord.ipynb #c9d0c1a1
 def describe_run(
