@@ -30,7 +30,7 @@ import ftnb.tokenizer_files as tokenizer_files
 import ftnb.tokens as tokens
 import ftnb.trainer as trainer
 from .rows import RowCounts, describe_ledger, prepare_rows, read_rows
-from .settings import TrainingSettings, settle_training, training_problems
+from .settings import TrainingSettings, held_out_problems, kernel_notes, model_problems, settle_training, training_problems
 from .storage import disk_problems, folder_problem, in_units, nearest_folder
 
 # %% ../nbs/10_preflight.ipynb #483746d8
@@ -545,6 +545,15 @@ def _check_disk(p: Preflight):
     p.add("error", "disk", *problems)
     if not problems: p.add("ok", "disk", f"{in_units(sum(needs.values()))} for checkpoints and adapter of {in_units(shutil.disk_usage(nearest_folder(args.out_dir)).free)} free")
 
+# %% ../nbs/10_preflight.ipynb #8e9c7644
+def _check_fit(p: Preflight):
+    "What the settings ask of this model, and of these rows."
+    settings, config, rows = (p.known.get(k) for k in ("settings", "config", "rows"))
+    if settings is None or config is None: return
+    p.add("error", "settings", *model_problems(settings, config))
+    p.add("warning", "settings", *kernel_notes(settings, config))
+    if rows is not None: p.add("error", "settings", *held_out_problems(settings, len(rows.counts["test"].lengths)))
+
 # %% ../nbs/10_preflight.ipynb #c126b738
 def check_job(
     args: jobargs.JobArgs,  # from `parse_job_arguments`
@@ -557,7 +566,7 @@ def check_job(
     p.add("ok", "arguments", f"{given.count(' --') + 1} given")
     for check in (_check_records, _check_settings, _check_template, _check_places, _check_model): check(p)
     _check_rows(p, keep)
-    for check in (_check_memory, _check_disk): check(p)
+    for check in (_check_fit, _check_memory, _check_disk): check(p)
     return p
 
 # %% ../nbs/10_preflight.ipynb #0f877377
