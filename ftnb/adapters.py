@@ -199,17 +199,20 @@ def _write_plain(
         config["target_modules"] = explicit_targets(layers, [name for name, _ in model.base_model.model.named_modules()])
     with open(settings, "w", encoding="utf-8") as f: json.dump(config, f, indent=2, sort_keys=True)
 
-# %% ../nbs/07_adapters.ipynb #b6d5d4d2
+# %% ../nbs/07_adapters.ipynb #0c8a090a
 @contextlib.contextmanager
 def _its_files(
     folder: str,  # that files are written to
     tell: "Callable | None",  # is told why they can't be; default: that is raised
 ):
     "Within this files are written together: where one fails, none of them stays."
+    import shutil
     before = set(os.listdir(folder))
     try: yield
     except Exception as e:
-        for name in set(os.listdir(folder)) - before: os.remove(os.path.join(folder, name))
+        for name in set(os.listdir(folder)) - before:
+            path = os.path.join(folder, name)
+            shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
         if tell is None: raise
         tell(e)
 
