@@ -66,7 +66,9 @@ def _saved(
     "Write the adapter to a folder beside its place first of all, then find out what describes it."
     model, row, notes = adapters.as_loaded(run.model), rows.train.dataset[0]["input_ids"], []
     probed = lambda: adapters.probe_logits(model, row)  # on all processes: under FSDP each has a part
-    if ranks.process_rank(): return probed() and None
+    if ranks.process_rank():
+        probed()
+        return None
     def told(e): guards.say_failed("the tokenizer beside the adapter", e, notes)
     some = rows.train.dataset[:1000]["input_ids"]
     folder = adapters.save_adapter(model, tokenizer, job.args.out_dir, job.source, some, job.token, told)

@@ -8,6 +8,7 @@ __all__ = ['progress_line', 'taken_memory', 'free_memory', 'tokens_per_pass', 'p
 
 # %% ../nbs/09_trainer.ipynb #4b5e6610
 import contextlib, os, sys, time
+from collections import defaultdict
 from dataclasses import asdict, dataclass
 
 from .checkpoints import begin_or_resume, flow_callback, resumable, run_identity
@@ -149,28 +150,102 @@ def _even_passes(
     most = trainer.accelerator.gather(torch.tensor([len(passes)], device=trainer.accelerator.device)).max().item()
     return passes + [pack_rows([{"input_ids": [0, 0], "labels": [-100, -100]}])] * (most - len(passes))
 
-# %% ../nbs/09_trainer.ipynb #d7d650de
-def _run_passes(
+# %% ../nbs/09_trainer.ipynb #13fc5245
+def _on_its_own(
     trainer,  # a `RowTrainer`
     model,  # as the trainer wrapped it
-    inputs: dict,  # a padded batch: the rows of an optimizer step
-    num_items=None,  # label tokens of the step, over all devices
+    last: bool,  # is it the last pass of the step?
+):  # a context
+    "Within this, a process keeps its gradients to itself."
+    if trainer.is_fsdp_enabled and last: return contextlib.nullcontext()
+    return trainer.accelerator.no_sync(model)
+
+# %% ../nbs/09_trainer.ipynb #d7d650de
+def _flat_passes(
+    trainer,  # a `RowTrainer`
+    model,  # as the trainer wrapped it
+    inputs: dict,  # a padded batch: the rows of an optimizer step, the same on all processes
+    num_items=None,  # label tokens of the step, over all processes
     train: bool = True,  # with gradients
-) -> tuple:  # (the loss, a scalar tensor; tokens computed)
-    "Forward, and backward while training, of a step's rows in flat passes."
-    from contextlib import nullcontext
-    passes = _even_passes(trainer, packed_passes(inputs, trainer.budget, keeps_prefix(model)))
+) -> tuple:  # (the loss, a scalar tensor; tokens computed; no numbers of TRL's)
+    "Forward, and backward while training, of this process's rows in flat passes."
+    own, _ = trainer.share(inputs)
+    passes = _even_passes(trainer, packed_passes(own, trainer.budget, keeps_prefix(model)))
     share = trainer.accelerator.num_processes if train and num_items is not None else 1  # gradients are averaged over processes
     if num_items is None: num_items = sum(p.num_items for p in passes)
     with trainer.compute_loss_context_manager(): prefix = None if passes[0].rows else KeptPrefix(model, passes[0], num_items)
     rest, loss = (passes[1:], prefix.loss.detach()) if prefix else (passes, 0)
-    for last, batch in zip(range(len(rest) - 1, -1, -1), rest):
-        with trainer.accelerator.no_sync(model) if train and last else nullcontext():  # gradients meet at the last pass
+    for i, batch in enumerate(rest, 1):
+        with _on_its_own(trainer, model, i == len(rest)) if train else contextlib.nullcontext():
             with trainer.compute_loss_context_manager(): part = packed_loss(model, batch, num_items) * share
             if train: trainer.accelerator.backward(part)
         loss = loss + part.detach()
     if train and prefix: prefix.backward()
-    return loss, sum(p.tokens_computed for p in passes)
+    return loss, sum(p.tokens_computed for p in passes), {}
+
+# %% ../nbs/09_trainer.ipynb #602cf0f0
+def _padded_parts(
+    trainer,  # a `RowTrainer`
+    inputs: dict,  # a padded batch, the same on all processes
+    rows: int,  # of a part, on each process
+) -> list:  # padded batches of this process, as many on each
+    "Divide a batch, and deal each part."
+    size = rows * trainer.accelerator.num_processes
+    starts = range(0, len(inputs["input_ids"]), size)
+    return [trainer.share({k: v[at:at + size] for k, v in inputs.items()})[0] for at in starts]
+
+# %% ../nbs/09_trainer.ipynb #46c36c28
+@contextlib.contextmanager
+def _numbers_apart(
+    trainer,  # a `RowTrainer`
+    mode: str,  # "train" or "eval"
+):
+    "Within this, TRL's numbers are those of this process, and go into a dictionary of their own."
+    kept, tokens = trainer._metrics[mode], trainer._total_train_tokens
+    numbers = trainer._metrics[mode] = defaultdict(list)
+    trainer.accelerator.gather_for_metrics = lambda o, *args, **kwargs: o
+    try: yield numbers
+    finally:
+        numbers["num_tokens"] = trainer._total_train_tokens - tokens
+        trainer._metrics[mode], trainer._total_train_tokens = kept, tokens
+        del trainer.accelerator.gather_for_metrics
+
+# %% ../nbs/09_trainer.ipynb #e55064f8
+def _merge_numbers(
+    trainer,  # a `RowTrainer`
+    mode: str,  # "train" or "eval"
+    numbers: dict,  # of this process: name -> a number for each part, "num_tokens", and "labels", label tokens of each part
+):
+    "Give TRL its numbers, of all processes: means over label tokens (the balance of experts over processes)."
+    import torch
+    if not numbers: return
+    names, weights = sorted(set(numbers) - {"num_tokens", "labels"}), torch.tensor(numbers["labels"], dtype=torch.float64)
+    of = {k: torch.ones_like(weights) if k == "aux_loss" else weights for k in names}
+    sums = [torch.tensor(numbers[k], dtype=torch.float64) * of[k] for k in names]
+    own = torch.stack([*sums, *of.values(), weights * 0 + numbers["num_tokens"]]).float()
+    whole = trainer.accelerator.reduce(own.to(trainer.accelerator.device)).double().cpu()
+    for k, total, weight in zip(names, whole, whole[len(names):]): trainer._metrics[mode][k] += (total / weight.clamp(min=1)).tolist()
+    trainer._total_train_tokens += int(whole[-1, 0])
+    trainer._metrics[mode]["num_tokens"] = [trainer._total_train_tokens]
+
+# %% ../nbs/09_trainer.ipynb #5e7962e0
+def _padded_passes(
+    trainer,  # a `RowTrainer`
+    model,  # as the trainer wrapped it
+    inputs: dict,  # a padded batch: the rows of an optimizer step, the same on all processes
+    num_items=None,  # label tokens of the step, over all processes
+    train: bool = True,  # with gradients
+) -> tuple:  # (the loss, a scalar tensor; tokens computed; TRL's numbers)
+    "Forward, and backward while training, of this process's rows in padded batches, by TRL's code."
+    parts = _padded_parts(trainer, inputs, trainer.pass_rows if train else trainer.eval_rows)
+    trainer.current_gradient_accumulation_steps = len(parts)
+    labels, losses = [int((part["labels"][:, 1:] != -100).sum()) for part in parts], []
+    with _numbers_apart(trainer, "train" if train else "eval") as numbers:
+        for i, part in enumerate(parts, 1):
+            with _on_its_own(trainer, model, i == len(parts)) if train else contextlib.nullcontext():
+                losses.append(trainer.padded_pass(model, part, num_items, train))
+    if not train: losses = [loss * n / max(1, sum(labels)) for loss, n in zip(losses, labels)]
+    return sum(losses), sum(part["input_ids"].numel() for part in parts), numbers | {"labels": labels}
 
 # %% ../nbs/09_trainer.ipynb #4adf45a0
 def _out_of_memory(
@@ -181,50 +256,131 @@ def _out_of_memory(
     return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e)
 
 # %% ../nbs/09_trainer.ipynb #3e293535
-def _packed_step(
+def _failed_anywhere(
+    trainer,  # a `RowTrainer`
+    failed: bool,  # on this process
+) -> bool:  # on any
+    "Ask the other processes; all call this together."
+    import torch
+    if trainer.accelerator.num_processes == 1: return failed
+    return bool(trainer.accelerator.reduce(torch.tensor([float(failed)], device=trainer.accelerator.device)).item())
+
+# %% ../nbs/09_trainer.ipynb #79528462
+def _make_smaller(
+    trainer,  # a `RowTrainer`
+    longest: int,  # tokens of the longest row
+    train: bool = True,  # or evaluate
+):
+    "Halve the passes, on all processes alike; raises where they have one row already."
+    name, step = ("budget", longest) if trainer.budget else ("pass_rows" if train else "eval_rows", 1)
+    size = getattr(trainer, name)
+    if size <= step:
+        raise MemoryError(f"memory ran out on a pass of one row, {longest} tokens at most: set gradient_checkpointing, "
+                          "or a smaller max_length, which drops longer rows")
+    setattr(trainer, name, size // 2)
+    what = "computed tokens" if trainer.budget else "rows"
+    if trainer.is_world_process_zero(): print(f"memory ran out: passes are of {size // 2:,} {what} from here on", flush=True)
+
+# %% ../nbs/09_trainer.ipynb #e5651f49
+def _average_gradients(
     trainer,  # a `RowTrainer`
     model,  # as the trainer wrapped it
-    inputs: dict,  # a padded batch: the rows of an optimizer step
-    num_items=None,  # label tokens of the step, over all devices
+):
+    "The mean of all processes' gradients, which DDP would take within `backward`; a weight without any stays so."
+    import torch
+    if trainer.accelerator.num_processes == 1 or trainer.is_fsdp_enabled: return
+    weights = [p for p in model.parameters() if p.requires_grad]
+    have = torch.tensor([float(p.grad is not None) for p in weights], device=weights[0].device)
+    own = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten().float() for p in weights]
+    *whole, have = trainer.accelerator.reduce(torch.cat([*own, have]), "mean").split([*map(len, own), len(have)])
+    for p, grad, there in zip(weights, whole, have.tolist()): p.grad = grad.view_as(p).to(p.dtype) if there else None
+
+# %% ../nbs/09_trainer.ipynb #3ef84336
+def _run_step(
+    trainer,  # a `RowTrainer`
+    model,  # as the trainer wrapped it
+    inputs: dict,  # a padded batch: the rows of an optimizer step, the same on all processes
+    num_items=None,  # label tokens of the step, over all processes
     train: bool = True,  # with gradients
-) -> tuple:  # (the loss, a scalar tensor; tokens computed)
-    "A step in flat passes, smaller ones where memory runs out."
+) -> tuple:  # (this process's loss, a scalar tensor; tokens computed)
+    "All passes of a step; smaller ones on all processes, where memory runs out on one."
+    passes = _flat_passes if trainer.budget else _padded_passes
     while True:
-        try: return _run_passes(trainer, model, inputs, num_items, train)
+        done = None
+        try: done = passes(trainer, model, inputs, num_items, train)
         except (RuntimeError, MemoryError) as e:
             if not _out_of_memory(e): raise
-            if trainer.accelerator.num_processes > 1:
-                raise MemoryError(f"memory ran out on process {trainer.accelerator.process_index}, on passes of {trainer.budget:,} computed tokens at most; "
-                                  "several processes don't make them smaller as they run: set tokens_per_pass to less") from e
-            if trainer.budget <= inputs["input_ids"].shape[1]:
-                raise MemoryError(f"memory ran out on a pass of one row, {inputs['input_ids'].shape[1]} tokens at most: set gradient_checkpointing, "
-                                  "or a smaller max_length, which drops longer rows") from e
+            if trainer.is_fsdp_enabled: raise MemoryError("memory ran out under FSDP, where passes aren't made smaller in a run: set tokens_per_pass, or a smaller batch") from e
+        if not _failed_anywhere(trainer, done is None): break
         model.zero_grad()
-        trainer.budget //= 2
-        print(f"memory ran out: passes are of {trainer.budget:,} computed tokens from here on", flush=True)
+        _make_smaller(trainer, inputs["input_ids"].shape[1], train)
+    loss, computed, numbers = done
+    _merge_numbers(trainer, "train" if train else "eval", numbers)
+    if train: _average_gradients(trainer, model)
+    return loss, computed
+
+# %% ../nbs/09_trainer.ipynb #87d1d425
+def _begin_step(
+    trainer,  # a `RowTrainer`
+    model,  # as the trainer wrapped it
+):
+    "Training mode of the model, and of an optimizer that has one; GPU memory given back, where that was asked for."
+    from accelerate.utils.memory import clear_device_cache
+    model.train()
+    if callable(getattr(trainer.optimizer, "train", None)): trainer.optimizer.train()
+    every = trainer.args.torch_empty_cache_steps
+    if every and trainer.state.global_step % every == 0: clear_device_cache()
+
+# %% ../nbs/09_trainer.ipynb #0e262d1b
+def _held_out(
+    trainer,  # a `RowTrainer`, which has added up the losses of its batches
+    prefix: str,  # of the names of numbers
+    done,  # what transformers' evaluation loop gave
+):  # the same, with the mean over label tokens
+    "Put the held-out loss right; an empty set has none."
+    import torch
+    if torch.is_tensor(trainer.held_out):
+        loss, tokens = trainer.held_out.tolist()
+        done.metrics[f"{prefix}_loss"] = loss / max(1, tokens)
+    trainer.held_out = 0.0
+    return done
 
 # %% ../nbs/09_trainer.ipynb #51db953c
+def _in_passes(
+    base,  # TRL's `SFTTrainer`, or a class made of it
+):  # a class of trainers
+    "A trainer that works on the rows of a step, or of a batch to evaluate, in passes."
+    import torch
+    class InPasses(base):
+        pass_rows, eval_rows, held_out = 1, 8, 0.0
+        def padded_pass(self, model, part, num_items, train):
+            if train: return super().training_step(model, part, num_items)
+            return super().prediction_step(model, part, True)[0]
+        def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+            with torch.no_grad(): loss, _ = _run_step(self, model, inputs, train=False)
+            loss = mean_over_all(self.accelerator, loss, self.share(inputs)[0]["labels"])
+            tokens = (inputs["labels"][:, 1:] != -100).sum()
+            self.held_out = self.held_out + torch.stack([loss.double() * tokens, tokens.double()])
+            return loss, None, None
+        def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+            done = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            return _held_out(self, metric_key_prefix, done)
+    return InPasses
+
+# %% ../nbs/09_trainer.ipynb #2be57333
 def _trainer_class():
-    "TRL's `SFTTrainer` with flat passes, a meter and checkpoints to go on from; made here, since importing TRL takes seconds."
+    "TRL's `SFTTrainer` with passes, a meter and checkpoints to go on from; made here, since importing TRL takes seconds."
     import torch
     from trl import SFTTrainer
-    class RowTrainer(dealing(resumable(SFTTrainer))):
+    class RowTrainer(_in_passes(dealing(resumable(SFTTrainer)))):
         totals = None
         def training_step(self, model, inputs, num_items_in_batch=None):
-            inputs, rows = self.share(inputs)
-            given = int(inputs["attention_mask"].sum()) if rows else 0
-            if not self.budget: loss, computed = super().training_step(model, inputs, num_items_in_batch), inputs["input_ids"].numel()
-            else: loss, computed = _packed_step(self, model.train(), inputs, num_items_in_batch)
+            own, rows = self.share(inputs)
+            _begin_step(self, model)
+            loss, computed = _run_step(self, model, inputs, num_items_in_batch)
             self.step_loss += loss
-            self.own += torch.tensor([rows, given, computed])
+            self.own += torch.tensor([rows, int(own["attention_mask"].sum()) if rows else 0, computed])
             return loss
-        def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-            inputs, _ = self.share(inputs)
-            labels = inputs["labels"]
-            if not self.budget: loss = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)[0]
-            else:
-                with torch.no_grad(): loss = _packed_step(self, model, inputs, train=False)[0]
-            return mean_over_all(self.accelerator, loss, labels), None, None
         def log(self, logs, *args, **kwargs):
             self.totals.count(*self.accelerator.reduce(self.own.to(self.accelerator.device)).tolist())  # over all processes
             super().log(logs, *args, **kwargs)
@@ -237,6 +393,45 @@ def _trackers(
     "Transformers' callbacks for them, none of which can fail a run."
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK as known
     return [guarded_tracker(o, known[o]) for o in names or () if o != "none"]
+
+# %% ../nbs/09_trainer.ipynb #756e457d
+def _whole_steps(
+    settings: TrainingSettings,  # of the run
+    budget: int,  # computed tokens of a flat pass; 0 for padded batches
+) -> dict:  # keyword arguments of TRL's SFTConfig
+    "All rows of an optimizer step come to one call; each row is used, and memory that runs out is seen to here."
+    return {"per_device_train_batch_size": settings.rows_per_step, "gradient_accumulation_steps": 1,
+            "per_device_eval_batch_size": 64 if budget else settings.config.get("per_device_eval_batch_size", 8),
+            "dataloader_drop_last": False, "auto_find_batch_size": False,
+            "bf16_full_eval": False, "fp16_full_eval": False}  # they would cast the trained weights too
+
+# %% ../nbs/09_trainer.ipynb #be08cd80
+def _on_one_gpu(
+    args,  # TRL's SFTConfig
+):  # the same
+    "Leave other GPUs alone, and say so."
+    if (seen := args.n_gpu) > 1:
+        args._n_gpu = 1
+        print(f"one of {seen} GPUs is used; ftnb_finetune, or the job on Cloudera ML, takes all of them", flush=True)
+    return args
+
+# %% ../nbs/09_trainer.ipynb #311eb3bb
+def _equip(
+    trainer,  # a `RowTrainer`, as TRL made it
+    model,  # a `PeftModel`
+    settings: TrainingSettings,  # of the run
+    totals: RunTotals,  # to be filled
+    budget: int,  # computed tokens of a flat pass; 0 for padded batches
+):
+    "Give a trainer what it works with."
+    import torch
+    for p in model.parameters():
+        if p.requires_grad: p.data = p.data.float()  # TRL makes LoRA on a quantised base bf16; PEFT loads it as float32
+    trainer.model_accepts_loss_kwargs = True  # TRL's loss takes the label tokens of a step, whatever the model's own takes
+    trainer.totals, trainer.own = totals, torch.zeros(3, dtype=torch.long)
+    trainer.budget, trainer.save_seconds = budget, settings.save_seconds
+    rows = {o: settings.config.get(f"per_device_{o}_batch_size", 8) for o in ("train", "eval")}
+    trainer.pass_rows, trainer.eval_rows = rows["train"], rows["eval"]
 
 # %% ../nbs/09_trainer.ipynb #5fdad7fc
 def _make_trainer(
@@ -253,16 +448,15 @@ def _make_trainer(
     from trl import SFTConfig
     totals, config, trackers = RunTotals(), dict(settings.config), _trackers(settings.config.get("report_to"))
     if not len(test): config |= {"eval_strategy": "no", "load_best_model_at_end": False, "eval_on_start": False}
-    if budget: config |= {"per_device_train_batch_size": settings.rows_per_step, "gradient_accumulation_steps": 1, "per_device_eval_batch_size": 64}
+    config |= _whole_steps(settings, budget)
     try: os.makedirs(config["output_dir"], exist_ok=True)
     except OSError as e: raise storage_error(e, config["output_dir"], "train_out_dir") from e
     shown = _run_callback(os.path.join(config["output_dir"], "metrics.jsonl"), totals, bar, lambda: trainer.seconds)
-    trainer = _trainer_class()(model, args=SFTConfig(**settings_for_all(config, process_count()) | {"report_to": "none"}), train_dataset=train, eval_dataset=test if len(test) else None,
+    args = _on_one_gpu(SFTConfig(**settings_for_all(config, process_count()) | {"report_to": "none"}))
+    trainer = _trainer_class()(model, args=args, train_dataset=train, eval_dataset=test if len(test) else None,
                                processing_class=tokenizer, callbacks=trackers)
+    _equip(trainer, model, settings, totals, budget)
     for callback in (flow_callback(trainer), shown): trainer.add_callback(callback)
-    for p in model.parameters():
-        if p.requires_grad: p.data = p.data.float()  # TRL makes LoRA on a quantised base bf16; PEFT loads it as float32
-    trainer.totals, trainer.own, trainer.budget, trainer.save_seconds = totals, torch.zeros(3, dtype=torch.long), budget, settings.save_seconds
     return trainer
 
 # %% ../nbs/09_trainer.ipynb #9c55897c
@@ -355,6 +549,6 @@ def train_adapter(
     _quiet(trainer)
     with contextlib.nullcontext() if why else packing_attention(model), stop_on_signals(trainer.stop), _say_how_it_ends(trainer):
         done = trainer.train(resume_from_checkpoint=checkpoint)
-        after = trainer.evaluate()["eval_loss"] if len(test) else None
+        after = trainer.evaluate().get("eval_loss") if len(test) else None
     if trainer.is_world_process_zero(): print(trainer.totals, flush=True)
     return TrainedRun(model, _final_metrics(trainer, done, after), why)
