@@ -105,8 +105,6 @@ def target_problems(
 ) -> list:  # a sentence, or nothing
     "Whether the model has what LoRA is to be put into."
     import re
-    ranks = [o for o in (lora.get("r"), *(lora.get("rank_pattern") or {}).values()) if isinstance(o, int)]
-    if max(ranks, default=0) > 2**31: return [f"lora_config: a rank of {max(ranks):,} makes weights larger than any memory; take 8 to 64"]
     try:
         model = models.shape_model(config)
         if problem := targets.pattern_problem(lora, [name for name, _ in model.named_modules()]): return [problem]

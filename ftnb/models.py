@@ -143,14 +143,18 @@ def choose_precision(
     checkpointing = device != "cpu" if asked is None else bool(asked)
     return Precision(device, dtype, quantisation.bnb_used(packed, dtype), checkpointing, tuple(notes))
 
-# %% ../nbs/06_models.ipynb #d7316093
+# %% ../nbs/06_models.ipynb #3992b6db
 def _code_problems(
     source: str,  # hub name or folder
     config: dict,  # from `weights.read_config`
 ) -> list:  # sentences
     "What a base model brings that would be run."
+    from transformers import CONFIG_MAPPING, __version__
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as known
     kind, problems = config.get("model_type"), []
+    if kind and kind not in CONFIG_MAPPING and not config.get("auto_map"):
+        problems.append(f"{source}: its model_type {kind!r} isn't known to transformers {__version__}: "
+                        "install a newer one, or name another model")
     if config.get("auto_map") and kind not in known:
         problems.append(f"{source}: its model_type {kind!r} needs code of its own (auto_map), which is never run; "
                         "name a model that transformers knows")
@@ -308,7 +312,15 @@ def _match_warnings(
     if text: warnings.append(f"{source}: a {model.config.model_type} sees as well; its text layers are trained ({text}), on text alone")
     return warnings
 
-# %% ../nbs/06_models.ipynb #90fe8531
+# %% ../nbs/06_models.ipynb #f32817a6
+def _named(
+    e: Exception,  # of a library
+) -> str:  # one line
+    "What a library says, with the name of its error where that is needed."
+    text = " ".join(str(e).split())[:300]
+    return text if type(e) in (ValueError, RuntimeError) else f"{type(e).__name__}: {text}"
+
+# %% ../nbs/06_models.ipynb #d1a32102
 def fit_problems(
     source: str,  # hub name or folder
     headers: dict,  # name -> (type, shape), from `weights.read_headers`
@@ -317,7 +329,8 @@ def fit_problems(
     "Whether a model's settings and its files fit, and are a language model's."
     from transformers import AutoConfig
     try: config = AutoConfig.from_pretrained(source, token=token, trust_remote_code=False)
-    except Exception: return [], []  # whoever loads it next says it
+    except OSError: return [], []  # whoever loads it next says it
+    except Exception as e: return [f"{source}: its config.json can't be used: {_named(e)}"], []
     if not auto_class(config):
         return [f"{source}: a {config.model_type} isn't a model that writes text token by token; name a causal language model"], []
     try: model, info = match_weights(config, headers)
@@ -325,7 +338,7 @@ def fit_problems(
         try:
             _quietly(lambda: shape_model(config))
         except NotImplementedError: return [], []
-        except Exception: return [f"{source}: no model can be built from its config.json: {' '.join(str(e).split())[:300]}"], []
+        except Exception: return [f"{source}: no model can be built from its config.json: {_named(e)}"], []
         return [], []  # it can be built; what its weights are can't be told without reading them
     stored = quantisation.stored_quantisation(config.to_dict())
     composite = type(model.config) is not type(config)  # only the text part of it is built
@@ -379,13 +392,16 @@ def _keep_trainable(
         if hasattr(module, "support_avx512bf16_for_cpu"): module.support_avx512bf16_for_cpu = False
     return model
 
-# %% ../nbs/06_models.ipynb #6b4aa1a9
+# %% ../nbs/06_models.ipynb #f10a4570
 def load_tokenizer(
     source: str,  # hub name or folder of the base model
     token: str | None = None,  # for gated models
 ):  # a fast tokenizer
     "The base model's own tokenizer."
     from transformers import AutoTokenizer
+    words = (".model", ".tiktoken", "tokenizer.json", "tekken.json", "vocab.json", "vocab.txt")
+    if os.path.isdir(source) and not any(name.endswith(words) for name in os.listdir(source)):
+        raise ValueError(f"{source} holds no tokenizer: copy the model's tokenizer.json and tokenizer_config.json there")
     return AutoTokenizer.from_pretrained(source, token=token, trust_remote_code=False)
 
 # %% ../nbs/06_models.ipynb #d53e50c6

@@ -28,12 +28,14 @@ def quantised_bits(
     "How many bits bitsandbytes gives a weight."
     return next((n for n in (4, 8) if bnb.get(f"load_in_{n}bit")), 0)
 
-# %% ../nbs/05_quantisation.ipynb #cc7999b1
+# %% ../nbs/05_quantisation.ipynb #7eda91ea
 def stored_problem(
     source: str,  # hub name or folder
     config: dict,  # from `weights.read_config`
 ) -> str:  # a sentence, or ""
     "Why LoRA can't be trained on weights as they are quantised."
+    named = config.get("quantization_config")
+    if named and not isinstance(named, dict): return f"{source}: config.json, quantization_config is {named!r}; it must be an object, or left out"
     stored = stored_quantisation(config)
     if not stored or quantised_bits(stored) or stored.get("quant_method") == "mxfp4": return ""
     method = stored.get("quant_method") or "by a method that isn't named"

@@ -57,19 +57,23 @@ def text_targets(
     if lora.get("layers_to_transform") is None: return lora | {"target_modules": text}
     return _in_layers(lora, found)
 
-# %% ../nbs/05_targets.ipynb #165ad673
+# %% ../nbs/05_targets.ipynb #365e63b6
 def _name_patterns(
     lora: dict,  # LoRA settings
-) -> list:  # regular expressions, as PEFT puts them together
-    "The expressions that names of modules will be matched with."
-    whole = [lora.get(k) for k in ("target_modules", "exclude_modules")]
-    found = [o for o in whole if isinstance(o, str)]
-    for key in ("rank_pattern", "alpha_pattern"):
-        found += [rf"(.*\.)?({o})$" for o in lora.get(key) or () if isinstance(o, str)]
-    layers = lora.get("layers_pattern") or ()
-    return found + [rf".*\.{o}\.(\d+)\." for o in ([layers] if isinstance(layers, str) else layers) if isinstance(o, str)]
+) -> list:  # regular expressions that repeat something, as PEFT puts them together
+    "The expressions that names of modules will be matched with, less those that can't take long."
+    import re
+    forms = dict(target_modules="{}", exclude_modules="{}", rank_pattern=r"(.*\.)?({})$", alpha_pattern=r"(.*\.)?({})$",
+                 layers_pattern=r".*\.{}\.(\d+)\.")
+    found = []
+    for key, form in forms.items():
+        given = lora.get(key) or ()
+        if isinstance(given, (list, set, tuple)) and key != "layers_pattern": continue  # plain names
+        for pattern in [given] if isinstance(given, str) else given:
+            if isinstance(pattern, str) and re.search(r"[*+{]", pattern): found.append(form.replace("{}", pattern))
+    return found
 
-# %% ../nbs/05_targets.ipynb #7ac2d382
+# %% ../nbs/05_targets.ipynb #60b652b9
 def pattern_problem(
     lora: dict,  # LoRA settings
     names: list,  # of the model's modules
@@ -80,11 +84,12 @@ def pattern_problem(
     patterns = _name_patterns(lora)
     if not patterns or not sys.executable: return ""
     search = ("import json, re, resource, sys\nresource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))\n"
-              "patterns, names = json.load(sys.stdin)\n[re.match(p, n) and re.fullmatch(p, n) for p in patterns for n in names]")
-    for at, pattern in enumerate(patterns):
-        try: subprocess.run([sys.executable, "-I", "-S", "-c", search], input=json.dumps([[pattern], names]), text=True,
-                            capture_output=True, timeout=seconds)
-        except subprocess.TimeoutExpired:
-            return (f"lora_config: {pattern!r} takes more than {seconds:g} seconds on the names of the model's modules: "
-                    "write it without a repetition inside of a repetition")
+              "patterns, names = json.load(sys.stdin)\nfor p in patterns:\n    print('', flush=True)\n"
+              "    for n in names: re.match(p, n) and re.fullmatch(p, n)")
+    try: subprocess.run([sys.executable, "-I", "-S", "-c", search], input=json.dumps([patterns, names]).encode(),
+                        capture_output=True, timeout=seconds)
+    except subprocess.TimeoutExpired as e:
+        slow = patterns[max(0, len((e.stdout or b"").splitlines()) - 1)]
+        return (f"lora_config: {slow!r} takes more than {seconds:g} seconds on the names of the model's modules: "
+                "write it without a repetition inside of a repetition")
     return ""

@@ -59,7 +59,7 @@ def folder_problems(
         if problem: problems.append(problem)
     return problems
 
-# %% ../nbs/05_weights.ipynb #cfbde9d1
+# %% ../nbs/05_weights.ipynb #1246583b
 def read_config(
     source: str,  # hub name or folder
     token: str | None = None,  # for gated models
@@ -69,9 +69,12 @@ def read_config(
     path = os.path.join(source, "config.json")
     if os.path.isdir(source) and (problem := file_problem(path, 2**24) if os.path.lexists(path) else ""):
         raise ValueError(problem)
-    try: return PreTrainedConfig.get_config_dict(source, token=token)[0]
+    try: config = PreTrainedConfig.get_config_dict(source, token=token)[0]
     except RecursionError: raise ValueError(f"{path} is nested too deeply to be read") from None
     except OSError: return {}
+    except (AttributeError, TypeError): config = None
+    if not isinstance(config, dict): raise ValueError(f"{path} holds no settings: it must be a JSON object")
+    return config
 
 # %% ../nbs/05_weights.ipynb #30b5189f
 def count_problems(
