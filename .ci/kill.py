@@ -33,7 +33,7 @@ class Case:
     name: str
     deaths: tuple  # of `At`, one a run
     steps: range | tuple  # that the last run takes
-    earlier: bool = False  # does out_dir hold an adapter of another program?
+    earlier: bool = False  # does out_dir hold an adapter that this job has left before, and a file of another program?
 
 def killed(name, function, steps, after=False, n=1, path="", earlier=False): return Case(name, (At(function, after, n, path),), steps, earlier)
 
@@ -80,12 +80,13 @@ CASES = [
     killed("deleting the earlier adapter", "shutil.rmtree", (), path="/adapters/", earlier=True),
     killed("drawing the report", "os.replace", (), path="report.html"),
     killed("before the insert", "ftnb.studio.register_adapter", ()),
-    killed("the insert, before its commit", "ftnb.studio._put_adapter", (), after=True),
-    killed("after the insert", "ftnb.studio._write", (), after=True),
+    killed("trying to register", "ftnb.studio._put_adapter", ALL, after=True),
+    killed("the insert, before its commit", "ftnb.studio._put_adapter", (), after=True, n=2),
+    killed("after the insert", "ftnb.studio._write", (), after=True, n=2),
     Case("steps 3 and 5", (At("ftnb.checkpoints.check_finite", n=3), At("ftnb.checkpoints.check_finite", n=3)), ALL[4:]),
     Case("twice before the same rename", (At("os.rename", path="/checkpoint-4"),)*2, ALL[2:]),
     Case("a checkpoint's write, the adapter's rename, and after the insert", (At("ftnb.checkpoints._write_share", n=2), At("os.rename", path="/adapters/"),
-                                                                           At("ftnb.studio._write", after=True)), ()),
+                                                                           At("ftnb.studio._write", after=True, n=2)), ()),
 ]
 
 # A run is a process of its own, forked from one that has imported everything, with a call in it that is its last
@@ -167,6 +168,7 @@ class Place:
         if earlier:
             self.project.out_dir.mkdir(parents=True)
             for name in ("adapter_model.safetensors", "notes.txt"): (self.project.out_dir/name).write_text("of another program")
+            (self.project.out_dir/"run.json").write_text(json.dumps({"experimentid": self.project.experiment_id}))
 
 def make_place(folder, base):
     "Made in a process of its own."
@@ -244,7 +246,7 @@ def studio_writes(place, right):
     writer = hold(place.project.db, ready, go)
     try:
         wait_for(ready.exists)
-        waits = lambda: "waiting for the Studio database" in (place.folder/"log").read_text()
+        waits = lambda: re.search("waiting for the Studio database .* up to 300 s", (place.folder/"log").read_text())  # to register, not to try it
         first = start(place, lambda: None)
         wait_for(waits)
         os.kill(first, signal.SIGKILL)

@@ -144,7 +144,7 @@ def _register(
     import shlex
     args, place = job.args, studio.studio_place(job.engine)
     try: id = studio.register_adapter(job.engine, name=args.adapter_name, model_id=args.base_model_id, prompt_id=args.prompt_id,
-                                      location=args.out_dir, experimentid=args.experimentid, wait=wait)
+                                      location=args.out_dir, experimentid=args.experimentid, job=studio.job_columns(args), wait=wait)
     except Exception as e:
         command = shlex.join(["ftnb_register", os.path.abspath(args.out_dir), *([] if "://" in place else ["--db", place])])
         raise RuntimeError(f"{e}\nThe adapter stays, whole, in {args.out_dir}. This registers it (--name NAME gives it another name):\n{command}") from (
@@ -275,7 +275,7 @@ def register_saved(
     consts.raise_problems([f"{table} {id}: there is no such row" for table, id in rows.items() if studio.fetch(engine, table, id) is None],
                           f"The job's records aren't in {studio.studio_place(engine)}")
     same = os.path.realpath(out_dir) == os.path.realpath(args.out_dir)  # or it was moved
-    return studio.register_adapter(engine, name=args.adapter_name, model_id=args.base_model_id, prompt_id=args.prompt_id, wait=wait,
+    return studio.register_adapter(engine, name=args.adapter_name, model_id=args.base_model_id, prompt_id=args.prompt_id, wait=wait, job=studio.job_columns(args),
                                    location=args.out_dir if same else os.path.abspath(out_dir), experimentid=args.experimentid)
 
 # %% ../nbs/14_finetune.ipynb #963ac792

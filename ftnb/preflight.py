@@ -29,6 +29,7 @@ import ftnb.studio as studio
 import ftnb.tokenizer_files as tokenizer_files
 import ftnb.tokens as tokens
 import ftnb.trainer as trainer
+from .places import place_problems
 from .rows import RowCounts, describe_ledger, prepare_rows, read_rows
 from .settings import TrainingSettings, held_out_problems, kernel_notes, model_problems, settle_training, training_problems
 from .storage import disk_problems, folder_problem, in_units, nearest_folder
@@ -257,24 +258,39 @@ def place_problem(
     if not any(f.endswith(".safetensors") for f in files): return f"{where} holds no weights; put the model's *.safetensors there{seen}"
     return ""
 
-# %% ../nbs/10_preflight.ipynb #c9e26ffc
+# %% ../nbs/10_preflight.ipynb #2e05c4da
 def _check_places(p: Preflight):
-    "Files of the project, folders for the results, and the adapter's name."
+    "Files of the project."
     for table, name in (("models", "model"), ("datasets", "dataset")):
         if name in p.known and (problem := p.attempt("files", place_problem, table, p.known[name])):
             p.add("error", "files", problem)
             del p.known[name]
+
+# %% ../nbs/10_preflight.ipynb #c9e26ffc
+def _check_folders(p: Preflight):
+    "Folders for the results."
     problems = []
     for key in ("out_dir", "train_out_dir"):
         path = getattr(p.args, key)
         beside = os.path.dirname(os.path.realpath(path)) if os.path.isdir(path) else path  # an adapter is put in the place of an older one
         if text := p.attempt("folders", lambda: adapters.link_problem(path) or folder_problem(path) or folder_problem(beside)): problems.append(f"--{key} {text}")
-    p.add("error", "folders", *problems)
-    if not problems: p.add("ok", "folders", "out_dir and train_out_dir can be written")
+    used = {name: p.known[key] for name, key in (("the base model", "model"), ("the data set", "dataset")) if key in p.known}
+    used = {name: os.path.expanduser(r.location.strip()) for name, r in used.items() if str(r.type).startswith("project")}
+    if "engine" in p.known and os.path.isabs(place := studio.studio_place(p.known["engine"])): used["the Studio database"] = place
+    if not problems: problems = p.attempt("folders", place_problems, p.args, used)
+    if problems: p.add("error", "folders", *problems)
+    elif problems == []: p.add("ok", "folders", "out_dir and train_out_dir can be written")
+
+# %% ../nbs/10_preflight.ipynb #2f997a40
+def _check_adapter(p: Preflight):
+    "Whether the adapter can be registered."
     if not p.args.auto_add_adapter or "engine" not in p.known: return
     taken = p.attempt("adapter", studio.adapter_name_taken, p.known["engine"], p.args.adapter_name, p.args.experimentid)
-    if taken: p.add("error", "adapter", f"--adapter_name {p.args.adapter_name}: another adapter has this name; choose one that is free")
-    if taken is False: p.add("ok", "adapter", f"the name {p.args.adapter_name} is free")
+    if taken: return p.add("error", "adapter", f"--adapter_name {p.args.adapter_name}: another adapter has this name; choose one that is free")
+    problems, notes = p.attempt("adapter", studio.registration_problems, p.known["engine"], p.args) or ([], [])
+    p.add("error", "adapter", *problems)
+    p.add("warning", "adapter", *notes)
+    if taken is False and not problems: p.add("ok", "adapter", f"the name {p.args.adapter_name} is free")
 
 # %% ../nbs/10_preflight.ipynb #e4d71d7c
 def load_base_files(
@@ -564,7 +580,7 @@ def check_job(
     p = Preflight(args, env)
     given = jobargs.format_job_arguments(args)
     p.add("ok", "arguments", f"{given.count(' --') + 1} given")
-    for check in (_check_records, _check_settings, _check_template, _check_places, _check_model): check(p)
+    for check in (_check_records, _check_settings, _check_template, _check_places, _check_folders, _check_adapter, _check_model): check(p)
     _check_rows(p, keep)
     for check in (_check_fit, _check_memory, _check_disk): check(p)
     return p

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STUDIO_TABLES', 'studio_url', 'studio_place', 'open_studio', 'create_studio', 'fetch', 'list_rows', 'read_config',
-           'Records', 'resolve_records', 'record_hash', 'model_source', 'adapter_name_taken', 'register_adapter',
-           'add_row']
+           'Records', 'resolve_records', 'record_hash', 'model_source', 'adapter_name_taken', 'job_columns',
+           'register_adapter', 'registration_problems', 'add_row']
 
 # %% ../nbs/02_studio.ipynb #b01ce47c
 import json, os, re, sqlite3, time, uuid
@@ -13,7 +13,8 @@ from copy import deepcopy
 from dataclasses import dataclass
 from types import SimpleNamespace
 from .consts import (DATASET_TYPES, DEFAULT_BNB_CONFIG, DEFAULT_LORA_CONFIG, DEFAULT_TRAINING_ARGUMENTS,
-                         MODEL_TYPES, STUDIO_DB, STUDIO_DB_DEFAULT, nearest, raise_problems)
+                         MODEL_TYPES, STUDIO_DB, STUDIO_DB_DEFAULT, TRAINING_DEFAULT_DATASET_FRACTION, TRAINING_DEFAULT_TRAIN_TEST_SPLIT,
+                         nearest, raise_problems)
 from .jobargs import JobArgs
 
 # %% ../nbs/02_studio.ipynb #7433bed1
@@ -390,7 +391,7 @@ def _upsert(
     if con.execute(sa.select(target.c.id).where(target.c.id == id)).first() is None:
         con.execute(sa.insert(target).values(id=id, **values))
         return 0
-    return con.execute(sa.update(target).where(target.c.id == id).values(**values)).rowcount
+    return con.execute(sa.update(target).where(target.c.id == id).values(**values)).rowcount if values else 1
 
 # %% ../nbs/02_studio.ipynb #622307a4
 def _write(
@@ -416,23 +417,102 @@ def _write(
         pause = min(2 * pause, 15)
 
 # %% ../nbs/02_studio.ipynb #c5dfefb0
+def job_columns(
+    args: JobArgs,  # of a job
+) -> dict:  # column of fine_tuning_jobs -> value
+    "What a job's row says of how it was trained. It has no cml_job_id: that is for a job that Cloudera ML runs."
+    same = ("base_model_id", "dataset_id", "prompt_id", "out_dir", "dataset_fraction", "train_test_split", "adapter_name")
+    return {k: getattr(args, k) for k in same} | {"num_workers": args.dist_num, "framework_type": args.finetuning_framework_type}
+
+# %% ../nbs/02_studio.ipynb #82db8402
+def _put_job(
+    con: "Connection",  # in a transaction
+    experimentid: str,  # of the job
+    name: str,  # of its adapter
+    job: dict | None,  # from `job_columns`
+) -> bool:  # is there a row?
+    "Let a job's row follow its adapter's name; make one where there is none."
+    import sqlalchemy as sa
+    known = _columns(con, "fine_tuning_jobs")
+    if "id" not in known: return False
+    jobs = sa.table("fine_tuning_jobs", *map(sa.column, known))
+    row = con.execute(sa.select(jobs).where(jobs.c.id == experimentid)).mappings().first()
+    if row is None and not job: return False
+    split = ("dataset_fraction", "train_test_split")
+    new = (job or {}) if row is None else {k: job[k] for k in split if job and row.get(k) is None}
+    _upsert(con, "fine_tuning_jobs", experimentid, **{**new, "adapter_name": name})
+    return True
+
+# %% ../nbs/02_studio.ipynb #9b65446e
+def _split_notes(
+    con: "Connection",  # to the Studio database
+    experimentid: str,  # of the job
+    name: str,  # of its adapter
+    job: dict | None,  # from `job_columns`
+) -> list:  # sentences
+    "Why the Studio's evaluation will take another split than the job's."
+    import sqlalchemy as sa
+    split, known = ("dataset_fraction", "train_test_split"), _columns(con, "fine_tuning_jobs")
+    right = tuple(job[k] for k in split) if job else (TRAINING_DEFAULT_DATASET_FRACTION, TRAINING_DEFAULT_TRAIN_TEST_SPLIT)
+    found = []
+    if {"id", "adapter_name", *split} <= set(known):
+        jobs = sa.table("fine_tuning_jobs", *map(sa.column, known))
+        found = con.execute(sa.select(jobs.c.id, *(jobs.c[k] for k in split)).where(jobs.c.adapter_name == name)).all()
+    said = [(f"fine_tuning_jobs {id}", tuple(numbers)) for id, *numbers in found]
+    taken = said or [("no row of fine_tuning_jobs, so the defaults", (TRAINING_DEFAULT_DATASET_FRACTION, TRAINING_DEFAULT_TRAIN_TEST_SPLIT))]
+    def near(value, number):
+        try: return abs(float(value) - number) < 1e-6
+        except (TypeError, ValueError): return False
+    other = [f"{what}: {' and '.join(map(str, numbers))}" for what, numbers in taken if not all(map(near, numbers, right))]
+    why = f"; the job had {right[0]} and {right[1]}, so rows that it was trained on may be evaluated" if job else ""
+    return [f"the Studio's evaluation of {name} will take dataset_fraction and train_test_split from {o}{why}" for o in other]
+
+# %% ../nbs/02_studio.ipynb #743651c2
 def _put_adapter(
     con: "Connection",  # in a transaction
     experimentid: str,  # of the job
     name: str,  # of the adapter
+    job: dict | None = None,  # from `job_columns`, for a job that has no row
     **values,  # column -> value
-) -> str:  # id of the adapter
-    "Write a job's adapter, and point the job's row to it where there is one."
-    import sqlalchemy as sa
-    id, jobs = _adapter_id(experimentid), sa.table("fine_tuning_jobs", sa.column("id"), sa.column("adapter_id"))
+) -> tuple:  # (id of the adapter, sentences about the split)
+    "Write a job's adapter, and let the job's row point to it; raises where the database doesn't keep it."
+    id = _adapter_id(experimentid)
     if other := _name_owner(con, name, id): raise ValueError(f"the adapter name {name!r} is taken by adapter {other}: choose another")
-    known = {"id", "adapter_id"} <= set(_columns(con, "fine_tuning_jobs"))
-    job = known and con.execute(sa.select(jobs.c.id).where(jobs.c.id == experimentid)).first()
-    _upsert(con, "adapters", id, type="project", name=name, fine_tuning_job_id=experimentid if job else None, **values)
-    if job: con.execute(sa.update(jobs).where(jobs.c.id == experimentid).values(adapter_id=id))  # last, for foreign keys
-    return id
+    right = {"type": "project", "name": name, **values}
+    missing = {"id", *right} - set(_columns(con, "adapters"))
+    if missing and _columns(con, "adapters"): raise ValueError(f"the table adapters has no column {', '.join(sorted(missing))}: it isn't the Studio's")
+    there = _put_job(con, experimentid, name, job)
+    _upsert(con, "adapters", id, **right, fine_tuning_job_id=experimentid if there else None)
+    if there: _upsert(con, "fine_tuning_jobs", experimentid, adapter_id=id)  # last, for foreign keys
+    return id, _split_notes(con, experimentid, name, job)
+
+# %% ../nbs/02_studio.ipynb #6b5607e4
+def _unkept(
+    con: "Connection",  # to the Studio database
+    id: str,  # of an adapter
+    right: dict,  # column -> value, as written
+) -> str:  # a sentence, or ""
+    "Whether an adapter's row is there as it was written."
+    import sqlalchemy as sa
+    adapters = sa.table("adapters", *map(sa.column, ("id", *right)))
+    row = con.execute(sa.select(adapters).where(adapters.c.id == id)).mappings().first()
+    if row is None: return f"the database took the adapter's row {id} and didn't keep it: does a trigger of the table adapters drop it?"
+    wrong = [f"{k} is {row[k]!r} instead of {v!r}" for k, v in right.items() if row[k] != v]
+    return f"the database didn't keep the adapter's row {id} as it was written: {', '.join(wrong)}" if wrong else ""
 
 # %% ../nbs/02_studio.ipynb #5c495473
+def _database_problem(
+    e: "DBAPIError",  # of SQLAlchemy
+    engine: "Engine",  # from `open_studio`
+    name: str,  # of an adapter
+) -> str:  # a sentence
+    "Why an adapter can't be registered."
+    where, why = studio_place(engine), str(e.orig).strip()
+    if "readonly" in why: why += ": SQLite must be able to write to the file and to its folder"
+    if "unable to open" in why and not os.path.exists(where): why += ": it is not there"
+    return f"the adapter {name!r} can't be registered in the Studio database {where}: {why}"
+
+# %% ../nbs/02_studio.ipynb #a3c7e9cb
 def register_adapter(
     engine: "Engine",  # from `open_studio`
     *,
@@ -441,17 +521,43 @@ def register_adapter(
     prompt_id: str,  # row of prompts
     location: str,  # folder of the adapter
     experimentid: str,  # of the job
+    job: dict | None = None,  # from `job_columns`, for a job that has no row
     wait: float = 300,  # seconds to go on trying while the database is in use
 ) -> str:  # id of the adapter
     "Put a job's adapter into the Studio; once more changes nothing."
     import sqlalchemy as sa
-    put = lambda con: _put_adapter(con, experimentid, name, model_id=model_id, prompt_id=prompt_id, location=location)
-    try: return _write(engine, put, wait)
+    right = dict(model_id=model_id, prompt_id=prompt_id, location=location)
+    try:
+        id, notes = _write(engine, lambda con: _put_adapter(con, experimentid, name, job, **right), wait)
+        with engine.connect() as con: problem = _unkept(con, id, {"type": "project", "name": name, **right})
+    except sa.exc.DBAPIError as e: raise ValueError(_database_problem(e, engine, name)) from None
+    if problem: raise ValueError(f"the adapter {name!r} isn't registered in the Studio database {studio_place(engine)}: {problem}")
+    for note in notes: print(note, flush=True)
+    return id
+
+# %% ../nbs/02_studio.ipynb #6c9dee9f
+class _Undone(Exception):
+    "A transaction that was only tried."
+
+# %% ../nbs/02_studio.ipynb #72d0f261
+def registration_problems(
+    engine: "Engine",  # from `open_studio`
+    args: JobArgs,  # of a job that is to register its adapter
+    wait: float = 5,  # seconds to go on trying while the database is in use
+) -> tuple:  # (sentences about what will fail, sentences about the rest)
+    "Try to register a job's adapter, and undo it."
+    import sqlalchemy as sa
+    right = dict(model_id=args.base_model_id, prompt_id=args.prompt_id, location=args.out_dir)
+    def trial(con):
+        id, notes = _put_adapter(con, args.experimentid, args.adapter_name, job_columns(args), **right)
+        problem = _unkept(con, id, {"type": "project", "name": args.adapter_name, **right})
+        raise _Undone([problem] if problem else [], notes)
+    try: _write(engine, trial, wait)
+    except _Undone as e: return e.args
+    except ValueError as e: return [str(e)], []
     except sa.exc.DBAPIError as e:
-        where, why = studio_place(engine), str(e.orig).strip()
-        if "readonly" in why: why += ": SQLite must be able to write to the file and to its folder"
-        if "unable to open" in why and not os.path.exists(where): why += ": it is not there"
-        raise ValueError(f"the adapter {name!r} can't be registered in the Studio database {where}: {why}") from None
+        if _passes(e): return [], [f"the Studio database is in use ({e.orig}): whether the adapter can be registered isn't known"]
+        return [_database_problem(e, engine, args.adapter_name)], []
 
 # %% ../nbs/02_studio.ipynb #ff7e7692
 def add_row(
