@@ -13,19 +13,17 @@ from fastcore.basics import patch
 import ftnb.progress as progress
 import ftnb.stills as stills
 from .models import Precision
-from .evaluate import LoadedModels, generate_answers, load_models, make_questions
+from .evaluate import LoadedModels, generate_answers, load_models
 from .prompts import PromptTemplate, format_row, read_template
 
 # %% ../nbs/12_chat.ipynb #44939132
 def _prompt(
     template: PromptTemplate | None,  # None: the text as it is
     values: dict,  # slot -> text; {"prompt": text} without a template
-    tokenizer,  # the base model's
-):  # token ids, or text
+) -> str:
     "What the models are asked."
     if template is None: return values["prompt"]
-    if template.completion is None: return format_row(template, values)
-    return list(make_questions([dict.fromkeys(template.fields, "x") | values], tokenizer, template).prompts[0])
+    return format_row(PromptTemplate(template.pieces[:template.completion]), values)
 
 # %% ../nbs/12_chat.ipynb #12d328e6
 @dataclass
@@ -50,9 +48,9 @@ class Chat:
         "Let every model answer."
         if len(values) != len(self.slots): raise ValueError(f"{len(values)} texts for the slots {', '.join(self.slots)}: give one for each")
         asked = dict(zip(self.slots, values))
-        ids, answers = _prompt(self.template, asked, self.models.tokenizer), {}
+        text, answers = _prompt(self.template, asked), {}
         for name in self.models.names:
-            with self.models.using(name) as model: answers[name] = generate_answers(model, self.models.tokenizer, [ids], **self.settings)[0].strip()
+            with self.models.using(name) as model: answers[name] = generate_answers(model, self.models.tokenizer, [text], **self.settings)[0].strip()
         self.said.append((asked, answers))
         return answers
 

@@ -17,7 +17,7 @@ from .adapters import publish_folder
 from .models import choose_precision, load_base_model
 from .consts import DEFAULT_LORA_CONFIG, STUDIO_DB, raise_problems
 from .corpus import load_dataset_into_memory
-from .evaluate import answer_table, exact_match, generate_answers
+from .evaluate import answer_table, answers_to_match, exact_match
 from .jobargs import JobArgs, format_job_arguments, parse_job_arguments
 from .prompts import PromptTemplate, format_row, parse_template
 from .splits import sample_and_split_dataset
@@ -367,15 +367,15 @@ def compare_on_held_out(
     rows: list,  # from `held_out_prompts`
     progress: bool = True,  # show bars
 ) -> tuple:  # (answers of the base model, answers with the adapter)
-    "Let base model and adapter answer the same prompts."
+    "Let base model and adapter answer the same prompts, given as texts, as any program would."
     from peft import PeftModel
     from transformers import AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(project.out_dir)
     model = PeftModel.from_pretrained(load_base_model(str(base_model), choose_precision({}, None)), project.out_dir)
-    prompts, longest = [p for _, p, _ in rows], max(len(tokenizer(" " + a)["input_ids"]) for *_, a in rows)
-    settings = dict(max_new_tokens=longest + 2, progress=progress)
-    with model.disable_adapter(): before = generate_answers(model, tokenizer, prompts, **settings)
-    return before, generate_answers(model, tokenizer, prompts, **settings)
+    prompts, right = [p for _, p, _ in rows], [a for *_, a in rows]
+    def answers(): return answers_to_match(model, tokenizer, prompts, right, progress=progress)
+    with model.disable_adapter(): before = answers()
+    return before, answers()
 
 # %% ../nbs/16_demo.ipynb #5d5424f5
 @dataclass(frozen=True)
