@@ -528,6 +528,7 @@ def load_models(
     "Load a base model and put adapters on it; a plain model in memory gets them too."
     from peft import PeftModel
     there, folders = getattr(base, "peft_config", {}), _named(adapters)
+    if getattr(base, "lora_start", None): raise ValueError("this model in memory began with a part of its base (init_lora_weights): save it, and name its folder")
     if there and folders: raise ValueError("the model in memory has adapters already; give its base by its folder or hub name")
     if hasattr(base, "forward") and tokenizer is None: raise ValueError("a model in memory needs its tokenizer: tokenizer=…")
     model, tokenizer = (base if hasattr(base, "forward") else load_base_model(str(base), precision or choose_precision({}, None)),

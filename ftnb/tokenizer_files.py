@@ -215,7 +215,7 @@ def save_tokenizer(
     if problems: raise RuntimeError("The tokenizer can't be saved so that it gives the trained ids: " + "; ".join(problems))
     return why
 
-# %% ../nbs/06_tokenizer_files.ipynb #1ca8b80b
+# %% ../nbs/06_tokenizer_files.ipynb #a2875959
 def check_saving(
     tokenizer,  # as it will be trained with
     source: str,  # hub name or folder of the base
@@ -228,5 +228,5 @@ def check_saving(
     with tempfile.TemporaryDirectory() as folder:
         _write_json(os.path.join(folder, "adapter_config.json"), {"peft_type": "LORA", "base_model_name_or_path": base})
         why = save_tokenizer(tokenizer, folder, source, rows, token)
-    return [f"the base's tokenizer files, as other programs read them, don't give the ids that are trained ({'; '.join(why)}): "
+    return [f"the base's tokenizer files, as other programs read them, don't give the ids that are trained ({why[0]}): "
             "use the tokenizer that lies beside the adapter"] if why else []
