@@ -139,7 +139,15 @@ def pickle_problem(
             f"AutoModelForCausalLM.from_pretrained({source!r}).save_pretrained('NEW_FOLDER'), "
             "and copy the tokenizer's files there")
 
-# %% ../nbs/05_weights.ipynb #3d1c8ced
+# %% ../nbs/05_weights.ipynb #615d9553
+def _inside(
+    name,  # of a file, as a setting or an index gives it
+) -> bool:
+    "Whether a name is that of safetensors within the model's folder."
+    if not isinstance(name, str) or not name.endswith((".safetensors", ".safetensors.index.json")): return False
+    return not os.path.isabs(name) and ".." not in name.replace("\\", "/").split("/")
+
+# %% ../nbs/05_weights.ipynb #88b43d6a
 def read_index(
     source: str,  # hub name or folder, for the sentences
     path: str,  # of its index
@@ -151,12 +159,11 @@ def read_index(
         with open(path, encoding="utf-8") as f: names = sorted(set(json.load(f)["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return [], [f"{source}: {name} isn't an index of weights: it must be JSON with a weight_map"]
-    for o in names:
-        inside = isinstance(o, str) and not os.path.isabs(o) and ".." not in o.replace("\\", "/").split("/")
-        if not inside or not o.endswith(".safetensors"): return [], [pickle_problem(source, f"has a {name} that names {o!r}")]
+    odd = next((o for o in names if not _inside(o) or o.endswith(".json")), None)
+    if odd is not None: return [], [pickle_problem(source, f"has a {name} that names {odd!r}")]
     return names, [] if names else [f"{source}: {name} names no files"]
 
-# %% ../nbs/05_weights.ipynb #05ca33d5
+# %% ../nbs/05_weights.ipynb #5302b5cf
 def weight_files(
     folder: str,  # of a base model
     config: dict,  # from `read_config`
@@ -164,7 +171,7 @@ def weight_files(
     "The files that transformers will load a model's weights from."
     files = sorted(os.listdir(folder))
     asked, usual = config.get("transformers_weights"), ("model.safetensors", "model.safetensors.index.json")
-    if asked is not None and not str(asked).endswith((".safetensors", ".safetensors.index.json")):
+    if asked is not None and not _inside(asked):
         return [], [pickle_problem(folder, f"has a config.json that names the weights {asked!r}")]
     name = str(asked) if asked is not None else next((o for o in usual if o in files), None)
     old = [f for f in files if f.endswith((".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")) and "model" in f]
