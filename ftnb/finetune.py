@@ -31,6 +31,7 @@ import ftnb.runs as runs
 import ftnb.settings as settings
 import ftnb.storage as storage
 import ftnb.studio as studio
+import ftnb.trackers as trackers
 import ftnb.trainer as trainer
 
 # %% ../nbs/14_finetune.ipynb #5b20dd70
@@ -241,7 +242,7 @@ def finetune(
 ) -> dict:  # the content of run.json; empty on any process but the first
     "Run a job: the adapter is in `out_dir`, whole and proven, and registered where that is asked for."
     if ranks.process_rank(): return _follow(args)
-    with ranks.leading() as tell:
+    with ranks.leading() as tell, trackers.tracker_scope(args.experimentid):
         times, check = {"started": time.time(), "began": time.monotonic()}, preflight.check_job(args, env)
         print(check, flush=True)
         check.raise_errors()
@@ -318,7 +319,6 @@ def run_command(
     except ValueError:
         if ranks.process_rank(): return  # the first process says it
         raise
-    os.environ.setdefault("MLFLOW_EXPERIMENT_NAME", args.experimentid)
     preflight.quiet_libraries()
     ranks.told_to_launcher(lambda: _without_token(launch.launch if launch.wanted(args) else finetune, args))  # on several devices or nodes, or here
 

@@ -12,13 +12,14 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 
 from .checkpoints import begin_or_resume, flow_callback, resumable, run_identity
-from .guards import RunStopped, StopRequest, best_effort, guarded_tracker, one_line, stop_on_signals
+from .guards import RunStopped, StopRequest, best_effort, one_line, stop_on_signals
 from .metrics import RunTotals, append_metrics
 from .packing import KeptPrefix, causal_model, keeps_prefix, packed_loss, packing_attention, shares_exactly
 from .prefix import common_prefix, lift_prefix, pack_rows, split_passes
 from .progress import progress_bar, wants_bar
 from .ranks import dealing, from_first, mean_over_all, process_count, process_rank, settings_for_all
 from .settings import TrainingSettings
+from .trackers import tracker_callbacks, tracker_scope
 from .storage import storage_error
 
 # %% ../nbs/09_trainer.ipynb #998b3918
@@ -386,14 +387,6 @@ def _trainer_class():
             super().log(logs, *args, **kwargs)
     return RowTrainer
 
-# %% ../nbs/09_trainer.ipynb #c476a879
-def _trackers(
-    names,  # trackers that are installed, from `_usable_trackers`
-) -> list:  # callbacks
-    "Transformers' callbacks for them, none of which can fail a run."
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK as known
-    return [guarded_tracker(o, known[o]) for o in names or () if o != "none"]
-
 # %% ../nbs/09_trainer.ipynb #756e457d
 def _whole_steps(
     settings: TrainingSettings,  # of the run
@@ -446,7 +439,7 @@ def _make_trainer(
     "Set up TRL's trainer for rows that are tokenized already."
     import torch
     from trl import SFTConfig
-    totals, config, trackers = RunTotals(), dict(settings.config), _trackers(settings.config.get("report_to"))
+    totals, config, trackers = RunTotals(), dict(settings.config), tracker_callbacks(settings.config.get("report_to"))
     if not len(test): config |= {"eval_strategy": "no", "load_best_model_at_end": False, "eval_on_start": False}
     config |= _whole_steps(settings, budget)
     try: os.makedirs(config["output_dir"], exist_ok=True)
@@ -547,7 +540,7 @@ def train_adapter(
     checkpoint = begin_or_resume(trainer, run_identity(settings.config | {"tokens_per_pass": settings.tokens_per_pass, "shared_prefix": not why}, model, train, test, identity))
     trainer.stop, trainer.row_numbers = StopRequest(), row_numbers
     _quiet(trainer)
-    with contextlib.nullcontext() if why else packing_attention(model), stop_on_signals(trainer.stop), _say_how_it_ends(trainer):
+    with contextlib.nullcontext() if why else packing_attention(model), stop_on_signals(trainer.stop), tracker_scope(), _say_how_it_ends(trainer):
         done = trainer.train(resume_from_checkpoint=checkpoint)
         after = trainer.evaluate().get("eval_loss") if len(test) else None
     if trainer.is_world_process_zero(): print(trainer.totals, flush=True)
