@@ -29,6 +29,7 @@ import ftnb.studio as studio
 import ftnb.tokenizer_files as tokenizer_files
 import ftnb.tokens as tokens
 import ftnb.trainer as trainer
+from .fingerprint import base_fingerprint
 from .places import place_problems
 from .rows import RowCounts, describe_ledger, prepare_rows, read_rows
 from .settings import TrainingSettings, held_out_problems, kernel_notes, model_problems, settle_training, training_problems
@@ -319,6 +320,14 @@ def plan_model(
         with models.on_meta(): return adapters.apply_lora(base, lora)
     except (NotImplementedError, RuntimeError): return None
 
+# %% ../nbs/10_preflight.ipynb #27c7001d
+def _check_sharing(p: Preflight, plan):
+    "Whether the tokens that rows share are computed once."
+    why = "; ".join(packing.sharing_obstacles(plan, p.known["settings"].config)) if p.known["settings"].shared_prefix is not False else "shared_prefix is false"
+    p.known["shares"] = not why
+    if why and p.known["settings"].shared_prefix is True: p.add("error", "model", f"shared_prefix is true, but the prefix can't be shared: {why}; use auto")
+    elif why: p.add("warning", "model", f"rows are trained in padded batches: {why}")
+
 # %% ../nbs/10_preflight.ipynb #0f0fb57d
 def _check_model(p: Preflight):
     "Tokenizer, settings of the model, and whether LoRA fits it."
@@ -331,6 +340,7 @@ def _check_model(p: Preflight):
     if not files: return
     p.known["tokenizer"], config, notes = files
     p.known["config"] = config.get_text_config()
+    p.known["base"] = p.attempt("model", base_fingerprint, source[0], getattr(config, "_commit_hash", None))
     p.add("warning", "model", *notes)
     if "lora" not in p.known: return
     problems = p.attempt("model", adapters.target_problems, config, p.known["lora"])
@@ -341,10 +351,7 @@ def _check_model(p: Preflight):
     p.add("warning", "model", *adapters.plan_warnings(plan, p.known["lora"], config.architectures))
     total, trained = adapters.get_model_parameters(plan)
     p.add("ok", "model", f"{total - trained:,} parameters, {trained:,} of LoRA to be trained")
-    why = "; ".join(packing.sharing_obstacles(plan, p.known["settings"].config)) if p.known["settings"].shared_prefix is not False else "shared_prefix is false"
-    p.known["shares"] = not why
-    if why and p.known["settings"].shared_prefix is True: p.add("error", "model", f"shared_prefix is true, but the prefix can't be shared: {why}; use auto")
-    elif why: p.add("warning", "model", f"rows are trained in padded batches: {why}")
+    _check_sharing(p, plan)
 
 # %% ../nbs/10_preflight.ipynb #bdeae01f
 @dataclass(frozen=True)
@@ -357,6 +364,7 @@ class Job:
     precision: models.Precision
     settings: TrainingSettings
     token: str | None = field(default=None, repr=False)  # Hugging Face token
+    base: dict | None = field(default=None, repr=False)  # which base model it is, from `base_fingerprint`
 
     @property
     def source(self) -> str:
@@ -373,7 +381,7 @@ class Job:
 def job(self: Preflight) -> Job | None:
     "The job, where all of it is known."
     needs = ("engine", "records", "template", "precision", "settings")
-    return Job(self.args, *(self.known[o] for o in needs), self.known["token"]) if all(o in self.known for o in needs) else None
+    return Job(self.args, *(self.known[o] for o in needs), self.known["token"], self.known.get("base")) if all(o in self.known for o in needs) else None
 
 # %% ../nbs/10_preflight.ipynb #87a33b37
 def _check_rows(p: Preflight, keep: bool):

@@ -44,7 +44,7 @@ def job_identity(
     batch = ("per_device_train_batch_size", "per_gpu_train_batch_size", "gradient_accumulation_steps")  # their product with the processes counts
     training = {k: v for k, v in job.records.training.items() if k not in batch}
     records = {k: studio.record_hash(getattr(job.records, k)) for k in ("model", "dataset", "prompt", "lora", "bnb")} | {"training": studio.record_hash(training)}
-    return {"arguments": {k: v for k, v in vars(job.args).items() if k not in free and v is not None}, "records": records, "data": rows.hashes,
+    return {"arguments": {k: v for k, v in vars(job.args).items() if k not in free and v is not None}, "records": records, "base": job.base, "data": rows.hashes,
             "rows_per_step": job.settings.rows_per_step * ranks.process_count()}
 
 # %% ../nbs/12_runrecord.ipynb #65f28764
