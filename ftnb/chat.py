@@ -65,7 +65,7 @@ def chat(
     precision: Precision | None = None,  # from `choose_precision`; default: fp32, not quantised
 ) -> Chat:  # a box in a notebook; `ask` anywhere
     "Ask a base model and its adapters the same questions."
-    template = None if template is None else read_template(template)
+    template = None if template is None else read_template(template, strict=False)
     return Chat(load_models(base, adapters, tokenizer, precision), template, dict(max_new_tokens=max_new_tokens, stop=stop))
 
 # %% ../nbs/12_chat.ipynb #76fbd0f6

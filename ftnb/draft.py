@@ -244,14 +244,16 @@ def add_dataset(
 ) -> str:  # id of the row
     "Put a data set into the database; every row of a file is read first."
     source = source.strip()
-    path = os.path.abspath(os.path.expanduser(source)) if source else ""
+    named = corpus.parse_dataset_name(os.path.expanduser(source))
+    path, part = os.path.abspath(named.place) if source else "", os.path.expanduser(source)[len(named.place):]
+    bare = re.sub(r"\.(gz|bz2|xz|zst|zip)$", "", path.lower())
     kinds = {".csv": "project_csv", ".tsv": "project_csv", ".json": "project_json", ".jsonl": "project_jsonl"}
-    row = dict(name=name.strip() or Path(source).name, type=kinds.get(Path(path).suffix.lower()), location=path)
-    if os.path.isdir(path): row["type"] = "project"
-    elif not os.path.exists(path) and row["type"] is None and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source): row |= dict(type="huggingface", location=None)
+    row = dict(name=name.strip() or Path(source).name, type=kinds.get(Path(bare).suffix), location=path)
+    if os.path.isdir(path): row |= dict(type="project", location=path + part)
+    elif not os.path.exists(path) and row["type"] is None and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", named.place): row |= dict(type="huggingface", location=None)
     if row["type"] is None: raise ValueError(f"{source or 'nothing'} is no .csv, .tsv, .json or .jsonl file, no folder and no name on the hub")
     if row["type"] == "huggingface": return studio.add_row(engine, "datasets", **row, huggingface_name=source)
-    data = corpus.load_dataset_into_memory(SimpleNamespace(id="new", **row))
+    data = corpus.read_corpus(SimpleNamespace(id="new", **row)).splits
     return studio.add_row(engine, "datasets", **row, features=json.dumps(data["train"].column_names))
 
 # %% ../nbs/12_draft.ipynb #491a0af5
@@ -260,7 +262,7 @@ def first_rows(
     n: int = 3,  # rows
 ) -> list:  # of dictionaries
     "The first rows of a data set."
-    data = corpus.load_dataset_into_memory(dataset)["train"]
+    data = corpus.read_corpus(dataset).splits["train"]
     return data.select(range(min(n, len(data)))).to_list()
 
 # %% ../nbs/12_draft.ipynb #14cc9a04
@@ -287,6 +289,9 @@ def preview_html(
     for row in rows:
         if lacking := [f for f in template.fields if row.get(f) is None]: parts.append(f"<i>left out: no value for {escape(', '.join(lacking))}</i>"); continue
         text, start = prompts.format_row(template, row), prompts.value_spans(template, row)[1]
+        if not text[start:].strip():
+            parts.append("<i>left out: its completion comes out empty</i>")
+            continue
         parts.append(f"{escape(text[:start])}<b>{escape(text[start:])}</b>")
     look = "white-space:pre-wrap;border-left:3px solid #9ca3af;padding:2px 8px;margin:4px 0;max-height:16em;overflow:auto;line-height:1.35"
     return "".join(f'<div style="{look}">{p}</div>' for p in parts)

@@ -297,7 +297,7 @@ def make_questions(
 ) -> Questions:  # raises where no row can be used
     "Format and tokenize rows as training does; rows that training would drop are left out."
     from datasets import Dataset, DatasetDict
-    template, rows = read_template(template), rows["test"] if isinstance(rows, DatasetDict) else rows
+    template, rows = read_template(template, strict=False), rows["test"] if isinstance(rows, DatasetDict) else rows
     data = Dataset.from_list(rows) if isinstance(rows, (list, tuple)) else rows
     text = map_dataset_with_prompt_template(data.select(range(len(data) if n is None else min(n, len(data)))), template, tokenizer.eos_token)
     asks = template.completion is not None

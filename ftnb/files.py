@@ -525,7 +525,7 @@ def _broken(
 ) -> str:  # what is wrong and where, as far as it is known
     "What to say of JSON that doesn't parse."
     if not isinstance(e, json.JSONDecodeError): return "nested too deeply to be read"
-    keys = re.findall(r'"((?:[^"\\]|\\.)*)"\s*:', e.doc[start:e.pos])
+    keys = re.findall(r'"((?:[^"\\]|\\.)*)"\s*:', e.doc[max(start, e.pos - 5_000):e.pos])
     near = f", in or after the field {keys[-1][:60]!r}" if keys else ""
     return f"this is not JSON: {e.msg[0].lower()}{e.msg[1:].removesuffix(' at')} at character {e.colno}{near}"
 

@@ -17,6 +17,7 @@ from fastcore.basics import patch
 
 import ftnb.adapters as adapters
 import ftnb.consts as consts
+import ftnb.corpus as corpus
 import ftnb.jobargs as jobargs
 import ftnb.lora_settings as lora_settings
 import ftnb.models as models
@@ -251,6 +252,7 @@ def place_problem(
     "Why a model or a data set of the project isn't where its record says."
     if not str(record.type).startswith("project"): return ""
     place = os.path.expanduser(record.location.strip())
+    if table == "datasets" and record.type == "project": place = corpus.parse_dataset_name(place).place
     where, seen = f"{table} {record.id}: location {place}", f", seen from {os.getcwd()}"
     if not os.path.exists(place): return f"{where} isn't there{seen}"
     if table == "datasets": return ""

@@ -106,6 +106,7 @@ def _tokenize_part(
     limit: int,  # tokens a row may have
 ) -> tuple:  # (`TokenizedRows`, position of each in `ds`; position -> why it was dropped)
     "Format and tokenize some rows."
+    if job.template.fields: ds = ds.select_columns(list(job.template.fields))  # of thousands, perhaps
     missing = prompts.unusable_rows(ds, job.template)
     some = prompts.text_columns(ds if len(missing) < len(ds) else ds.select([]), job.template.fields)[0]
     text = prompts.map_dataset_with_prompt_template(some, job.template, tokenizer.eos_token)

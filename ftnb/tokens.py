@@ -498,7 +498,7 @@ def tokenize_rows(
     max_length: int = 2048,  # tokens; a longer row is dropped
 ) -> TokenizedRows:  # ids and labels, and the dropped rows with their reasons
     "Token ids and labels of every row; raises where EOS or the completion can't be found."
-    template = PromptTemplate(()) if template is None else read_template(template)
+    template = PromptTemplate(()) if template is None else read_template(template, strict=False)
     raise_problems(_tokenizing_problems(tokenizer, template, completion_only, dataset.column_names), "The rows can't be tokenized")
     used = list(dict.fromkeys(map(value_column, template.fields)))
     dataset = text_columns(dataset.select_columns(list(dict.fromkeys([TRAINING_DATA_TEXT_FIELD, *used]))), used)[0]
