@@ -16,6 +16,7 @@ import ftnb.quantisation as quantisation
 import ftnb.targets as targets
 import ftnb.weights as weights
 from .consts import raise_problems
+from .tokenizer_trial import panics_as_errors
 
 # %% ../nbs/06_models.ipynb #8be3840c
 def bf16_speedup(
@@ -402,7 +403,7 @@ def load_tokenizer(
     words = (".model", ".tiktoken", "tokenizer.json", "tekken.json", "vocab.json", "vocab.txt")
     if os.path.isdir(source) and not any(name.endswith(words) for name in os.listdir(source)):
         raise ValueError(f"{source} holds no tokenizer: copy the model's tokenizer.json and tokenizer_config.json there")
-    return AutoTokenizer.from_pretrained(source, token=token, trust_remote_code=False)
+    with panics_as_errors(): return AutoTokenizer.from_pretrained(source, token=token, trust_remote_code=False)
 
 # %% ../nbs/06_models.ipynb #d53e50c6
 def _as_stored(

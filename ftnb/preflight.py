@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Finding', 'Preflight', 'problem_lines', 'missing_resources', 'processes_problems', 'held_as', 'base_source',
-           'place_problem', 'load_base_files', 'plan_model', 'Job', 'weight_bytes', 'optimizer_bytes', 'MemoryNeed',
-           'token_bytes', 'pass_budget', 'StepPlan', 'computed_tokens', 'plan_steps', 'check_job', 'quiet_libraries',
-           'check_command']
+           'place_problem', 'tokenizer_file', 'load_base_files', 'plan_model', 'Job', 'weight_bytes', 'optimizer_bytes',
+           'MemoryNeed', 'token_bytes', 'pass_budget', 'StepPlan', 'computed_tokens', 'plan_steps', 'check_job',
+           'quiet_libraries', 'check_command']
 
 # %% ../nbs/10_preflight.ipynb #da18567b
 import os, sys
@@ -28,11 +28,12 @@ import ftnb.quantisation as quantisation
 import ftnb.ranks as ranks
 import ftnb.studio as studio
 import ftnb.tokenizer_files as tokenizer_files
+import ftnb.tokenizer_trial as tokenizer_trial
 import ftnb.tokens as tokens
 import ftnb.trainer as trainer
 from .fingerprint import base_fingerprint
 from .places import place_problems
-from .rows import RowCounts, describe_ledger, prepare_rows, read_rows
+from .rows import RowCounts, describe_ledger, prepare_rows, read_rows, some_texts
 from .settings import TrainingSettings, held_out_problems, kernel_notes, model_problems, settle_training, training_problems
 from .storage import disk_problems, folder_problem, in_units, nearest_folder
 
@@ -295,6 +296,16 @@ def _check_adapter(p: Preflight):
     p.add("warning", "adapter", *notes)
     if taken is False and not problems: p.add("ok", "adapter", f"the name {p.args.adapter_name} is free")
 
+# %% ../nbs/10_preflight.ipynb #2b107a2b
+def tokenizer_file(
+    source: str,  # name on the hub, or folder
+    token: str | None = None,  # for gated models
+) -> str | None:  # its path, in the folder or in the hub's cache
+    "The tokenizer.json of a base model, where it has one."
+    from transformers.utils import cached_file
+    mild = {f"_raise_exceptions_for_{o}": False for o in ("missing_entries", "gated_repo", "connection_errors")}
+    return cached_file(source, "tokenizer.json", token=token, **mild)
+
 # %% ../nbs/10_preflight.ipynb #e4d71d7c
 def load_base_files(
     source: str,  # name on the hub, or folder
@@ -303,6 +314,7 @@ def load_base_files(
     "Load what is small of a base model."
     import warnings
     from transformers import AutoConfig
+    if problem := tokenizer_trial.tokenizer_trial(tokenizer_file(source, token)): raise ValueError(problem)
     tokenizer = models.load_tokenizer(source, token)
     config = AutoConfig.from_pretrained(source, token=token, trust_remote_code=False)
     with warnings.catch_warnings(record=True) as said:
@@ -393,6 +405,8 @@ def _check_rows(p: Preflight, keep: bool):
     if data is None: return
     if not p.job or "tokenizer" not in p.known:
         return p.add("ok", "rows", ", ".join(f"{len(ds):,} read in split {name}" for name, ds in data.splits.items()) + "; not looked at further")
+    tried = p.attempt("tokens", tokenizer_trial.tokenizer_trial, tokenizer_file(p.job.source, p.job.token), some_texts(data, p.job.template))
+    if tried != "": return p.add("error", "tokens", *[tried] * (tried is not None))
     rows = p.attempt("rows", prepare_rows, p.job, p.known["tokenizer"], p.known["config"], data, keep)
     if rows is None: return
     p.known["rows"], counts = rows, rows.counts["train"]
@@ -605,6 +619,7 @@ def quiet_libraries():
     datasets.disable_progress_bars()
     if progress.in_notebook() or not progress.wants_bar(): transformers.utils.logging.disable_progress_bar()  # in a notebook they are widgets
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ["RUST_BACKTRACE"] = "0"  # a panic in a library's Rust part is said in words
 
 # %% ../nbs/10_preflight.ipynb #23d8efc0
 def check_command(

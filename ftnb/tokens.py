@@ -15,6 +15,7 @@ from os.path import commonprefix
 
 from .consts import TRAINING_DATA_TEXT_FIELD, raise_problems
 from .prompts import PromptTemplate, format_row, read_template, text_columns, value_column, value_spans
+from .tokenizer_trial import panics_as_errors
 
 # %% ../nbs/06_tokens.ipynb #c301fdec
 def find_padding_token_candidate(
@@ -68,7 +69,8 @@ def _call(
     **kwargs,  # passed to the tokenizer
 ) -> "transformers.BatchEncoding":  # with `input_ids`
     "Token ids, and nothing else that a tokenizer may give."
-    return tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False, **kwargs)
+    with panics_as_errors():
+        return tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False, **kwargs)
 
 # %% ../nbs/06_tokens.ipynb #278548c0
 def _encode(
