@@ -34,7 +34,7 @@ import ftnb.trainer as trainer
 from .fingerprint import base_fingerprint
 from .places import place_problems
 from .rows import RowCounts, describe_ledger, prepare_rows, read_rows, some_texts
-from .settings import TrainingSettings, held_out_problems, kernel_notes, model_problems, settle_training, training_problems
+from .settings import TrainingSettings, current_names, held_out_problems, kernel_notes, model_problems, settle_training, training_problems
 from .storage import disk_problems, folder_problem, in_units, nearest_folder
 
 # %% ../nbs/10_preflight.ipynb #483746d8
@@ -224,7 +224,7 @@ def _check_settings(p: Preflight):
     bnb, training = p.known.get("bnb"), p.known.get("training")
     device = "cpu" if training and (training.get("use_cpu") or training.get("no_cuda")) else None
     about = models.base_config(base_source(p.known["model"]), p.known["token"]) if "model" in p.known else {}
-    precision = None if bnb is None or training is None else p.attempt("settings", models.choose_precision, training, bnb, device, about)
+    precision = None if bnb is None or training is None else p.attempt("settings", models.choose_precision, current_names(training), bnb, device, about)
     p.add("error", "settings", *processes_problems(p.args, precision, p.env))
     settings = precision and p.attempt("settings", settle_training, training, precision, p.args.train_out_dir)
     if not settings: return

@@ -35,7 +35,7 @@ def current_names(
     if grouped: config["train_sampling_strategy"] = "group_by_length"
     return config
 
-# %% ../nbs/08_settings.ipynb #e1b1c361
+# %% ../nbs/08_settings.ipynb #9d7b1848
 _USED = decide("used", "",
     "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length",
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm", "weight_decay",
@@ -43,18 +43,18 @@ _USED = decide("used", "",
     "bf16", "fp16", "tf32", "use_cpu", "seed", "data_seed", "full_determinism", "completion_only_loss", "router_aux_loss_coef",
     "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing", "activation_checkpointing_kwargs",
     "liger_kernel_config", "train_sampling_strategy",
-    "dataloader_drop_last", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
+    "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
     "dataloader_prefetch_factor", "dataloader_multiprocessing_context",
     "logging_strategy", "logging_steps", "logging_first_step", "log_level", "log_level_replica", "log_on_each_node",
     "report_to", "run_name", "project", "debug", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start",
     "per_device_eval_batch_size", "save_strategy", "save_steps", "save_total_limit",
     "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
-    "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_static_graph", "ddp_backend", "ddp_timeout")
+    "ddp_backend", "ddp_timeout")
 
 # %% ../nbs/08_settings.ipynb #a097620c
 _PADDED = {name: FieldRule("padded", why) for name, (_, why) in ANOTHER_LOSS.items()}
 
-# %% ../nbs/08_settings.ipynb #81820957
+# %% ../nbs/08_settings.ipynb #ea67d4db
 _IDLE = decide("idle", "a batch here is a batch of rows",
     "packing", "eval_packing", "packing_strategy", "padding_free", "pad_to_multiple_of") | decide(
     "idle", "the job decides it",
@@ -69,7 +69,9 @@ _IDLE = decide("idle", "a batch here is a batch of rows",
     "idle", "the loss is the mean over all label tokens of a step, whatever process they are on", "average_tokens_across_devices") | decide(
     "idle", "nothing is generated while training", "use_cache") | decide(
     "idle", "a step that runs out of memory is taken again in smaller passes", "auto_find_batch_size", "torch_empty_cache_steps") | decide(
-    "idle", "buffers are left alone: all processes hold the same", "ddp_broadcast_buffers")
+    "idle", "every row is used", "dataloader_drop_last") | decide(
+    "idle", "processes meet once a step, outside DDP", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_static_graph",
+    "ddp_broadcast_buffers")
 
 # %% ../nbs/08_settings.ipynb #e7f23bdd
 REFUSED = decide("refused", "isn't for this blob to set; it reaches outside the job",
@@ -329,9 +331,8 @@ def _unread_by_libraries(
     if unread.get("warmup_steps") and schedule == "constant": unread["warmup_steps"] += ", and constant_with_warmup does"
     return {key: why for key, why in unread.items() if key.split()[0] in config and config[key.split()[0]]}
 
-# %% ../nbs/08_settings.ipynb #c5117eb7
-_FOR_SEVERAL = ("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_static_graph", "ddp_backend", "ddp_timeout",
-                "log_level_replica", "log_on_each_node")  # they act where several processes train together
+# %% ../nbs/08_settings.ipynb #a232b110
+_FOR_SEVERAL = ("ddp_backend", "ddp_timeout", "log_level_replica", "log_on_each_node")  # they act where several processes train together
 
 # %% ../nbs/08_settings.ipynb #3c3db3d9
 def _unread_settings(
@@ -373,16 +374,18 @@ def _loader_problems(
     except (ValueError, TypeError) as e: return [f"dataloader_num_workers {workers}: {e}"]
     return []
 
-# %% ../nbs/08_settings.ipynb #62afcdba
+# %% ../nbs/08_settings.ipynb #cf78c202
 def _checkpointing_problems(
     args,  # TRL's `SFTConfig`
+    device: str = "cpu",  # or "cuda:N"
 ) -> list:  # sentences
     "Why layers can't be computed again as asked for."
     import torch
     from torch.utils.checkpoint import checkpoint
     kwargs = args.gradient_checkpointing_kwargs
     if not args.gradient_checkpointing or not isinstance(kwargs, dict): return []
-    if kwargs.get("selective") and kwargs.get("use_reentrant"): return ["gradient_checkpointing_kwargs: selective needs use_reentrant false"]
+    if kwargs.get("selective"): return ["gradient_checkpointing_kwargs: selective is for TRL's own way to a model, which this job doesn't go; leave it out"]
+    if kwargs.get("offload") and device == "cpu": return ["gradient_checkpointing_kwargs: offload moves what a GPU holds, and there is none; leave it out"]
     own, plain = ("selective", "every_n_layers", "offload"), ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop")
     unknown = [k for k in kwargs if k not in own + plain]  # the first are TRL's and transformers' own, the others torch's
     if unknown: return [f"gradient_checkpointing_kwargs: unknown key {k!r}{nearest(k, own + plain)}" for k in unknown]
@@ -407,14 +410,14 @@ def _compile_problems(
     if device == "cpu": return [] if any(map(shutil.which, ("g++", "c++", "clang++"))) else ["torch_compile needs a C++ compiler, which isn't here; leave it out"]
     return [] if find_spec("triton") else ["torch_compile needs triton (pip install triton); or leave it out"]
 
-# %% ../nbs/08_settings.ipynb #87e60b95
+# %% ../nbs/08_settings.ipynb #f38cb5af
 def _tried_problems(
     args,  # TRL's `SFTConfig`
     settings: TrainingSettings,  # made of the same
     device: str,  # "cpu" or "cuda:N"
 ) -> list:  # sentences
     "What a library, or this job, would refuse as training begins."
-    found = optimizer_problems(args, device) + _loader_problems(args) + _checkpointing_problems(args) + _compile_problems(args, device)
+    found = optimizer_problems(args, device) + _loader_problems(args) + _checkpointing_problems(args, device) + _compile_problems(args, device)
     padded = packing_obstacles(settings.config)
     if padded and settings.shared_prefix is True:
         found.append(f"shared_prefix is true, but the prefix can't be shared: {'; '.join(padded)}; use auto")
@@ -458,7 +461,7 @@ def _for_this_machine(
     config = {"eval_on_start": True, "logging_steps": 1, "save_total_limit": 2, "seed": 42, "dataloader_pin_memory": not cpu} | config
     return config, seconds, [*notes, *(o for o in (optim_note, tracker_note) if o)]
 
-# %% ../nbs/08_settings.ipynb #b2deb8d1
+# %% ../nbs/08_settings.ipynb #6b43b907
 def settle_training(
     asked: dict,  # training arguments, as in the Studio's config
     precision: Precision,  # from `choose_precision`
@@ -468,7 +471,7 @@ def settle_training(
     from trl import SFTConfig
     heading = "The training arguments can't be used"
     raise_problems(training_problems(asked), heading)
-    usual = (("disable_tqdm", True), ("dataset_text_field", TRAINING_DATA_TEXT_FIELD), ("remove_unused_columns", True))
+    usual = (("disable_tqdm", True), ("dataset_text_field", TRAINING_DATA_TEXT_FIELD), ("remove_unused_columns", True), ("ddp_find_unused_parameters", False))
     idle = idle_notes({k: v for k, v in asked.items() if (k, v) not in usual and v}, _KNOWN, library_defaults(SFTConfig))
     config, seconds, notes = _for_this_machine(asked, precision, output_dir)
     now = current_names(asked)
@@ -477,7 +480,8 @@ def settle_training(
     made = TrainingSettings(config, *own, seconds)
     raise_problems(_tried_problems(args, made, precision.device), heading)
     unread, unread_notes = _unread_settings(args, config, asked)
-    return replace(made, notes=(*idle, *notes, *unread_notes), unread=unread)
+    kept = {k: v for k, v in config.items() if k not in unread or k != "gradient_checkpointing_kwargs"}  # TRL refuses some where it is off
+    return replace(made, config=kept, notes=(*idle, *notes, *unread_notes), unread=unread)
 
 # %% ../nbs/08_settings.ipynb #6605e651
 def model_problems(
