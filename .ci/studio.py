@@ -1,33 +1,39 @@
 "What a job leaves is loaded with the libraries that the Studio pins: `python .ci/studio.py`."
-# They are installed from the package index into a folder of their own; FTNB_STUDIO_LIBS names one that is there already.
+# They are installed from the package index into a folder of their own; FTNB_STUDIO_LIBS names one to keep.
 import contextlib, io, json, os, shutil, sqlite3, subprocess, sys, tempfile, time, traceback
 from contextlib import closing
 from pathlib import Path
 
 PINNED = ("peft==0.12.0", "transformers==4.44.0", "tokenizers==0.19.1", "huggingface_hub==0.24.6", "accelerate==0.33.0")
-TEXTS = ("Message: where is my parcel?\nIntent:", "The keypad of my phone is broken.", "  two spaces, caf\u00e9, \U0001F600 12345\n\n",
-         "Message: I want my money back!\nIntent: refund")
+TEXTS = ("Message: where is my parcel?\nIntent:", "Message: I want my money back!\nIntent: refund",
+         "The keypad of my phone is broken.", "  two spaces, caf\u00e9, \U0001F600 12345\n\n")
 HERE = Path(__file__).resolve()
 results = []
 
-# name: (tokenizer, architecture, LoRA settings, which transformers wrote the base's tokenizer files, or what its tokenizer_config.json says)
+LLAMA = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+QWEN = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+GPT2 = {"model_max_length": 1024}  # as on the hub: no class, no special token
+ALL, SOME = {"target_modules": "all-linear"}, {"target_modules": ["c_attn", "c_fc"]}
+
+# name: (tokenizer, architecture, LoRA settings,
+#        the transformers that wrote the base's tokenizer files, or what their tokenizer_config.json says)
 CASES = {
     "llama": ("llama", "llama", {"r": 4, "lora_alpha": 8}, 4),
-    "llama, by transformers 5": ("llama", "llama", {"r": 4, "target_modules": "all-linear"}, 5),
+    "llama, by transformers 5": ("llama", "llama", {"r": 4} | ALL, 5),
+    "llama's own class": ("llama", "llama", {"r": 4}, LLAMA),
+    "a BOS switched off": ("llama", "llama", {"r": 4}, LLAMA | {"add_bos_token": False}),
     "llama 3": ("llama3", "llama", {"r": 4, "use_rslora": True, "layers_to_transform": [1], "layers_pattern": "layers"}, 4),
     "qwen 2": ("qwen", "qwen2", {"r": 8, "use_dora": True}, 4),
     "qwen 2, by transformers 5": ("qwen", "qwen2", {"r": 4, "target_modules": ".*mlp.*_proj", "bias": "lora_only"}, 5),
-    "gpt2": ("bpe", "gpt2", {"r": 4, "lora_alpha": 16}, {"model_max_length": 1024}),  # as on the hub: no class, no special token
-    "llama's own class": ("llama", "llama", {"r": 4}, {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}),
-    "a BOS switched off": ("llama", "llama", {"r": 4}, {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": False}),
-    "qwen 2's own class": ("qwen", "qwen2", {"r": 4}, {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}),
-    "gpt2, by transformers 5": ("bpe", "gpt2", {"r": 4, "target_modules": ["c_attn", "c_fc"], "inference_mode": True}, 5),
-    "pissa": ("qwen", "qwen2", {"r": 4, "init_lora_weights": "pissa", "target_modules": "all-linear"}, 4),
-    "pissa by fast SVD": ("bpe", "gpt2", {"r": 4, "init_lora_weights": "pissa_niter_4", "target_modules": ["c_attn", "c_fc"]}, 4),
+    "qwen 2's own class": ("qwen", "qwen2", {"r": 4}, QWEN),
+    "gpt2": ("bpe", "gpt2", {"r": 4, "lora_alpha": 16}, GPT2),
+    "gpt2, by transformers 5": ("bpe", "gpt2", {"r": 4, "inference_mode": True} | SOME, 5),
+    "pissa": ("qwen", "qwen2", {"r": 4, "init_lora_weights": "pissa"} | ALL, 4),
+    "pissa by fast SVD": ("bpe", "gpt2", {"r": 4, "init_lora_weights": "pissa_niter_4"} | SOME, 4),
     "olora": ("llama", "llama", {"r": 4, "init_lora_weights": "olora", "use_rslora": True}, 4),
-    "layers left out": ("llama", "llama", {"r": 4, "target_modules": "all-linear", "exclude_modules": ".*layers.0.mlp.*"}, 4),
-    "patterns": ("llama", "llama", {"r": 4, "target_modules": "all-linear", "rank_pattern": {"^model.layers.0.*_proj": 2},
-                                    "alpha_pattern": {"q_proj": 32, "down_proj": 2}}, 4),
+    "layers left out": ("llama", "llama", {"r": 4, "exclude_modules": ".*layers.0.mlp.*"} | ALL, 4),
+    "patterns": ("llama", "llama", {"r": 4, "rank_pattern": {"^model.layers.0.*_proj": 2},
+                                    "alpha_pattern": {"q_proj": 32, "down_proj": 2}} | ALL, 4),
     "output layer": ("llama3", "llama", {"r": 4, "modules_to_save": ["lm_head"]}, 4),
 }
 
@@ -38,8 +44,8 @@ def check(what, right):
 def install(folder):
     "The Studio's libraries; torch and the rest are those of this interpreter."
     if not (folder/"transformers").is_dir():
-        command = [sys.executable, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-deps", "--target", str(folder), *PINNED]
-        subprocess.run(command, check=True)
+        pip = [sys.executable, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-deps"]
+        subprocess.run([*pip, "--target", str(folder), *PINNED], check=True)
     return folder
 
 def as_version_4(base, written):
@@ -52,8 +58,8 @@ def as_version_4(base, written):
     (base/"config.json").write_text(json.dumps(config, indent=2))
     if written == 5: return
     settings = json.loads((base/"tokenizer_config.json").read_text())
-    settings = {k: v for k, v in settings.items() if k not in ("backend", "is_local")} | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    if isinstance(written, dict): settings = written
+    settings = {k: v for k, v in settings.items() if k not in ("backend", "is_local")}
+    settings = written if isinstance(written, dict) else settings | {"tokenizer_class": "PreTrainedTokenizerFast"}
     (base/"tokenizer_config.json").write_text(json.dumps(settings, indent=2))
     content = portable_merges(json.loads((base/"tokenizer.json").read_text()))
     (base/"tokenizer.json").write_text(json.dumps(content, ensure_ascii=False))
@@ -68,8 +74,10 @@ def job(work, name):
     place = work/"".join(c if c.isalnum() else "_" for c in name)
     base = save_tiny(place/"base", kind=kind, arch=arch, initializer_range=0.1)
     as_version_4(base, written)
-    project = make_demo_project(place/"project", base, fraction=0.03, lora=lora, training=DEMO_TRAINING | {"learning_rate": 1e-2})
-    with closing(sqlite3.connect(project.db)) as con, con: con.execute("UPDATE models SET location = '../base'")  # as a project's folder is named
+    training = DEMO_TRAINING | {"learning_rate": 1e-2}
+    project = make_demo_project(place/"project", base, fraction=0.03, lora=lora, training=training)
+    with closing(sqlite3.connect(project.db)) as con, con:
+        con.execute("UPDATE models SET location = '../base'")  # as the Studio names a folder of the project
     os.chdir(project.folder)
     said = io.StringIO()
     try:
@@ -88,9 +96,11 @@ def loaded(base, adapter, ids=None):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
-    said = {"ids": [tokenizer(text)["input_ids"] for text in TEXTS], "texts": [tokenizer.decode(tokenizer(text)["input_ids"]) for text in TEXTS],
-            "special": [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id],
-            "base": json.loads((Path(adapter)/"adapter_config.json").read_text())["base_model_name_or_path"]}
+    settings = json.loads((Path(adapter)/"adapter_config.json").read_text())
+    own = [tokenizer(text)["input_ids"] for text in TEXTS]
+    roles = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
+    said = {"ids": own, "texts": [tokenizer.decode(row) for row in own], "base": settings["base_model_name_or_path"],
+            "special": [getattr(tokenizer, role) for role in roles]}
     def logits(): return [model(input_ids=torch.tensor([row])).logits[0].float().numpy() for row in ids or said["ids"]]
     with torch.no_grad():
         said["logits"] = logits()
@@ -117,9 +127,11 @@ def compare(name, ours, theirs):
     off = max(abs(a - b).max() for a, b in zip(ours["logits"], theirs["logits"]) if a.shape == b.shape)
     moved = max(abs(a - b).max() for a, b in zip(theirs["logits"], theirs["alone"]))
     limit = 1e-4 * max(abs(a).max() for a in ours["logits"])
-    check(f"{name}: the same logits (they differ by {off:.1e}; the adapter moves them by {moved:.1e})", off <= limit < moved / 10)
+    check(f"{name}: the same logits (they differ by {off:.1e}; the adapter moves them by {moved:.1e})",
+          off <= limit < moved / 10)
     check(f"{name}: the same tokens", ours["ids"] == theirs["ids"] and ours["texts"] == theirs["texts"])
-    check(f"{name}: the same special tokens {theirs['special']}", ours["special"] == theirs["special"] and theirs["special"][2] is not None)
+    check(f"{name}: the same special tokens {theirs['special']}",
+          ours["special"] == theirs["special"] and theirs["special"][2] is not None)
     check(f"{name}: its base is named by an absolute path", os.path.isabs(theirs["base"]))
 
 def main():
@@ -134,9 +146,10 @@ def main():
         for name in CASES: check(f"{name}: the job runs", name in trained)
         print(f"{len(jobs)} jobs: {time.time() - start:.0f} s", flush=True)
         (work/"places.json").write_text(json.dumps([[name, *map(str, places)] for name, places in trained.items()]))
-        subprocess.run([sys.executable, str(HERE), "--child", str(libs), str(work/"places.json"), str(work/"found")], check=True, cwd=work)
+        command = [sys.executable, str(HERE), "--child", str(libs), str(work/"places.json"), str(work/"found")]
+        subprocess.run(command, check=True, cwd=work)
         found = pickle.loads((work/"found").read_bytes())
-        check(f"the Studio's libraries are at work: peft {found['versions'][0]}, transformers {found['versions'][1]}", found["versions"] == ("0.12.0", "4.44.0"))
+        check("at work are peft {}, transformers {}".format(*found["versions"]), found["versions"] == ("0.12.0", "4.44.0"))
         for name, (base, adapter) in trained.items():
             theirs = found[name]
             compare(name, loaded(base, adapter, theirs["ids"] if isinstance(theirs, dict) else None), theirs)

@@ -84,14 +84,15 @@ def as_base(
     random = model.peft_config["default"].init_lora_weights is False
     with model.disable_adapter() if random else contextlib.nullcontext(): yield model
 
-# %% ../nbs/07_adapters.ipynb #73611e80
+# %% ../nbs/07_adapters.ipynb #b0bef8e9
 def _start_problems(
     model,  # a `PeftModel`, with weights or without
     start,  # value of init_lora_weights
 ) -> list:  # a sentence, or nothing
     "Whether each layer can begin as the settings say."
     layers = {n: m for n, m in model.base_model.model.named_modules() if "default" in getattr(m, "lora_A", {})}
-    def said(what, names): return [f"lora_config: init_lora_weights is {start!r}, and {what} (as {min(names)}); leave it out"] if names else []
+    def said(what, names):
+        return [f"lora_config: init_lora_weights is {start!r}, and {what} (as {min(names)}); leave it out"] if names else []
     turned = [n for n, m in layers.items() if getattr(m, "fan_in_fan_out", False)]
     if start == "olora" and turned: return said("PEFT can't begin so in layers that hold their matrix turned", turned)
     if not (moves_base(start) or start == "mica"): return []
@@ -113,7 +114,7 @@ def target_problems(
         except (ValueError, TypeError, AttributeError, re.error) as e: return [f"lora_config: {e}"]
     except (NotImplementedError, RuntimeError): return []  # needs weights, which aren't there yet
 
-# %% ../nbs/07_adapters.ipynb #7db3fde2
+# %% ../nbs/07_adapters.ipynb #3a560aab
 def plan_warnings(
     model,  # a `PeftModel`, with weights or without
     lora: dict,  # LoRA settings
@@ -121,11 +122,13 @@ def plan_warnings(
 ) -> list:  # sentences
     "What will be trained and saved, and surprises whoever loads or merges it."
     inner = model.base_model.model
-    copied = [type(layer).__name__ == "ModulesToSaveWrapper" for layer in (inner.get_input_embeddings(), inner.get_output_embeddings())]
+    def own(layer): return type(layer).__name__ == "ModulesToSaveWrapper" or hasattr(layer, "lora_A")
+    apart = own(inner.get_input_embeddings()) or own(inner.get_output_embeddings())
     found = []
-    if inner.config.get_text_config().tie_word_embeddings and any(copied) and not lora.get("ensure_weight_tying"):
-        found.append("lora_config: embedding and output layer of this base are one matrix, and modules_to_save trains a copy of its own: they will differ, "
-                     "and a merged model needs tie_word_embeddings false; ensure_weight_tying trains both as one")
+    if inner.config.get_text_config().tie_word_embeddings and apart and not lora.get("ensure_weight_tying"):
+        found.append("lora_config: embedding and output layer of this base are one matrix, and one of them is trained apart "
+                     "from the other: they will differ, and a merged model needs tie_word_embeddings false; "
+                     "ensure_weight_tying trains both as one")
     if architectures and type(inner).__name__ not in architectures:
         found.append(f"the adapter's layers are named as in {type(inner).__name__}, and the base is a {architectures[0]}: "
                      "vLLM won't find them there; to serve it, merge the adapter into the model that was trained")
@@ -162,7 +165,7 @@ def _layer_ranks(
     layers = {n: m for n, m in model.base_model.model.named_modules() if "default" in getattr(m, "lora_alpha", {})}
     return {n: (m.r["default"], m.lora_alpha["default"]) for n, m in layers.items()}
 
-# %% ../nbs/07_adapters.ipynb #ec2ee96f
+# %% ../nbs/07_adapters.ipynb #809920b8
 def plain_settings(
     config: dict,  # from `saved_settings`
     layers: dict,  # name of each LoRA layer -> (rank, alpha)
@@ -175,10 +178,11 @@ def plain_settings(
     if not (config["rank_pattern"] or config["alpha_pattern"]): return new
     found = explicit_patterns({n: scaled(*both) for n, both in layers.items()}, new["r"], new["lora_alpha"])
     if found is None:
-        found = tuple({k: v * n for k, v in (config[key] or {}).items()} for key, n in zip(("rank_pattern", "alpha_pattern"), by))
+        keys = zip(("rank_pattern", "alpha_pattern"), by)
+        found = tuple({k: v * times for k, v in (config[key] or {}).items()} for key, times in keys)
     return new | dict(zip(("rank_pattern", "alpha_pattern"), found))
 
-# %% ../nbs/07_adapters.ipynb #c22d5d96
+# %% ../nbs/07_adapters.ipynb #ddb80300
 def _write_plain(
     model,  # a `PeftModel`
     folder: str,  # where PEFT has saved it
@@ -194,7 +198,8 @@ def _write_plain(
     config = plain_settings(saved_settings(config), layers, bool(start))
     if config.get("exclude_modules") and not config.get("target_parameters"):
         del config["exclude_modules"]
-        config["target_modules"] = explicit_targets(layers, [name for name, _ in model.base_model.model.named_modules()])
+        modules = [name for name, _ in model.base_model.model.named_modules()]
+        config["target_modules"] = explicit_targets(layers, modules)
     with open(settings, "w", encoding="utf-8") as f: json.dump(config, f, indent=2, sort_keys=True)
 
 # %% ../nbs/07_adapters.ipynb #0c8a090a
@@ -244,11 +249,11 @@ def save_adapter(
 class NotProven(RuntimeError):
     "A saved adapter that doesn't give what was trained."
 
-# %% ../nbs/07_adapters.ipynb #c5ca93c3
+# %% ../nbs/07_adapters.ipynb #14df716f
 def as_loaded(
     model,  # a trained `PeftModel`
 ):  # the same model
-    "Let a trained model compute as it will once it is loaded: without the trainer's autocast, each weight in the precision that PEFT loads it in."
+    "Let a trained model compute as once it is loaded: without autocast, each weight in the precision that PEFT gives it."
     import torch
     from accelerate.utils import extract_model_from_parallel
     model = extract_model_from_parallel(model, keep_fp32_wrapper=False)
@@ -256,7 +261,7 @@ def as_loaded(
     for name, p in model.named_parameters():
         half = p.dtype in (torch.bfloat16, torch.float16)
         right = dtypes.get(name) or (torch.float32 if "lora_" in name and half else p.dtype)
-        if p.dtype != right: p.data = p.data.to(right)
+        if p.dtype != right and not hasattr(p, "full_tensor"): p.data = p.data.to(right)  # FSDP's own policy does it there
     return model
 
 # %% ../nbs/07_adapters.ipynb #ab9328dd

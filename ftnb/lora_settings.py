@@ -13,7 +13,26 @@ import re
 from .consts import nearest
 from .fields import decide, field_problems, idle_notes, library_defaults
 
-# %% ../nbs/06_lora_settings.ipynb #aada3ae7
+# %% ../nbs/06_lora_settings.ipynb #450ea050
+_NOT_HERE = {
+    **decide("refused", "isn't for this blob to set; it reaches outside the job",
+             "auto_mapping", "base_model_name_or_path", "revision", "megatron_config", "megatron_core",
+             "corda_config", "eva_config", "lora_ga_config", "arrow_config"),
+    **decide("refused", "is for init_lora_weights 'loftq'; leave both out", "loftq_config"),
+    **decide("refused", "is for inference, and isn't saved; leave it out", "runtime_config"),
+    **decide("refused", "makes a model with more layers than the base, which only PEFT builds again; "
+             "save that model as a base of its own", "layer_replication"),
+    **decide("refused", "works on GPTQ bases alone, which aren't trained here; leave it out", "use_qalora"),
+    **decide("refused", "cuts the matrices into blocks for serving on several GPUs; leave it out", "use_bdlora"),
+    **decide("refused", "compresses the activations of a whole batch, so a row would change with its neighbours; "
+             "leave it out", "velora_config"),
+    **decide("refused", "switches the adapter on in the middle of each row, for a loader of its own; "
+             "leave it out", "alora_invocation_tokens"),
+    **decide("refused", "adds a term to the loss that only its own trainer knows; leave it out", "monteclora_config"),
+    **decide("refused", "changes the base model, and the loss; leave it out", "kasa_config"),
+}
+
+# %% ../nbs/06_lora_settings.ipynb #96611740
 LORA_RULES = {
     **decide("used", "", "r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "use_dora", "lora_bias",
              "target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern",
@@ -23,22 +42,13 @@ LORA_RULES = {
     **decide("idle", "PEFT writes it into every saved adapter, and a job trains", "inference_mode"),
     **decide("idle", "PEFT sets it by the kind of each layer", "fan_in_fan_out"),
     **decide("idle", "it is for use_qalora alone", "qalora_group_size"),
-    **decide("refused", "isn't for this blob to set; it reaches outside the job", "auto_mapping", "base_model_name_or_path",
-             "revision", "megatron_config", "megatron_core", "corda_config", "eva_config", "lora_ga_config", "arrow_config"),
-    **decide("refused", "is for init_lora_weights 'loftq'; leave both out", "loftq_config"),
-    **decide("refused", "is for inference, and isn't saved; leave it out", "runtime_config"),
-    **decide("refused", "makes a model with more layers than the base, which only PEFT builds again; save that model as a base of its own", "layer_replication"),
-    **decide("refused", "works on GPTQ bases alone, which aren't trained here; leave it out", "use_qalora"),
-    **decide("refused", "cuts the matrices into blocks for serving on several GPUs; leave it out", "use_bdlora"),
-    **decide("refused", "compresses the activations of a whole batch, so a row would change with its neighbours; leave it out", "velora_config"),
-    **decide("refused", "switches the adapter on in the middle of each row, for a loader of its own; leave it out", "alora_invocation_tokens"),
-    **decide("refused", "adds a term to the loss that only its own trainer knows; leave it out", "monteclora_config"),
-    **decide("refused", "changes the base model, and the loss; leave it out", "kasa_config"),
+    **_NOT_HERE,
 }  # key of LoraConfig -> what becomes of it
 
-# %% ../nbs/06_lora_settings.ipynb #120a532c
+# %% ../nbs/06_lora_settings.ipynb #21954e49
 LORA_STARTS = {
-    **decide("used", "", "True", "False", "gaussian", "orthogonal", "mica", "pissa", "pissa_niter_[number of iters]", "olora"),
+    **decide("used", "", "True", "False", "gaussian", "orthogonal", "mica",
+             "pissa", "pissa_niter_[number of iters]", "olora"),
     **decide("refused", "looks at batches of the data first, which a job doesn't do: it would be plain LoRA", "eva"),
     **decide("refused", "needs the covariance of activations, which a job doesn't compute", "corda"),
     **decide("refused", "needs gradients of the data first, which a job doesn't compute", "lora_ga"),
@@ -62,7 +72,7 @@ def moves_base(
     "Whether this way to start takes a part of the base model's weights into the adapter."
     return str(start_kind(start)).split("_")[0] in ("pissa", "olora")
 
-# %% ../nbs/06_lora_settings.ipynb #d1deb664
+# %% ../nbs/06_lora_settings.ipynb #f2fbb93b
 def start_problems(
     lora: dict,  # LoRA settings
     quantised: bool = False,  # a base in 4 or 8 bits
@@ -72,23 +82,27 @@ def start_problems(
     kind, key = start_kind(start), f"lora_config: init_lora_weights is {start!r}"
     usable = [o for o, rule in LORA_STARTS.items() if rule.kind == "used"]
     if kind is None: return [f"{key}; it must be one of {', '.join(usable)}{nearest(str(start), usable)}"]
-    if LORA_STARTS[kind].kind == "refused": return [f"{key}, which {LORA_STARTS[kind].reason}; leave it out, or use one of {', '.join(usable)}"]
+    rule = LORA_STARTS[kind]
+    if rule.kind == "refused": return [f"{key}, which {rule.reason}; leave it out, or use one of {', '.join(usable)}"]
     problems = []
     if quantised and (moves_base(start) or kind in ("mica", "orthogonal")):
-        problems.append(f"{key}, which begins from the weights of the base, and a quantised base has none: set load_in_4bit and load_in_8bit to false, or leave it out")
+        problems.append(f"{key}, which begins from the weights of the base, and a quantised base has none: "
+                        "set load_in_4bit and load_in_8bit to false, or leave it out")
     if moves_base(start) and lora.get("use_dora"):
-        problems.append(f"{key}, and use_dora is true: an adapter with both can't be saved for the base as it is; leave one of them out")
+        problems.append(f"{key}, and use_dora is true: an adapter with both can't be saved for the base as it is; "
+                        "leave one of them out")
     return problems
 
 # %% ../nbs/06_lora_settings.ipynb #4b57514a
 MOST_RANK = 65_536  # above every side of a matrix in use
 
-# %% ../nbs/06_lora_settings.ipynb #a6180bee
+# %% ../nbs/06_lora_settings.ipynb #2460e361
 def _value_rules() -> dict:  # key -> (test of a value, what is right)
     "Values of LoRA settings that can be told to be wrong without a model."
     def number(v): return isinstance(v, (int, float)) and not isinstance(v, bool)
     def rank(v): return isinstance(v, int) and number(v) and 1 <= v <= MOST_RANK
     def alpha(v): return number(v) and 0 < v < 1e9
+    def each(fits): return lambda v: v is None or isinstance(v, dict) and all(map(fits, v.values()))
     return {
         "r": (rank, f"a whole number from 1 to {MOST_RANK:,}"),
         "lora_alpha": (alpha, "a number above 0"),
@@ -96,8 +110,8 @@ def _value_rules() -> dict:  # key -> (test of a value, what is right)
         "bias": (lambda v: v in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'"),
         "task_type": (lambda v: v in (None, "CAUSAL_LM"), "'CAUSAL_LM'"),
         "peft_type": (lambda v: v in (None, "LORA"), "'LORA'"),
-        "rank_pattern": (lambda v: v is None or isinstance(v, dict) and all(map(rank, v.values())), "names of modules, each with its rank"),
-        "alpha_pattern": (lambda v: v is None or isinstance(v, dict) and all(map(alpha, v.values())), "names of modules, each with its alpha"),
+        "rank_pattern": (each(rank), "names of modules, each with its rank"),
+        "alpha_pattern": (each(alpha), "names of modules, each with its alpha"),
     }
 
 # %% ../nbs/06_lora_settings.ipynb #0917ccfe
@@ -111,16 +125,16 @@ def lora_problems(
     problems += [f"lora_config: {k} is {lora[k]!r}; it must be {right}" for k, right in wrong.items()]
     return problems + start_problems(lora)
 
-# %% ../nbs/06_lora_settings.ipynb #947684d7
+# %% ../nbs/06_lora_settings.ipynb #5828649f
 PEFT_0_12 = (
     "peft_type", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode",
     "r", "target_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora",
     "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern",
     "rank_pattern", "alpha_pattern", "megatron_config", "megatron_core", "loftq_config", "use_dora",
     "layer_replication", "runtime_config",
-)  # fields of LoraConfig in peft==0.12.0 (peft/tuners/lora/config.py, peft/config.py), which the Studio loads adapters with
+)  # fields of LoraConfig in peft==0.12.0 (peft/tuners/lora/config.py, peft/config.py), the Studio's
 
-# %% ../nbs/06_lora_settings.ipynb #c257f2ae
+# %% ../nbs/06_lora_settings.ipynb #b8580a65
 def saved_settings(
     config: dict,  # content of an adapter_config.json, as PEFT has written it
 ) -> dict:  # the same settings, for every reader
@@ -132,7 +146,8 @@ def saved_settings(
     kept["init_lora_weights"] = True  # how it began is over; on loading, PEFT would begin again, on the base
     base = kept.get("base_model_name_or_path")
     if base and os.path.isdir(base): kept["base_model_name_or_path"] = os.path.abspath(base)
-    for key in ("target_modules", "modules_to_save", "exclude_modules", "target_parameters"):  # sets, in an order of their own
+    sets = ("target_modules", "modules_to_save", "exclude_modules", "target_parameters")  # in an order of their own
+    for key in sets:
         if isinstance(kept.get(key), list): kept[key] = sorted(kept[key])
     return kept
 
@@ -162,22 +177,22 @@ def explicit_targets(
 # %% ../nbs/06_lora_settings.ipynb #7bc4ddc2
 VLLM_MOST_RANK = 512  # the largest value that vLLM's max_lora_rank takes
 
-# %% ../nbs/06_lora_settings.ipynb #c2c4ce93
+# %% ../nbs/06_lora_settings.ipynb #25ee4bfd
 def _vllm_refuses(
     lora: dict,  # LoRA settings
 ) -> list:  # what of them, as parts of a sentence
     "What vLLM doesn't serve as an adapter."
     ranks = [lora.get("r") or 8, *(lora.get("rank_pattern") or {}).values()]
     rank = max(ranks) * (2 if moves_base(lora.get("init_lora_weights", True)) else 1)
-    set_keys = [k for k in ("modules_to_save", "use_dora", "lora_bias", "trainable_token_indices", "target_parameters") if lora.get(k)]
-    found = [f"{k} is set" for k in set_keys]
+    unknown = ("modules_to_save", "use_dora", "lora_bias", "trainable_token_indices", "target_parameters")
+    found = [f"{k} is set" for k in unknown if lora.get(k)]
     if lora.get("bias", "none") != "none": found.append(f"bias is {lora['bias']!r}")
     if rank > VLLM_MOST_RANK: found.append(f"the saved rank is {rank}, and {VLLM_MOST_RANK} is its most")
     patterns = [k for k in ("rank_pattern", "alpha_pattern") if lora.get(k)]
     if patterns: found.append(f"{' and '.join(patterns)}: it scales all layers alike")
     return found
 
-# %% ../nbs/06_lora_settings.ipynb #a0120c4d
+# %% ../nbs/06_lora_settings.ipynb #0b4ff42e
 def reader_warnings(
     lora: dict,  # LoRA settings
 ) -> list:  # sentences
@@ -188,7 +203,11 @@ def reader_warnings(
     found = []
     new = [k for k, rule in LORA_RULES.items() if rule.kind == "used" and k not in (*PEFT_0_12, "exclude_modules")]
     unknown = sorted(k for k in new if lora.get(k) is not None and lora[k] != defaults[k])
-    if unknown: found.append(f"lora_config: PEFT 0.12.0, the Studio's own, doesn't know {', '.join(unknown)}, and won't load the adapter; leave that out, or merge it: {merge}")
+    if unknown:
+        found.append(f"lora_config: PEFT 0.12.0, the Studio's own, doesn't know {', '.join(unknown)}, and won't load "
+                     f"the adapter; leave that out, or merge it: {merge}")
     refused = _vllm_refuses(lora)
-    if refused: found.append(f"lora_config: vLLM won't serve this adapter rightly ({'; '.join(refused)}); to serve it, merge it: {merge}")
+    if refused:
+        found.append(f"lora_config: vLLM won't serve this adapter rightly ({'; '.join(refused)}); "
+                     f"to serve it, merge it: {merge}")
     return [f"lora_config: {note}" for note in idle_notes(lora, LORA_RULES, defaults)] + found

@@ -108,7 +108,7 @@ def _copy_files(
         os.makedirs(os.path.dirname(place), exist_ok=True)
         shutil.copyfile(path, place)
 
-# %% ../nbs/06_tokenizer_files.ipynb #ea380bfc
+# %% ../nbs/06_tokenizer_files.ipynb #fed1d4d7
 def _change_files(
     folder: str,  # with a tokenizer's files
     tokenizer,  # as trained
@@ -119,19 +119,24 @@ def _change_files(
         if not os.path.isfile(path): return
         with open(path, encoding="utf-8") as f: content = json.load(f)
         if (new := rule(content)) != content: _write_json(path, new)
-    def pad(content): return content if _content(content.get("pad_token")) == tokenizer.pad_token else content | {"pad_token": tokenizer.pad_token}
-    if not os.path.isfile(os.path.join(folder, "tokenizer_config.json")): _write_json(os.path.join(folder, "tokenizer_config.json"), {})
+    def pad(content):
+        same = _content(content.get("pad_token")) == tokenizer.pad_token
+        return content if same else content | {"pad_token": tokenizer.pad_token}
+    settings = os.path.join(folder, "tokenizer_config.json")
+    if not os.path.isfile(settings): _write_json(settings, {})
     change("tokenizer_config.json", lambda content: portable_config(content, tokenizer))
     change("special_tokens_map.json", pad)
     change("tokenizer.json", portable_merges)
 
-# %% ../nbs/06_tokenizer_files.ipynb #88a2cfce
-ROLES = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")  # special tokens that a reader of the adapter asks for
+# %% ../nbs/06_tokenizer_files.ipynb #eaf658a7
+ROLES = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")  # that a reader of the adapter asks for
 
-SWITCHED = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")  # in version 4, add_bos_token (default true) and add_eos_token (default false) win
+# In version 4 their add_bos_token (default true) and add_eos_token (default false) win over tokenizer.json
+SWITCHED = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
 
 PROBES = (
-    "Order 12345 of 14 June, 2026: it's here, isn't it?", "  two  spaces,\ttab\n\n\nlines \n", "caf\u00e9 na\u00efve \u4f60\u597d \U0001F600 cafe\u0301",
+    "Order 12345 of 14 June, 2026: it's here, isn't it?",
+    "  two  spaces,\ttab\n\n\nlines \n", "caf\u00e9 na\u00efve \u4f60\u597d \U0001F600 cafe\u0301",
     "HTTPServer x=f(y)[0]; don't WON'T", "",
 )  # texts in which tokenizers' rules differ, read besides the rows
 
@@ -153,7 +158,7 @@ def _first_difference(
             return f"of {text[:40]!r} it makes {words[0]} at token {at}, trained are {words[1]}"
     return ""
 
-# %% ../nbs/06_tokenizer_files.ipynb #671bf1a6
+# %% ../nbs/06_tokenizer_files.ipynb #d1242899
 def _file_problems(
     folder: str,  # with a saved tokenizer
     tokenizer,  # as trained
@@ -170,11 +175,14 @@ def _file_problems(
     with open(os.path.join(folder, "tokenizer_config.json"), encoding="utf-8") as f: config = json.load(f)
     if str(config.get("tokenizer_class")).removesuffix("Fast") not in SWITCHED: return problems
     ids = tokenizer("a")["input_ids"]
-    for switch, usual, trained in (("add_bos_token", True, ids[0] == tokenizer.bos_token_id), ("add_eos_token", False, ids[-1] == tokenizer.eos_token_id)):
-        if bool(config.get(switch, usual)) != trained: problems.append(f"transformers 4 goes by {switch}, and would {'leave out' if trained else 'add'} a token")
+    switches = {"add_bos_token": (True, ids[0] == tokenizer.bos_token_id),
+                "add_eos_token": (False, ids[-1] == tokenizer.eos_token_id)}
+    for switch, (usual, trained) in switches.items():
+        if bool(config.get(switch, usual)) == trained: continue
+        problems.append(f"transformers 4 goes by {switch}, and would {'leave out' if trained else 'add'} a token")
     return problems
 
-# %% ../nbs/06_tokenizer_files.ipynb #4143dc35
+# %% ../nbs/06_tokenizer_files.ipynb #ba94c0bf
 def tokenizer_problems(
     folder: str,  # with a saved tokenizer
     tokenizer,  # as trained
@@ -186,13 +194,14 @@ def tokenizer_problems(
     try:
         loaded = AutoTokenizer.from_pretrained(folder, token=token, trust_remote_code=False)
         problems = _file_problems(folder, tokenizer, rows)
-    except Exception as e: return [f"the saved tokenizer can't be loaded: {type(e).__name__}: {' '.join(str(e).split())[:300]}"]
+    except Exception as e:
+        return [f"the saved tokenizer can't be loaded: {type(e).__name__}: {' '.join(str(e).split())[:300]}"]
     problems += [f"the saved tokenizer's {role} is {getattr(loaded, role)}, trained was {getattr(tokenizer, role)}"
                  for role in ROLES if getattr(loaded, role) != getattr(tokenizer, role)]
     found = _first_difference(tokenizer, lambda texts: loaded(texts, verbose=False)["input_ids"], rows)
     return problems + ([f"the saved tokenizer reads the text in another way: {found}"] if found else [])
 
-# %% ../nbs/06_tokenizer_files.ipynb #3e35ab9e
+# %% ../nbs/06_tokenizer_files.ipynb #88ff96ca
 def save_tokenizer(
     tokenizer,  # as trained
     folder: str,  # of the adapter
@@ -212,7 +221,8 @@ def save_tokenizer(
     tokenizer.save_pretrained(folder)
     _change_files(folder, tokenizer)
     problems = tokenizer_problems(folder, tokenizer, rows, token)
-    if problems: raise RuntimeError("The tokenizer can't be saved so that it gives the trained ids: " + "; ".join(problems))
+    if problems:
+        raise RuntimeError("The tokenizer can't be saved so that it gives the trained ids: " + "; ".join(problems))
     return why
 
 # %% ../nbs/06_tokenizer_files.ipynb #a2875959
