@@ -37,6 +37,13 @@ CASES = {
     "output layer": ("llama3", "llama", {"r": 4, "modules_to_save": ["lm_head"]}, 4),
 }
 
+# what is asked: (tokenizer, who wrote the base's tokenizer files, input_template, completion_template); the Studio's own ticketing prompt ends in a space
+ASKED = {
+    "prompt that ends in a space": ("qwen", 4, "### TICKET: {message}\n### ACTION: ", "{intent}"),
+    "prompt that ends in a space, llama": ("llama", 4, "### TICKET: {message}\n### ACTION: ", "{intent}"),
+    "prompt that doesn't": ("llama3", 4, "### TICKET: {message}\n### ACTION:", " {intent}"),
+}
+
 def check(what, right):
     results.append(bool(right))
     print(f"{'ok' if right else 'FAILED'}: {what}", flush=True)
@@ -89,6 +96,52 @@ def job(work, name):
     finally: os.chdir(work)
     return base, project.out_dir
 
+def tickets(file, rows=80):
+    "Messages that come again and again: half of them always with the same intent, so that a tiny model can learn them, half with one of two."
+    import csv, random
+    rng, names = random.Random(0), ("refund", "track_parcel", "cancel_order", "change_address")
+    messages = [f"{word} {thing}" for word in ("where is", "I want") for thing in ("my parcel", "the lamp", "order 7", "help")]
+    with open(file, "w", newline="", encoding="utf-8") as f:
+        lines = csv.writer(f)
+        lines.writerow(["message", "intent"])
+        for i in range(rows): lines.writerow([messages[i % 8], names[i % 4] if i % 8 < 4 else rng.choice(names[:2])])
+    return file
+
+def asked_job(work, name):
+    "Run a job whose adapter answers some rows right and some wrong; returns (base, folder of its adapter, prompts and right answers, what the report says)."
+    from ftnb.demo import DEMO_TRAINING, held_out_prompts, make_demo_project
+    from ftnb.finetune import finetune
+    from ftnb.jobargs import parse_job_arguments
+    from ftnb.tiny import save_tiny
+    kind, written, given, added = ASKED[name]
+    place = work/"".join(c if c.isalnum() else "_" for c in name)
+    base = save_tiny(place/"base", kind=kind, arch="llama", initializer_range=0.1)
+    as_version_4(base, written)
+    training = DEMO_TRAINING | {"num_train_epochs": 16, "learning_rate": 1e-2}
+    project = make_demo_project(place/"project", base, tickets(place/"tickets.csv"), split=0.7, training=training)
+    with closing(sqlite3.connect(project.db)) as con, con:
+        con.execute("UPDATE prompts SET prompt_template = ?, input_template = ?, completion_template = ?", (given + added, given, added))
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        run = finetune(parse_job_arguments(project.job_arguments), {"FINE_TUNING_STUDIO_SQLITE_DB": str(project.db)})
+    check(f"{name}: preflight says whether a token would join prompt and completion", ("they are trained as they will be asked" in said.getvalue()) == given.endswith(" "))
+    return base, project.out_dir, [list(row[1:]) for row in held_out_prompts(project, 32)], run["comparison"]["models"]
+
+def answers(base, adapter, asked):
+    "As the Studio evaluates: the filled-in prompt is a text, the tokenizer makes tokens of it, and the model goes on from there."
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+    def answer(prompt):
+        row = tokenizer(prompt, return_tensors="pt")
+        row.pop("token_type_ids", None)
+        with torch.no_grad(): made = model.generate(**row, max_new_tokens=64, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        return tokenizer.decode(made[0, row["input_ids"].shape[1]:], skip_special_tokens=True)
+    right = [answer(prompt).strip().splitlines()[:1] == [want] for prompt, want in asked]
+    return sum(right) / len(right)
+
 def loaded(base, adapter, ids=None):
     "What the libraries of this interpreter make of an adapter: ids of texts, logits with it and without."
     import torch
@@ -108,15 +161,15 @@ def loaded(base, adapter, ids=None):
     return said
 
 def child(libs, places, out):
-    "In a process of its own: load all adapters with the Studio's libraries."
+    "In a process of its own: load all adapters with the Studio's libraries, and ask some of them."
     sys.path.insert(0, str(libs))
     import pickle, warnings
     warnings.simplefilter("ignore")
     import peft, transformers
     transformers.logging.set_verbosity_error()
     found = {"versions": (peft.__version__, transformers.__version__)}
-    for name, base, adapter in json.loads(Path(places).read_text()):
-        try: found[name] = loaded(base, adapter)
+    for name, base, adapter, *asked in json.loads(Path(places).read_text()):
+        try: found[name] = answers(base, adapter, asked[0]) if asked else loaded(base, adapter)
         except Exception: found[name] = traceback.format_exc()
     Path(out).write_bytes(pickle.dumps(found))
 
@@ -134,6 +187,12 @@ def compare(name, ours, theirs):
           ours["special"] == theirs["special"] and theirs["special"][2] is not None)
     check(f"{name}: its base is named by an absolute path", os.path.isabs(theirs["base"]))
 
+def compare_answers(name, rows, report, theirs):
+    ours = report["adapter"]["score"]
+    if not isinstance(theirs, float): print(theirs)
+    check(f"{name}: {rows} held-out rows, {ours:.1%} right in the job's report, {report['base']['score']:.1%} without the adapter", 0 < ours < 1)
+    check(f"{name}: asked with the Studio's libraries as much is right ({theirs if isinstance(theirs, str) else format(theirs, '.1%')})", theirs == ours)
+
 def main():
     import pickle
     from transformers import logging
@@ -144,8 +203,11 @@ def main():
         jobs = {name: job(work, name) for name in CASES}
         trained = {name: places for name, places in jobs.items() if (places[1]/"adapter_model.safetensors").exists()}
         for name in CASES: check(f"{name}: the job runs", name in trained)
-        print(f"{len(jobs)} jobs: {time.time() - start:.0f} s", flush=True)
-        (work/"places.json").write_text(json.dumps([[name, *map(str, places)] for name, places in trained.items()]))
+        asked = {name: asked_job(work, name) for name in ASKED}
+        print(f"{len(jobs) + len(asked)} jobs: {time.time() - start:.0f} s", flush=True)
+        places = [[name, *map(str, places)] for name, places in trained.items()]
+        places += [[name, str(base), str(adapter), rows] for name, (base, adapter, rows, _) in asked.items()]
+        (work/"places.json").write_text(json.dumps(places))
         command = [sys.executable, str(HERE), "--child", str(libs), str(work/"places.json"), str(work/"found")]
         subprocess.run(command, check=True, cwd=work)
         found = pickle.loads((work/"found").read_bytes())
@@ -153,6 +215,7 @@ def main():
         for name, (base, adapter) in trained.items():
             theirs = found[name]
             compare(name, loaded(base, adapter, theirs["ids"] if isinstance(theirs, dict) else None), theirs)
+        for name, (*_, rows, report) in asked.items(): compare_answers(name, len(rows), report, found[name])
     print(f"{sum(results)} passed, {len(results) - sum(results)} failed")
     return int(not all(results))
 
