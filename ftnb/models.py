@@ -16,7 +16,6 @@ import ftnb.quantisation as quantisation
 import ftnb.targets as targets
 import ftnb.weights as weights
 from .consts import raise_problems
-from .tokenizer_trial import panics_as_errors
 
 # %% ../nbs/06_models.ipynb #8be3840c
 def bf16_speedup(
@@ -313,6 +312,17 @@ def _match_warnings(
     if text: warnings.append(f"{source}: a {model.config.model_type} sees as well; its text layers are trained ({text}), on text alone")
     return warnings
 
+# %% ../nbs/06_models.ipynb #ca57d691
+def _unmerged(
+    e: Exception,  # that `match_weights` raised
+) -> list:  # names of weights that couldn't be put together
+    "Some weights are merged from several in the files; transformers keeps those that fail in the report of its loading."
+    at, found = e.__traceback__, []
+    while at is not None and not found:
+        report = at.tb_frame.f_locals.get("loading_info")
+        found, at = sorted(getattr(report, "conversion_errors", None) or ()), at.tb_next
+    return found
+
 # %% ../nbs/06_models.ipynb #f32817a6
 def _named(
     e: Exception,  # of a library
@@ -321,7 +331,7 @@ def _named(
     text = " ".join(str(e).split())[:300]
     return text if type(e) in (ValueError, RuntimeError) else f"{type(e).__name__}: {text}"
 
-# %% ../nbs/06_models.ipynb #d1a32102
+# %% ../nbs/06_models.ipynb #41ddd668
 def fit_problems(
     source: str,  # hub name or folder
     headers: dict,  # name -> (type, shape), from `weights.read_headers`
@@ -334,14 +344,16 @@ def fit_problems(
     except Exception as e: return [f"{source}: its config.json can't be used: {_named(e)}"], []
     if not auto_class(config):
         return [f"{source}: a {config.model_type} isn't a model that writes text token by token; name a causal language model"], []
+    stored = quantisation.stored_quantisation(config.to_dict())
     try: model, info = match_weights(config, headers)
     except Exception as e:
+        if not stored and (names := _unmerged(e)):
+            return [f"{source}: {_some(names)} can't be put together from its files: a part is missing, or has another shape"], []
         try:
             _quietly(lambda: shape_model(config))
         except NotImplementedError: return [], []
         except Exception: return [f"{source}: no model can be built from its config.json: {_named(e)}"], []
         return [], []  # it can be built; what its weights are can't be told without reading them
-    stored = quantisation.stored_quantisation(config.to_dict())
     composite = type(model.config) is not type(config)  # only the text part of it is built
     info = info | ({"unexpected_keys": set()} if composite else {})
     return _match_problems(source, info, stored), _match_warnings(source, model, info)
@@ -403,7 +415,7 @@ def load_tokenizer(
     words = (".model", ".tiktoken", "tokenizer.json", "tekken.json", "vocab.json", "vocab.txt")
     if os.path.isdir(source) and not any(name.endswith(words) for name in os.listdir(source)):
         raise ValueError(f"{source} holds no tokenizer: copy the model's tokenizer.json and tokenizer_config.json there")
-    with panics_as_errors(): return AutoTokenizer.from_pretrained(source, token=token, trust_remote_code=False)
+    return AutoTokenizer.from_pretrained(source, token=token, trust_remote_code=False)
 
 # %% ../nbs/06_models.ipynb #d53e50c6
 def _as_stored(

@@ -76,7 +76,7 @@ def read_config(
     if not isinstance(config, dict): raise ValueError(f"{path} holds no settings: it must be a JSON object")
     return config
 
-# %% ../nbs/05_weights.ipynb #30b5189f
+# %% ../nbs/05_weights.ipynb #957ecc55
 def count_problems(
     config: dict,  # from `read_config`
     tensors: int = 0,  # in the model's files; 0 where it isn't known
@@ -89,7 +89,7 @@ def count_problems(
               (r"experts$", 100_000), (r"^num_labels$", 1_000_000))
     for key, value in config.items():
         if isinstance(value, dict): problems += count_problems(value, tensors, f"{where}, {key}")
-        if not isinstance(value, int): continue
+        if not isinstance(value, (int, float)): continue
         most = next((limit for pattern, limit in limits if re.search(pattern, key)), None)
         if most is None or value <= most: continue
         holds = f", and the model's files hold {tensors:,} weights" if tensors else ""
