@@ -17,6 +17,7 @@ from .models import choose_precision, load_base_model, load_tokenizer
 from .consts import DEFAULT_LORA_CONFIG, raise_problems
 from .demo import demo_base_model, demo_data
 from .packing import keeps_prefix, packing_attention
+from .package import python_command
 from .settings import settle_training
 from .tokens import configure_tokenizer_padding
 from .trainer import _make_trainer, _quiet, _settle_budget, packed_passes
@@ -189,9 +190,9 @@ def matmul_gflops(
 class _Process:
     "A contender in a process of its own."
     def __init__(self, kind, job):
-        command = f"import json, sys; from ftnb.bench import run_contender; run_contender({kind!r}, json.loads(sys.argv[1]))"
+        code = f"import json; from ftnb.bench import run_contender; run_contender({kind!r}, json.loads(sys.argv[1]))"
         self.kind, self.log = kind, tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen([sys.executable, "-c", command, json.dumps(asdict(job))], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        self.process = subprocess.Popen(python_command(code, json.dumps(asdict(job))), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         stderr=self.log, text=True)
         self.counts = [0, 0, 0]
         self.read()

@@ -15,6 +15,7 @@ from fastcore.basics import patch
 import ftnb.consts as consts
 import ftnb.jobargs as jobargs
 import ftnb.monitor as live
+import ftnb.package as package
 import ftnb.preflight as preflight
 import ftnb.studio as studio
 
@@ -344,8 +345,7 @@ _HOME = "/home/cdsw"  # where Cloudera ML has a project's files
 # %% ../nbs/13_cml.ipynb #bc1ac977
 def _own_script() -> str:  # path below the project; "" where it isn't in it
     "This package's job script, as a job would name it."
-    import ftnb
-    script = os.path.join(os.path.dirname(os.path.abspath(ftnb.__file__)), "finetune.py")
+    script = package.job_script()
     roots = [_HOME] if os.path.isdir(_HOME) else [os.getcwd()]
     return next((os.path.relpath(script, r) for r in roots if script.startswith(os.path.join(r, ""))), "")
 

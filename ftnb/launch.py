@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 import ftnb.checkpoints as checkpoints
 import ftnb.consts as consts
 import ftnb.jobargs as jobargs
+import ftnb.package as package
 import ftnb.preflight as preflight
 import ftnb.ranks as ranks
 import ftnb.studio as studio
@@ -214,7 +215,9 @@ def workers_api():  # a module, or what stands for it; None where this isn't Clo
     if python := os.environ.get(consts.RUNTIME_PYTHON): return _RuntimeWorkers(python, os.environ.get(consts.RUNTIME_PATH, ""))
 
 # %% ../nbs/13_launch.ipynb #74477b33
-_ASK_WORKERS = """import json, sys
+_ASK_WORKERS = """import sys
+sys.path[:] = [p for p in sys.path if p]  # not the folder where it is started
+import json
 try: import cml.workers_v1 as api
 except ImportError: import cdsw as api
 name, ids, settings = json.load(sys.stdin)
@@ -266,10 +269,9 @@ def _worker_env(
 # %% ../nbs/13_launch.ipynb #63cbf0ee
 def worker_code() -> str:  # Python, without secrets
     "What a worker runs."
-    from importlib.util import find_spec
     if script := os.environ.get(consts.JOB_SCRIPT):
         return f"import os; os.chdir({os.getcwd()!r}); exec(compile(open({script!r}, encoding='utf-8').read(), {script!r}, 'exec'))"
-    home = os.path.dirname(os.path.dirname(os.path.abspath(find_spec("ftnb.jobargs").origin)))
+    home = os.path.dirname(package.package_folder())
     return f"import os, sys; os.chdir({os.getcwd()!r}); sys.path.insert(0, {home!r}); import ftnb.finetune; ftnb.finetune.run_command()"
 
 # %% ../nbs/13_launch.ipynb #5f832fb3
@@ -444,8 +446,7 @@ def _further_node(
 # %% ../nbs/13_launch.ipynb #9d96d47f
 def _job_command() -> list:  # arguments of Python
     "What a rank runs: the job's script, by its path, which finds the same `ftnb`."
-    from importlib.util import find_spec
-    return [find_spec("ftnb.finetune").origin]
+    return [package.job_script()]
 
 # %% ../nbs/13_launch.ipynb #c4f20306
 def all_failures(
