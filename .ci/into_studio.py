@@ -418,6 +418,7 @@ def dispatch(studio, project):
 def real_job(work, old, python, kernel):
     folder = work/"project"
     project = make_demo_project(folder, save_tiny(work/"tiny", kind="qwen"), fraction=0.05)
+    (folder/"ftnb").mkdir()  # the clone, as the README says
     with Studio(folder, old, ROOT, python) as studio:
         code, said = studio.do("install", "--env", sys.prefix)
         check("install with the real ftnb: a job would run", code == 0 and studio.script == JOB, said)

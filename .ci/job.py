@@ -41,7 +41,8 @@ def in_kernel(env, folder):
     return reply["content"]["status"] == "ok", "".join(printed)
 
 def run(door, project, arguments):
-    "Run a job through one of its doors; its output is shown where it fails."
+    "Run a job through one of its doors; its output is shown where it fails. The folder is one in which a clone `ftnb` lies."
+    (project.folder/"ftnb").mkdir(exist_ok=True)
     start, env = time.time(), {**os.environ, "JOB_ARGUMENTS": arguments, "FINE_TUNING_STUDIO_SQLITE_DB": str(project.db)}
     if door == "kernel": ended_well, printed = in_kernel(env, project.folder)
     else:

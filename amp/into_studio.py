@@ -117,7 +117,9 @@ def write_record(place, record, **changes):
 def write_file(path, text):
     "A file that is there whole, or as it was before."
     part = path + ".part"
-    with open(part, "w", encoding="utf-8") as f:
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(part)  # of a call that was cut short; a link is never followed
+    with open(part, "x", encoding="utf-8") as f:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())
@@ -350,6 +352,8 @@ def make_environment(place, options, template):
 def new_environment(place, options, template):
     "Make an environment with nothing in it."
     folder, free = place.file("env"), shutil.disk_usage(place.folder).free / 2**30
+    if os.path.islink(folder):
+        os.remove(folder)
     shutil.rmtree(folder, ignore_errors=True)
     if free < GIGABYTES:
         say(f"warning: {free:.1f} GiB of disk are free; with CUDA the environment may take {GIGABYTES}")

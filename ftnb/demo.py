@@ -23,6 +23,7 @@ from .prompts import PromptTemplate, format_row, parse_template
 from .splits import sample_and_split_dataset
 from .studio import create_studio, open_studio, resolve_records, studio_url
 from .tiny import save_tiny
+from .package import job_script, package_folder
 from .progress import progress_bar, wants_bar
 
 # %% ../nbs/16_demo.ipynb #94a0dc3b
@@ -53,7 +54,7 @@ def _download_wheel(
 ) -> "Path":  # the wheel
     "Let pip download one wheel, checked against its hash."
     (folder/"requirements.txt").write_text(requirement + "\n")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--require-hashes",
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--require-hashes",
                "--disable-pip-version-check", "-r", str(folder/"requirements.txt"), "-d", str(folder)]
     seen = sys.__stdout__ is sys.stdout and sys.stdout.isatty()  # then pip's own bar is shown
     if seen: print()
@@ -188,8 +189,7 @@ def demo_base_model(
 # %% ../nbs/16_demo.ipynb #eeb6974b
 def demo_data() -> "Path":  # a CSV file with the columns message and intent
     "The customer messages that come with the package."
-    from importlib.resources import files
-    return Path(str(files("ftnb")/"data"/"support_intents.csv"))
+    return Path(package_folder())/"data"/"support_intents.csv"
 
 # %% ../nbs/16_demo.ipynb #dc1d45de
 _PROMPT = """You sort the messages that customers send to Harbor & Pine, an online shop for camping gear, garden \
@@ -338,7 +338,7 @@ def _demo_args(
 # %% ../nbs/16_demo.ipynb #e8580e40
 def run_demo_job(
     project: DemoProject,  # from `make_demo_project`
-    command: tuple = (sys.executable, "-m", "ftnb.finetune"),  # what runs the job
+    command: tuple = (sys.executable, job_script()),  # what runs the job
 ) -> float:  # seconds
     "Run a project's job; raises when it fails."
     env = {**os.environ, "JOB_ARGUMENTS": project.job_arguments, STUDIO_DB: str(project.db)}

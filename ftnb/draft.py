@@ -18,6 +18,7 @@ import ftnb.consts as consts
 import ftnb.corpus as corpus
 import ftnb.jobargs as jobargs
 import ftnb.quantisation as quantisation
+import ftnb.package as package
 import ftnb.preflight as preflight
 import ftnb.probe as probe
 import ftnb.prompts as prompts
@@ -423,13 +424,12 @@ def start_job(
 ) -> "subprocess.Popen":  # of the job
     "Train in a process of its own; a job that was stopped goes on."
     import psutil, subprocess
-    import ftnb
     folder = Path(args.train_out_dir)
     if process := running_process(folder): raise ValueError(f"this run is being trained already, by process {process.pid}; stop it first")
     folder.mkdir(parents=True, exist_ok=True)
     env = {**(os.environ if env is None else env), consts.JOB_ARGUMENTS: jobargs.format_job_arguments(args), "PYTHONUNBUFFERED": "1"}
     if args.hf_token: env[consts.HF_TOKEN] = args.hf_token.reveal()
-    command = [sys.executable, str(Path(ftnb.__file__).absolute().parent/"finetune.py")]
+    command = [sys.executable, package.job_script()]
     with open(storage.open_plain(folder/"output.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab") as log:
         process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     said = dict(pid=process.pid, created=psutil.Process(process.pid).create_time())

@@ -8,7 +8,7 @@ __all__ = ['Job', 'JobRows', 'build_model', 'train_and_save', 'finetune', 'regis
 # %% ../nbs/14_finetune.ipynb #97da8fe1
 import os, sys
 if __name__ == "__main__" and not __package__ and "__file__" in globals():  # run by its path: find `ftnb`, and no module of its own folder
-    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    sys.path[:not sys.flags.safe_path] = [os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]  # with -P there is no such folder
 
 # %% ../nbs/14_finetune.ipynb #52c98fbd
 import contextlib, json, shutil, time
