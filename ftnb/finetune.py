@@ -63,6 +63,7 @@ def _saved(
     rows: JobRows,  # from `prepare_rows`
     run: trainer.TrainedRun,  # from `trainer.train_adapter`
     compared: "Callable",  # the trained model -> base against adapter
+    identity: dict | None,  # from `runrecord.job_identity`
 ) -> runrecord.SavedAdapter | None:  # None on any process but the first
     "Write the adapter to a folder beside its place first of all, then find out what describes it."
     model, row, notes = adapters.as_loaded(run.model), rows.train.dataset[0]["input_ids"], []
@@ -78,7 +79,7 @@ def _saved(
     names = [k for k in sorted({"target_modules", *job.records.lora}) if k in config]
     used = {k: sorted(config[k]) if isinstance(config[k], set) else config[k] for k in names}
     comparison = guards.best_effort("base against adapter", lambda: compared(model), {}, notes)
-    return runrecord.SavedAdapter(folder, expected, row, run.metrics, used, run.unshared, comparison, notes)
+    return runrecord.SavedAdapter(folder, expected, row, run.metrics, used, run.unshared, comparison, notes, identity)
 
 # %% ../nbs/14_finetune.ipynb #5dfdc6b7
 def train_and_save(
@@ -98,7 +99,7 @@ def train_and_save(
     identity = runrecord.job_identity(job, rows) if first else None
     run = trainer.train_adapter(model, tokenizer, rows.train.dataset, rows.test.dataset, job.settings, bar, identity, rows.numbers)
     def compared(model): return {} if before is None else evaluate.describe_scores(questions, before, score(model))
-    return _saved(job, tokenizer, rows, run, compared)
+    return _saved(job, tokenizer, rows, run, compared, identity)
 
 # %% ../nbs/14_finetune.ipynb #093e868d
 def _draw(

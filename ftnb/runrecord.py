@@ -32,6 +32,7 @@ class SavedAdapter:
     unshared: str = ""  # why rows were trained in padded batches; "" where they shared their prefix
     comparison: dict = field(default_factory=dict)  # base and adapter on some held-out rows; empty where there is none
     notes: list = field(default_factory=list)  # what failed on the way and withheld nothing, in words
+    identity: dict | None = None  # from `job_identity`, as it was before training; None: as it is now
 
 # %% ../nbs/12_runrecord.ipynb #f63ed1b2
 def job_identity(
@@ -78,7 +79,7 @@ def describe_run(
         named = {k: getattr(job.records, k) for k in ("model", "dataset", "prompt")}
         blobs = {k: {"source": job.records.sources[k], "sha256": studio.record_hash(v)} for k, v in asked.items()}
         return {k: {"id": r.id, "name": r.name, "sha256": studio.record_hash(r)} for k, r in named.items()} | blobs
-    needed = {"experimentid": job.args.experimentid, "identity": job_identity(job, rows), "arguments": jobargs.format_job_arguments(job.args),
+    needed = {"experimentid": job.args.experimentid, "identity": saved.identity or job_identity(job, rows), "arguments": jobargs.format_job_arguments(job.args),
               "adapter_sha256": file_hash(os.path.join(saved.folder, "adapter_model.safetensors"))}
     parts = {"records": records, "used": lambda: _used(job, rows, saved), "versions": library_versions, "processes": ranks.process_count}
     told = {k: best_effort(f"{k} of run.json", part, {}, notes) for k, part in parts.items()}

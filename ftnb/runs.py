@@ -176,6 +176,7 @@ class PastRun:
     file: Path
     record: dict = field(repr=False)
     registered: str = "?"  # yes, no, or ? where there is no Studio database
+    taken: set = field(default_factory=set, repr=False, compare=False)  # names of adapters; those that `repeat` proposes come in
 
     @property
     def name(self) -> str:
@@ -195,6 +196,16 @@ class PastRun:
         asked, out = given.get("train_out_dir", "."), given.get("out_dir", ".")
         moved = Path(os.path.normpath(self.file.parent/os.path.relpath(asked, out)))
         return next((p for p in (Path(asked), moved) if (p/"metrics.jsonl").is_file()), Path(asked))
+
+# %% ../nbs/13_runs.ipynb #15340cd2
+def _taken_names(
+    engine,  # of the Studio database, or None
+) -> set:  # names of adapters, and of those that jobs will make
+    "Which names an adapter can't have."
+    if engine is None: return set()
+    try: found = [*studio.list_rows(engine, "adapters"), *studio.list_rows(engine, "fine_tuning_jobs")]
+    except Exception: return set()  # a database that is busy or out of reach
+    return {name for row in found for name in (getattr(row, "name", None), getattr(row, "adapter_name", None)) if name}
 
 # %% ../nbs/13_runs.ipynb #17d8eb59
 def _registered(
@@ -273,6 +284,9 @@ def _repr_html_(self: Runs):
     body = _table([head[i] for i in filled], [[line[i] for i in filled] for line in lines]) or "no runs"
     return body + "".join(f"<div><small>left out: {_cell(str(path))} {_cell(why)}</small></div>" for path, why in self.broken.items())
 
+# %% ../nbs/13_runs.ipynb #32675ff6
+_PROPOSED = set()  # names that `repeat` has proposed in this session, started or not
+
 # %% ../nbs/13_runs.ipynb #51156fd5
 def runs(
     folder: "str | Path" = ".",  # searched with all below it
@@ -285,19 +299,30 @@ def runs(
         if db: raise
         engine = None
     read = {file: _record_problem(file) for file in _find_files(folder)}
-    found = [PastRun(file, record, _registered(engine, record["experimentid"])) for file, (record, _) in read.items() if record]
+    taken = _taken_names(engine) | {curves._given(record).get("adapter_name") for record, _ in read.values() if record} | _PROPOSED
+    found = [PastRun(file, record, _registered(engine, record["experimentid"]), taken) for file, (record, _) in read.items() if record]
     return Runs(sorted(found, key=lambda r: r.when, reverse=True), {file: why for file, (_, why) in read.items() if why})
 
 # %% ../nbs/13_runs.ipynb #27947938
+def _free_name(
+    name: str,  # of an adapter
+    taken: set,  # names that can't be had
+) -> str:  # the name with the next number that is free
+    "A name for an adapter like another."
+    stem, number = re.fullmatch(r"(.*?)(?:-(\d{1,4}))?", name).groups()
+    numbers = range(int(number or 1) + 1, 10**9)
+    return next(o for o in (f"{stem}-{n}" for n in numbers) if o not in taken)
+
+# %% ../nbs/13_runs.ipynb #fe7865e3
 def _fresh(
     args: jobargs.JobArgs,  # of a run
+    taken: "set | tuple" = (),  # names of adapters that can't be had
 ) -> dict:  # arguments that no other run may have
     "An id, folders and a name for a run that repeats another."
     import uuid
     old, new = args.experimentid, str(uuid.uuid4())
     place = lambda folder: folder.replace(old, new) if old in folder else os.path.join(folder, new)
-    stem, number = re.fullmatch(r"(.*?)(?:-(\d{1,4}))?", args.adapter_name or "").groups()
-    name = f"{stem}-{int(number or 1) + 1}" if args.adapter_name else None
+    name = _free_name(args.adapter_name, set(taken)) if args.adapter_name else None
     return dict(experimentid=new, out_dir=place(args.out_dir), train_out_dir=place(args.train_out_dir), adapter_name=name)
 
 # %% ../nbs/13_runs.ipynb #5ca8f9fc
@@ -327,7 +352,8 @@ def repeat(
     "The same job again, with changes."
     args = jobargs.parse_job_arguments(self.record["arguments"], {})
     known, asked = {f.name for f in fields(jobargs.JobArgs)}, {k: dict(_part(self.record, "asked", k)) for k in ("lora", "training")}
-    new = _fresh(args) | {k: v for k, v in changes.items() if k in known}
+    new = _fresh(args, self.taken | _PROPOSED) | {k: v for k, v in changes.items() if k in known}
+    _PROPOSED.add(new["adapter_name"])
     for k, v in changes.items():
         kind = "lora" if k in asked["lora"] or k in ("r", "lora_alpha", "lora_dropout", "target_modules") else "training"
         if k not in known: asked[kind][k] = v
