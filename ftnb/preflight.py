@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MOST_NODES', 'Finding', 'Preflight', 'problem_lines', 'missing_resources', 'processes_problems', 'held_as',
-           'base_source', 'place_problem', 'tokenizer_file', 'load_base_files', 'plan_model', 'Job', 'weight_bytes',
-           'optimizer_bytes', 'MemoryNeed', 'token_bytes', 'pass_budget', 'StepPlan', 'computed_tokens', 'plan_steps',
-           'check_job', 'quiet_libraries', 'check_command']
+           'base_source', 'place_problem', 'tokenizer_file', 'load_base_files', 'own_ends', 'plan_model', 'Job',
+           'weight_bytes', 'optimizer_bytes', 'MemoryNeed', 'token_bytes', 'pass_budget', 'StepPlan', 'computed_tokens',
+           'plan_steps', 'check_job', 'quiet_libraries', 'check_command']
 
 # %% ../nbs/10_preflight.ipynb #da18567b
 import os, sys
@@ -326,6 +326,19 @@ def load_base_files(
         tokens.configure_tokenizer_padding(tokenizer, embeddings=config.get_text_config().vocab_size)
     return tokenizer, config, tuple(str(o.message) for o in said)
 
+# %% ../nbs/10_preflight.ipynb #b775d020
+def own_ends(
+    source: str,  # name on the hub, or folder
+    config,  # of the model, from transformers' `AutoConfig`
+    token: str | None = None,  # for gated models
+) -> list:  # token ids
+    "The tokens that end a text by a model's own settings."
+    from transformers import GenerationConfig
+    try: named = GenerationConfig.from_pretrained(source, token=token).eos_token_id
+    except (OSError, ValueError): named = getattr(config.get_text_config(), "eos_token_id", None)
+    found = named if isinstance(named, list) else [named]
+    return [i for i in found if isinstance(i, int)]
+
 # %% ../nbs/10_preflight.ipynb #f83582af
 def plan_model(
     config,  # of the base model, from transformers' `AutoConfig`
@@ -360,6 +373,8 @@ def _check_model(p: Preflight):
     p.known["config"] = config.get_text_config()
     p.known["base"] = p.attempt("model", base_fingerprint, source[0], getattr(config, "_commit_hash", None))
     p.add("warning", "model", *notes)
+    ends = p.attempt("model", own_ends, source[0], config, source[1])
+    if note := tokens.end_note(p.known["tokenizer"], ends or []): p.add("warning", "model", note)
     if "lora" not in p.known: return
     problems = p.attempt("model", adapters.target_problems, config, p.known["lora"])
     p.add("error", "model", *problems or [])

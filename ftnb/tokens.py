@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['find_padding_token_candidate', 'configure_tokenizer_padding', 'encode_prompts', 'make_labels', 'length_limit',
-           'TokenizedRows', 'tokenize_rows', 'prompt_notes', 'boundary_note', 'asked_otherwise']
+           'TokenizedRows', 'tokenize_rows', 'prompt_notes', 'boundary_note', 'asked_otherwise', 'end_note']
 
 # %% ../nbs/06_tokens.ipynb #2b41a095
 import re
@@ -557,3 +557,14 @@ def asked_otherwise(
     if not (whole.strip() and asks and adds) or whole == asks + adds: return ""
     return ("prompt_template isn't input_template and then completion_template: the first is trained, and the Studio asks with the second; "
             "make them the same text")
+
+# %% ../nbs/06_tokens.ipynb #d7ce268e
+def end_note(
+    tokenizer,  # of the base model
+    ends: list,  # ids of the tokens that end a text by the model's own settings
+) -> str:  # a sentence, or ""
+    "Whether programs stop where rows end."
+    if not ends or tokenizer.eos_token_id in ends: return ""
+    own = ", ".join(repr(token) for token in tokenizer.convert_ids_to_tokens(list(ends)))
+    return (f"rows end in the tokenizer's EOS, {tokenizer.eos_token!r}, and the model's own settings (generation_config.json, config.json) "
+            f"end a text at {own}: programs that go by them go on after the answer; give them eos_token_id={tokenizer.eos_token_id}")
