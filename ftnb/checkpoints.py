@@ -12,7 +12,7 @@ __all__ = ['MANIFEST', 'NEEDED', 'read_manifest', 'seal_checkpoint', 'checkpoint
 import contextlib, json, os, re, shutil, time
 
 from .consts import raise_problems
-from .guards import RunStopped, StopRequest, best_effort, check_finite, step_rows, weights_finite
+from .guards import RunStopped, StopRequest, best_effort, check_finite, step_rows, weights_finite, what_helps
 from .metrics import keep_metrics
 from .ranks import process_count, spread_like, take_state, whole_state, whole_weights
 from .storage import clear_folder, file_hash, flush, open_plain, read_json, set_aside, storage_error, write_json
@@ -383,7 +383,7 @@ def flow_callback(
             control.should_save = wanted and not self.owed
         def on_train_end(self, args, state, control, **kw):
             trainer.took = trainer.seconds + time.monotonic() - trainer.began
-            if not weights_finite(trainer.model): raise FloatingPointError(f"the weights aren't finite after step {state.global_step}; {step_rows(trainer, True)}. Nothing of it is saved. A lower learning_rate may help")
+            if not weights_finite(trainer.model): raise FloatingPointError(f"the weights aren't finite after step {state.global_step}; {step_rows(trainer, True)}. Nothing of it is saved. {what_helps(trainer)}")
         def on_epoch_end(self, args, state, control, **kw):
             control.should_save, self.owed = control.should_save or self.owed, False
     return FlowCallback()
@@ -424,7 +424,7 @@ def _evaluate_apart(
     if not metrics: return {"eval_loss": float("nan")}
     loss = metrics.get("eval_loss", 0.0)
     if trainer.state.global_step and not isfinite(loss):
-        raise FloatingPointError(f"the held-out loss is {loss} after step {trainer.state.global_step}; nothing of it is saved. A lower learning_rate or max_grad_norm may help")
+        raise FloatingPointError(f"the held-out loss is {loss} after step {trainer.state.global_step}; nothing of it is saved. {what_helps(trainer)}")
     return metrics
 
 # %% ../nbs/08_checkpoints.ipynb #181f108f

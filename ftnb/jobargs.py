@@ -52,9 +52,8 @@ _RULES = {  # kind -> (what passes, what would be right)
     "name": (lambda v: bool(re.fullmatch(r"[a-zA-Z0-9-]+", v)), "use only letters, digits and -"),
     "share": (lambda v: isinstance(v, (int, float)) and v is not True and 0 < v <= 1, "write a number above 0, up to 1"),
     "flag": (lambda v: isinstance(v, bool), "write true or false, or nothing for true"),
-    "count": (lambda v: type(v) is int and 1 <= v <= 100_000, "write a whole number from 1 to 100,000"),
-    "nodes": (lambda v: type(v) is int and 1 <= v <= 1000, "write a whole number from 1 to 1,000"),
-    "number": (lambda v: type(v) is int and 0 <= v <= 1000, "write a whole number from 0 to 1,000"),
+    "count": (lambda v: type(v) is int and v >= 1, "write a whole number, 1 or more"),
+    "number": (lambda v: type(v) is int and v >= 0, "write a whole number, 0 or more"),
     "label": (lambda v: type(v) is int and v >= -1, "write the label's number"),
     "framework": (lambda v: v == "legacy", "write legacy (or axolotl, which another script runs)"),
 }
@@ -108,7 +107,7 @@ class JobArgs(_JobTarget):
     lora_config: str | None = _arg("config", "LoRA settings: a JSON object or the id of a config", None)
     training_arguments_config: str | None = _arg("config", "training arguments: a JSON object or the id of a config", None)
     hf_token: Secret | None = _arg("secret", f"Hugging Face token; the environment's {HF_TOKEN} goes first", None)
-    dist_num: int = _arg("nodes", "number of nodes", 1)
+    dist_num: int = _arg("count", "number of nodes", 1)
     dist_cpu: int | None = _arg("count", "cores of each node", None)
     dist_mem: int | None = _arg("count", "memory of each node, in GiB", None)
     dist_gpu: int | None = _arg("number", "GPUs of each node", None)
@@ -236,7 +235,7 @@ def _read_value(
     "Read a value as its kind."
     if kind == "secret": return Secret(text) if text else text
     if kind == "flag": return {"true": True, "false": False}.get(text.lower(), text)
-    if kind in ("count", "nodes", "number", "label"): return int(text) if re.fullmatch(r"[+-]?[0-9]{1,18}", text) else text
+    if kind in ("count", "number", "label"): return int(text) if re.fullmatch(r"[+-]?[0-9]{1,18}", text) else text
     if kind == "share" and re.fullmatch(r"[0-9.eE+-]{1,40}", text):
         try: return float(text)
         except ValueError: pass
