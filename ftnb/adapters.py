@@ -99,6 +99,17 @@ def _start_problems(
     over = [n for n, m in layers.items() if m.r["default"] > min(m.in_features, m.out_features)]
     return said("a layer's rank is above the shorter side of its matrix", over)
 
+# %% ../nbs/07_adapters.ipynb #39458355
+def _head_problems(
+    model,  # a `PeftModel`, with weights or without
+) -> list:  # a sentence, or nothing
+    "TRL computes the loss from the output layer's own matrix, and refuses LoRA on it."
+    inner = model.base_model.model
+    if not hasattr(inner.get_output_embeddings(), "lora_A"): return []
+    name = next(name for name, module in inner.named_modules() if module is inner.get_output_embeddings())
+    return [f"lora_config: target_modules has {name}, the output layer: the loss is computed from its own matrix, so LoRA on it is never trained; "
+            "leave it out, or train the whole layer with modules_to_save"]
+
 # %% ../nbs/07_adapters.ipynb #05f1759c
 def target_problems(
     config,  # of the base model, from transformers' `AutoConfig`
@@ -110,7 +121,8 @@ def target_problems(
         model = models.shape_model(config)
         if problem := targets.pattern_problem(lora, [name for name, _ in model.named_modules()]): return [problem]
         try:
-            with models.on_meta(): return _start_problems(apply_lora(model, lora), lora.get("init_lora_weights", True))
+            with models.on_meta(): tried = apply_lora(model, lora)
+            return _head_problems(tried) + _start_problems(tried, lora.get("init_lora_weights", True))
         except (ValueError, TypeError, AttributeError, re.error) as e: return [f"lora_config: {e}"]
     except (NotImplementedError, RuntimeError): return []  # needs weights, which aren't there yet
 
