@@ -3,7 +3,7 @@ import os, sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ["TOKENIZERS_PARALLELISM"] = "false"  # no threads of the libraries' own when a process is forked
+os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # no threads of the libraries' own when a process is forked
 for name in ("JOB_ARGUMENTS", "FINE_TUNING_STUDIO_SQLITE_DB", "PYTHONHASHSEED"): os.environ.pop(name, None)
 sys.path.insert(0, str(Path(__file__).parent))  # for forks.py
 
