@@ -10,6 +10,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import ftnb.demo, ftnb.finetune, ftnb.jobargs, ftnb.preflight, ftnb.tiny
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent/"tests"))
 from forks import time_used
 
 TRAINING = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "logging_steps": 1, "eval_strategy": "epoch",

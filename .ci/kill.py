@@ -10,6 +10,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import ftnb.checkpoints, ftnb.demo, ftnb.finetune, ftnb.preflight, ftnb.tiny, ftnb.trainer
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent/"tests"))
 from forks import import_all, in_fork, time_used
 
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": "all-linear"}
