@@ -6,7 +6,7 @@
 __all__ = ['panics_as_errors', 'probe_texts', 'tokenizer_trial']
 
 # %% ../nbs/05_tokenizer_trial.ipynb #f8333bce
-import json, os, subprocess, sys
+import json, os, signal, subprocess, sys
 from contextlib import contextmanager
 from functools import lru_cache
 
@@ -29,13 +29,14 @@ def probe_texts() -> tuple:  # of str
 
 # %% ../nbs/05_tokenizer_trial.ipynb #bc9c04a1
 _TRIAL = """
-import json, sys
+import json, signal, sys
+from tokenizers import Tokenizer
 try:
     import resource
     resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))
-except (ImportError, ValueError, OSError): pass
-from tokenizers import Tokenizer
-tokenizer = Tokenizer.from_file(sys.argv[1])
+except (ImportError, ValueError, OSError): resource = None
+tokenizer, seconds = Tokenizer.from_file(sys.argv[1]), float(sys.argv[2])
+if resource: signal.setitimer(signal.ITIMER_PROF, seconds)  # its own, whatever else the machine does
 for i, text in enumerate(json.load(sys.stdin)):
     print(i, flush=True)
     tokenizer.encode(text)
@@ -45,16 +46,17 @@ for i, text in enumerate(json.load(sys.stdin)):
 def _try(
     file: str,  # a tokenizer.json
     texts: tuple,  # to be encoded
-    seconds: float,  # time limit, for loading it and all texts
+    seconds: float,  # of a processor, for all texts
 ) -> tuple:  # (texts that were begun, what went wrong, or "")
-    "Encode texts in another process."
+    "Encode texts in another process; by the clock it may take ten times as long, and half a minute for loading."
     env = os.environ | {"RUST_BACKTRACE": "0", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-P", "-c", _TRIAL, file]
-    try: done = subprocess.run(command, input=json.dumps(texts).encode(), capture_output=True, timeout=seconds, env=env)
-    except subprocess.TimeoutExpired as e: return len((e.stdout or b"").split()), f"it takes longer than {seconds:g} seconds"
+    command, late = [sys.executable, "-P", "-c", _TRIAL, file, str(seconds)], f"it takes longer than {seconds:g} seconds"
+    try: done = subprocess.run(command, input=json.dumps(texts).encode(), capture_output=True, timeout=30 + 10 * seconds, env=env)
+    except subprocess.TimeoutExpired as e: return len((e.stdout or b"").split()), late
     if not done.returncode: return len(texts), ""
     lines = done.stderr.decode("utf-8", "replace").strip().splitlines() or [f"its process ended with {done.returncode}"]
-    return len(done.stdout.split()), lines[-1].removeprefix("pyo3_runtime.PanicException: ")[:200]
+    why = late if done.returncode == -getattr(signal, "SIGPROF", 0) else lines[-1].removeprefix("pyo3_runtime.PanicException: ")[:200]
+    return len(done.stdout.split()), why
 
 # %% ../nbs/05_tokenizer_trial.ipynb #2e9d47c2
 @lru_cache(maxsize=8)
@@ -62,7 +64,7 @@ def _trial(
     file: str,  # a tokenizer.json
     version: tuple,  # (size, time of its last change): another file is tried anew
     texts: tuple,  # to be encoded
-    seconds: float,  # time limit
+    seconds: float,  # of a processor
 ) -> str:  # a sentence, or ""
     "The outcome of a trial, kept."
     begun, why = _try(file, texts, seconds)
@@ -76,9 +78,10 @@ def _trial(
 def tokenizer_trial(
     file: "str|os.PathLike|None",  # a tokenizer.json; None: there is none to be tried
     texts: tuple = (),  # of the job; default: texts that bring out patterns that backtrack
-    seconds: float = 60,  # time limit, for loading it and all texts
+    seconds: float = 4,  # of a processor, for the texts; a second more for each 250,000 characters
 ) -> str:  # a sentence, or ""
     "Try a tokenizer where it can do no harm."
     if file is None: return ""
-    found = os.stat(file)
-    return _trial(os.fspath(file), (found.st_size, found.st_mtime_ns), tuple(texts) or probe_texts(), seconds)
+    found, texts = os.stat(file), tuple(texts) or probe_texts()
+    seconds += sum(map(len, texts)) // 250_000
+    return _trial(os.fspath(file), (found.st_size, found.st_mtime_ns), texts, seconds)
