@@ -167,11 +167,11 @@ def _finish(
         run = runrecord.describe_run(job, rows, saved) | {"proof": proof} | took
         storage.write_json(os.path.join(saved.folder, "run.json"), run)
         adapters.publish_folder(saved.folder, job.args.out_dir)
-    except Exception as e:
-        place = _keep(saved.folder, job.args.out_dir)
-        raise RuntimeError(f"{e}\nThe adapter is not in {job.args.out_dir}; what was trained is kept in {place}") from e
-    except BaseException:
-        shutil.rmtree(saved.folder, ignore_errors=True)
+    except BaseException as e:  # Ctrl-C too: hours of training are in that folder
+        if not os.path.isdir(saved.folder): raise  # it is in its place
+        said = f"The adapter is not in {job.args.out_dir}; what was trained is kept in {_keep(saved.folder, job.args.out_dir)}"
+        if isinstance(e, Exception): raise RuntimeError(f"{e}\n{said}") from e
+        print(said, flush=True)
         raise
     _draw(job.args)
     what = "not proven: " + proof["not_made"] if "not_made" in proof else f"loaded back: its logits are within {proof['largest_logit_difference']:.1g} of the trained model's"
