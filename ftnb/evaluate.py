@@ -281,10 +281,16 @@ def _shown(
 def _halves(
     template: PromptTemplate,  # with a completion
     row: dict,  # column -> value
+    silent: tuple = (),  # special tokens: an answer is read without them
+    eos: str = "",  # that ends a row
 ) -> tuple:  # (prompt, completion), as texts
     "A row as it is asked, and what is right."
+    def heard(literal):
+        for token in silent: literal = literal.replace(token, "")
+        return literal
     at = template.completion
-    return tuple(format_row(PromptTemplate(part), row) for part in (template.pieces[:at], template.pieces[at:]))
+    right = PromptTemplate(tuple((heard(literal), f) for literal, f in template.pieces[at:]))
+    return format_row(PromptTemplate(template.pieces[:at]), row), format_row(right, row, eos).removesuffix(eos)
 
 # %% ../nbs/11_evaluate.ipynb #b1590c71
 def make_questions(
@@ -304,7 +310,8 @@ def make_questions(
     used = tokenize_rows(text, tokenizer, template, asks if completion_only is None else completion_only, max_length)
     if not len(used): raise_problems([f"row {i}: {why}" for i, why in used.dropped.items()] or ["there are no rows"], "There is nothing to compare on")
     values = [{f: text[i][value_column(f)] for f in template.fields} for i in used.kept]
-    halves = [_halves(template, row) for row in values] if asks else []
+    silent = tuple(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
+    halves = [_halves(template, row, silent, tokenizer.eos_token) for row in values] if asks else []
     return Questions(tuple(used.dataset), tuple(asked for asked, _ in halves), tuple(right.strip() for _, right in halves),
                      tuple(_shown(template, row) for row in values), len(data))
 
