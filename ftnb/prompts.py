@@ -282,7 +282,7 @@ def _is_conversation(
     text: str,  # of a value
 ) -> bool:  # True for a list of {"role", "content"}, or of {"from", "value"}
     "Whether a text is a conversation in JSON."
-    if not text.startswith("[{"): return False
+    if not re.match(r"\s*\[\s*\{", text): return False
     import json
     try: turns = json.loads(text)
     except (ValueError, RecursionError): return False
