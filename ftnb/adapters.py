@@ -110,6 +110,17 @@ def _head_problems(
     return [f"lora_config: target_modules has {name}, the output layer: the loss is computed from its own matrix, so LoRA on it is never trained; "
             "leave it out, or train the whole layer with modules_to_save"]
 
+# %% ../nbs/07_adapters.ipynb #ac988d64
+def _token_problems(
+    config,  # of the base model, from transformers' `AutoConfig`
+    lora: dict,  # LoRA settings
+) -> list:  # a sentence, or nothing
+    "Whether the embedding has the tokens that are to be trained by themselves."
+    asked, most = lora.get("trainable_token_indices"), config.get_text_config().vocab_size
+    lists = asked.values() if isinstance(asked, dict) else [asked or []]
+    wrong = [i for ids in lists for i in ids if not (isinstance(i, int) and 0 <= i < most)]
+    return [f"lora_config: trainable_token_indices has {wrong[0]!r}: this base has the tokens 0 to {most - 1:,}"] if wrong else []
+
 # %% ../nbs/07_adapters.ipynb #05f1759c
 def target_problems(
     config,  # of the base model, from transformers' `AutoConfig`
@@ -117,6 +128,7 @@ def target_problems(
 ) -> list:  # a sentence, or nothing
     "Whether the model has what LoRA is to be put into."
     import re
+    if problems := _token_problems(config, lora): return problems
     try:
         model = models.shape_model(config)
         if problem := targets.pattern_problem(lora, [name for name, _ in model.named_modules()]): return [problem]
@@ -125,6 +137,24 @@ def target_problems(
             return _head_problems(tried) + _start_problems(tried, lora.get("init_lora_weights", True))
         except (ValueError, TypeError, AttributeError, re.error) as e: return [f"lora_config: {e}"]
     except (NotImplementedError, RuntimeError): return []  # needs weights, which aren't there yet
+
+# %% ../nbs/07_adapters.ipynb #deaa3892
+def _unmatched_names(
+    model,  # a base model with LoRA in it
+    lora: dict,  # LoRA settings
+) -> list:  # a sentence for each setting
+    "Names of layers that nothing in the model has: PEFT passes over them."
+    import re
+    modules = dict(model.named_modules())
+    layers = [name for name, module in modules.items() if hasattr(module, "lora_A")]
+    def pattern(o): return any(re.match(rf"(.*\.)?({o})$", name) for name in layers)
+    def target(o): return any(name == o or name.endswith(f".{o}") for name in layers)
+    def saved(o): return any(name.endswith(o) for name in modules)
+    tests = {"target_modules": target, "modules_to_save": saved, "rank_pattern": pattern, "alpha_pattern": pattern}
+    lists = {key: lora.get(key) or () for key in tests if not isinstance(lora.get(key), str)}
+    idle = {key: [repr(o) for o in names if not tests[key](o)] for key, names in lists.items()}
+    return [f"lora_config: {key}: {', '.join(names)} has no effect: no layer that it could mean has this name"
+            for key, names in idle.items() if names]
 
 # %% ../nbs/07_adapters.ipynb #3a560aab
 def plan_warnings(
@@ -137,14 +167,15 @@ def plan_warnings(
     def own(layer): return type(layer).__name__ == "ModulesToSaveWrapper" or hasattr(layer, "lora_A")
     apart = own(inner.get_input_embeddings()) or own(inner.get_output_embeddings())
     found = []
-    if inner.config.get_text_config().tie_word_embeddings and apart and not lora.get("ensure_weight_tying"):
+    tied = getattr(inner.config.get_text_config(), "tie_word_embeddings", getattr(inner.config, "tie_word_embeddings", False))  # Qwen2.5-VL's text part doesn't say
+    if tied and apart and not lora.get("ensure_weight_tying"):
         found.append("lora_config: embedding and output layer of this base are one matrix, and one of them is trained apart "
                      "from the other: they will differ, and a merged model needs tie_word_embeddings false; "
                      "ensure_weight_tying trains both as one")
     if architectures and type(inner).__name__ not in architectures:
         found.append(f"the adapter's layers are named as in {type(inner).__name__}, and the base is a {architectures[0]}: "
                      "vLLM won't find them there; to serve it, merge the adapter into the model that was trained")
-    return found
+    return found + _unmatched_names(inner, lora)
 
 # %% ../nbs/07_adapters.ipynb #5ff43499
 def link_problem(

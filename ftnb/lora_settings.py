@@ -102,6 +102,7 @@ def _value_rules() -> dict:  # key -> (test of a value, what is right)
     def number(v): return isinstance(v, (int, float)) and not isinstance(v, bool)
     def rank(v): return isinstance(v, int) and number(v) and 1 <= v <= MOST_RANK
     def alpha(v): return number(v) and 0 < v < 1e9
+    def names(v): return v is None or isinstance(v, (list, tuple, set)) and all(isinstance(o, str) and o for o in v)
     def each(fits): return lambda v: v is None or isinstance(v, dict) and all(map(fits, v.values()))
     return {
         "r": (rank, f"a whole number from 1 to {MOST_RANK:,}"),
@@ -110,6 +111,7 @@ def _value_rules() -> dict:  # key -> (test of a value, what is right)
         "bias": (lambda v: v in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'"),
         "task_type": (lambda v: v in (None, "CAUSAL_LM"), "'CAUSAL_LM'"),
         "peft_type": (lambda v: v in (None, "LORA"), "'LORA'"),
+        "modules_to_save": (names, "a list of names of modules"),
         "rank_pattern": (each(rank), "names of modules, each with its rank"),
         "alpha_pattern": (each(alpha), "names of modules, each with its alpha"),
     }
