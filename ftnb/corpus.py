@@ -41,7 +41,7 @@ def _lossy(
     "Which settings of a data set's card lose rows in silence."
     harmless = {"on_bad_lines": ("error",), "error_bad_lines": (True, None, "deprecated"), "nrows": (None,), "skipfooter": (0, None),
                 "comment": (None,), "encoding_errors": ("strict", None), "filters": (None,), "on_bad_files": ("error", None)}
-    if getattr(config, "names", None) or getattr(config, "column_names", None): harmless["skiprows"] = (0, None)
+    if getattr(config, "names", None) or getattr(config, "column_names", None): harmless |= {"skiprows": (0, None), "header": ("infer", 0, None)}
     found = [(name, getattr(config, name)) for name, good in harmless.items()
              if hasattr(config, name) and getattr(config, name) not in good]
     skipped = getattr(config, "skiprows", None)
