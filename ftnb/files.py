@@ -9,6 +9,7 @@ __all__ = ['MOST_COLUMNS', 'Faults', 'not_regular', 'most_bytes', 'open_bytes', 
 # %% ../nbs/02_files.ipynb #463b635e
 import csv, io, json, os, re, stat, sys
 from contextlib import contextmanager
+from itertools import chain, islice
 from fastcore.basics import patch
 from .consts import raise_problems
 from .values import JSON, Repeated, value_text
@@ -137,7 +138,7 @@ class _Bounded(io.RawIOBase):
 
 # %% ../nbs/02_files.ipynb #cc7e51ce
 _PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "Zstandard", b"PK\x03\x04": "zip"}
-_FOREIGN = {b"PAR1": "Parquet", b"ARROW1": "Arrow", b"\xd0\xcf\x11\xe0": "Excel", b"\x04\x22\x4d\x18": "LZ4", b"7z\xbc\xaf": "7-Zip",
+_FOREIGN = {b"PAR1": "Parquet", b"ARROW1": "Arrow", b"\xd0\xcf\x11\xe0": "Excel", b"\x04\x22\x4d\x18": "LZ4", b"7z\xbc\xaf": "7-Zip", b"]\0\0": "LZMA",
             b"Rar!": "RAR", b"%PDF": "PDF", b"SQLite format 3": "SQLite"}  # what can't be read as text
 
 # %% ../nbs/02_files.ipynb #07e657d9
@@ -181,7 +182,9 @@ def open_bytes(
         if head.startswith(start): raise ValueError(f"this is a {kind} file, not text: export it as text first")
     packed = next((kind for start, kind in _PACKED.items() if head.startswith(start)), None)
     stream = _unpacked(path, packed) if packed else open(path, "rb", buffering=0)
-    return io.BufferedReader(_Bounded(stream, most), 2**18) if packed else io.BufferedReader(stream, 2**18)
+    found = io.BufferedReader(_Bounded(stream, most) if packed else stream, 2**18)
+    if found.peek(262)[257:262] == b"ustar": raise ValueError("this is a tar archive, not text: unpack it")
+    return found
 
 # %% ../nbs/02_files.ipynb #4fcc095f
 _MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16",
@@ -376,6 +379,14 @@ def _miscounted(
     missing = ", ".join(map(repr, header[len(fields):][:5])) + ", ..." * (len(header) > len(fields) + 5)
     return f"{found}; nothing for column {missing}: write an empty field where a value is missing"
 
+# %% ../nbs/02_files.ipynb #d2abac30
+def _told_separator(
+    path: str,  # a CSV file
+) -> str:  # one character, or ""
+    "The separator that a file names in a line of its own before the header, as Excel has it: `sep=;`."
+    with open_text(path) as f: found = re.fullmatch(r'"?sep=([^\w"\s]|\t)"?\s*', f.readline(20))
+    return found[1] if found else ""
+
 # %% ../nbs/02_files.ipynb #c21a6a24
 def _fits(
     head: list,  # the first lines of a file
@@ -395,6 +406,7 @@ def separator_of(
 ) -> str:  # one character
     "The separator of a CSV file, by its header."
     head = []
+    if told := _told_separator(path): return told
     with open_text(path) as f, _long_fields():
         for _ in range(50):
             line = f.readline(100_000)
@@ -446,6 +458,7 @@ def csv_table(
     delimiter = delimiter or separator_of(path, "\t" if ".tsv" in file.lower() else ",")
     with open_text(path) as f, _long_fields():
         lines = (line.replace("\0", "\udc00") for line in f)
+        if _told_separator(path): lines = chain(["\n"], islice(lines, 1, None))  # a blank line: the others keep their numbers
         records = _csv_records(csv.reader(lines, delimiter=delimiter, strict=True), file, faults)
         before, (line, _, header) = faults.count, next(records, (1, 0, []))
         if not header and faults.count == before: faults.add(file, "the file is empty: its first line must name the columns")

@@ -491,6 +491,20 @@ def _as_dataset(
     from datasets.fingerprint import generate_random_fingerprint
     return Dataset(pa.concat_tables(tables), fingerprint=generate_random_fingerprint())
 
+# %% ../nbs/06_tokens.ipynb #36bc34b4
+def _short_enough(
+    dataset,  # a `Dataset` with the column `prediction`
+    max_length: int,  # tokens that a row may have
+) -> tuple:  # (the rows to tokenize, their positions, position -> why a row is dropped)
+    "Rows that may be within the limit, by their characters."
+    import numpy as np, pyarrow.compute as pc
+    most = 128 * max_length
+    texts = dataset.with_format("arrow")[:][TRAINING_DATA_TEXT_FIELD]
+    long = np.asarray(pc.greater(pc.utf8_length(texts), most)) if len(dataset) else np.zeros(0, bool)
+    why = f"over max_length {max_length}: it has more than {most:,} characters"
+    numbers = np.flatnonzero(~long).tolist()
+    return dataset.select(numbers) if long.any() else dataset, numbers, {int(i): why for i in np.flatnonzero(long)}
+
 # %% ../nbs/06_tokens.ipynb #41703130
 def tokenize_rows(
     dataset,  # a `Dataset` with the column `prediction`, and those that the template uses
@@ -504,10 +518,11 @@ def tokenize_rows(
     raise_problems(_tokenizing_problems(tokenizer, template, completion_only, dataset.column_names), "The rows can't be tokenized")
     used = list(dict.fromkeys(map(value_column, template.fields)))
     dataset = text_columns(dataset.select_columns(list(dict.fromkeys([TRAINING_DATA_TEXT_FIELD, *used]))), used)[0]
-    plain, shared, tables, kept, dropped, joined = _PlainTokenizer(tokenizer), _find_shared(dataset, tokenizer, template), [], [], {}, 0
+    dataset, numbers, dropped = _short_enough(dataset, max_length)
+    plain, shared, tables, kept, joined = _PlainTokenizer(tokenizer), _find_shared(dataset, tokenizer, template), [], [], 0
     for at in range(0, len(dataset), 1000):
         good = []
-        for i, row in enumerate(_tokenize_batch(dataset[at:at + 1000], plain, template, shared), at):
+        for i, row in zip(numbers[at:], _tokenize_batch(dataset[at:at + 1000], plain, template, shared)):
             if isinstance(row, str): dropped[i] = f"a value can't be told from the special token {row!r}"
             elif len(row.ids) > max_length: dropped[i] = f"{len(row.ids)} tokens, over max_length {max_length}"
             else:
