@@ -311,6 +311,7 @@ def _needs_another(
         ("eval_delay", evaluated == "no", "eval_strategy is no"),
         ("logging_steps", logged != "steps" and not fallback, f"logging_strategy is {logged}"),
         ("save_steps", saved != "steps", f"save_strategy is {saved}"),
+        ("load_best_model_at_end", args.load_best_model_at_end and evaluated == "no", "eval_strategy is no, so the last adapter is the only one with a held-out loss"),
         ("metric_for_best_model", not best, "the best adapter isn't asked for (load_best_model_at_end)"),
         ("greater_is_better", not best, "the best adapter isn't asked for (load_best_model_at_end)"),
         ("liger_kernel_config", not args.use_liger_kernel, "its kernels aren't used (use_liger_kernel)"),
