@@ -330,9 +330,15 @@ def prove_adapter(
     token: str | None = None,  # for gated models
 ) -> float:  # largest difference of a logit
     "Load an adapter onto a fresh base and compare; raises where it isn't the model that was trained."
+    import torch
     from peft import PeftModel
-    if not os.path.isfile(os.path.join(folder, "adapter_model.safetensors")): raise ValueError(f"{folder} holds no adapter_model.safetensors, and nothing else is loaded")
-    got = probe_logits(PeftModel.from_pretrained(models.load_base_model(source, precision, token), folder), ids)
+    if not os.path.isfile(os.path.join(folder, "adapter_model.safetensors")): raise NotProven(f"{folder} holds no adapter_model.safetensors, and nothing else is loaded")
+    base = models.load_base_model(source, precision, token)
+    try: model = PeftModel.from_pretrained(base, folder)
+    except Exception as e:
+        if isinstance(e, (OSError, MemoryError, torch.OutOfMemoryError)): raise  # which says nothing of the adapter
+        raise NotProven(f"the saved adapter can't be loaded onto {source}: {type(e).__name__}: {e}") from e
+    got = probe_logits(model, ids)
     difference = (got - expected).abs().max().item() if got.shape == expected.shape else float("inf")
     limit = (1e-4 if precision.dtype == "float32" else 2e-2) * max(1.0, expected.abs().max().item())
     if not difference <= limit:

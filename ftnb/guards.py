@@ -111,12 +111,12 @@ def one_line(
 ) -> str:  # without what the environment keeps secret
     "An error, fit for a log."
     import re
-    text = " ".join(f"{type(e).__name__}: {e}".split())
+    text = " ".join(str(e).split())
     for name, value in os.environ.items():
         if len(value) > 5 and re.search("TOKEN|KEY|SECRET|PASS|CREDENTIAL", name, re.I): text = text.replace(value, "***")
     text = re.sub(r"//[^/@\s]+@", "//***@", re.sub(r"hf_\w{5,}", "***", text))
     text = re.sub(r"(?i)((?:token|key|secret|password|authorization|bearer)\w*['\"]?\s*[:= ]\s*)[^\s,;&]+", r"\1***", text)
-    return text[:300]
+    return f"{type(e).__name__}: {text}"[:300]
 
 # %% ../nbs/07_guards.ipynb #8e1ce85d
 def guarded_tracker(

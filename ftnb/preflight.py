@@ -623,9 +623,11 @@ def check_job(
     p = Preflight(args, env)
     given = jobargs.format_job_arguments(args)
     p.add("ok", "arguments", f"{given.count(' --') + 1} given")
-    for check in (_check_records, _check_settings, _check_template, _check_places, _check_folders, _check_adapter, _check_model): check(p)
-    _check_rows(p, keep)
-    for check in (_check_fit, _check_memory, _check_disk): check(p)
+    def rows(p): _check_rows(p, keep)
+    for about, check in {"records": _check_records, "settings": _check_settings, "template": _check_template, "files": _check_places,
+                         "folders": _check_folders, "adapter": _check_adapter, "model": _check_model, "rows": rows,
+                         "settings and model": _check_fit, "memory": _check_memory, "disk": _check_disk}.items():
+        p.attempt(about, check, p)
     return p
 
 # %% ../nbs/10_preflight.ipynb #0f877377
