@@ -118,7 +118,8 @@ def check_tokens(kind, tok, pieces, row, before, text, ids, labels, only):
     for slot, o in pieces:
         if not slot: own += [m[0] for m in named.finditer(o) if at + m.end() <= len(plain) and m[0] != tok.unk_token]
         at += len(row[o] if slot else o)
-    if head and not pieces[0][0] and pieces[0][1].startswith(special[head[-1]]): own = own[1:]  # BOS is there once
+    if head and not pieces[0][0] and pieces[0][1].startswith(bos := special[head[-1]]):  # it is there once
+        own, plain, before = own[1:], plain.removeprefix(bos), before.removeprefix(bos)
     assert [special[i] for i in body if i in special and i != tok.unk_token_id] == own
     first = next(k for k, o in enumerate(labels) if o != -100)
     assert labels == [-100]*first + ids[first:] and (only or not first)
