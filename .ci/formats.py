@@ -3,7 +3,6 @@ import bz2, csv, datetime as dt, gzip, io, json, lzma, os, re, subprocess, sys, 
 from collections import Counter
 from copy import copy
 from dataclasses import replace
-from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -139,8 +138,8 @@ def as_csv_has_it(columns, rows):
     return [{c: r[c] or (None if typed(c) else "") for c in columns} for r in rows]
 
 def tables(examples=45):
-    import datasets, pyarrow as pa
-    from hypothesis import HealthCheck, Phase, given, note, settings, strategies as st
+    import pyarrow as pa
+    from hypothesis import HealthCheck, Phase, given, settings, strategies as st
     from ftnb.prompts import read_template
     count, kind_of, value_of = Counter(), kinds(), values()
     names = {"int": "customer.id", "text": "q:text", "object": "an object"}  # names that Python's formatting would take for more

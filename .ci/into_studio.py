@@ -8,7 +8,6 @@ import psutil
 from jupyter_client.manager import KernelManager
 from transformers import logging
 
-import ftnb
 from ftnb.demo import make_demo_project
 from ftnb.jobargs import format_job_arguments, parse_job_arguments
 from ftnb.stand_in import StandIn

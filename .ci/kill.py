@@ -2,7 +2,7 @@
 import itertools, json, os, pkgutil, re, shutil, signal, sqlite3, subprocess, sys, tempfile, time, traceback
 BEGAN = time.monotonic()
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # no threads of the libraries' own when a process is forked
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256

@@ -1,5 +1,5 @@
 "Nothing obeys the data, and nothing shows the token: `python .ci/safety.py [PART ...]`."
-import csv, inspect, io, json, os, re, shutil, sqlite3, subprocess, sys, tempfile, threading, time, traceback, unicodedata, warnings
+import csv, inspect, io, json, os, re, sqlite3, subprocess, sys, tempfile, threading, time, traceback, unicodedata, warnings
 from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path

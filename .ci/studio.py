@@ -1,6 +1,6 @@
 "What a job leaves is loaded with the libraries that the Studio pins: `python .ci/studio.py`."
 # They are installed from the package index into a folder of their own; FTNB_STUDIO_LIBS names one to keep.
-import contextlib, io, json, os, shutil, sqlite3, subprocess, sys, tempfile, time, traceback
+import contextlib, io, json, os, sqlite3, subprocess, sys, tempfile, time, traceback
 from contextlib import closing
 from pathlib import Path
 
