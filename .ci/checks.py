@@ -14,6 +14,7 @@ NBDEV = {"export", "exporti", "exports", "default_exp", "hide", "hide_input", "h
          "filter_stream", "eval", "echo", "output", "code-fold", "warning", "fig-cap", "column"}
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 DEFINITIONS = (*FUNCTIONS, ast.ClassDef)
+FOLDERS = (".", "ui", "cluster", "demo")  # of nbs/: a room imports from lower numbers of its folder, and from folders before
 
 SETTINGS = configparser.ConfigParser(delimiters=["="])
 SETTINGS.read(ROOT/"settings.ini", encoding="utf-8")
@@ -51,21 +52,25 @@ def bound(nodes):
         elif isinstance(n, ast.arg): yield n.arg
         elif isinstance(n, ast.alias): yield (n.asname or n.name).split(".")[0]
 
-def imports(nodes):
-    "Dotted names imported, a module of this package always written `ftnb.x`."
+def imports(nodes, package="ftnb"):
+    "Dotted names imported by a module of `package`, one of ours always written `ftnb.x`."
     for n in nodes:
         if isinstance(n, ast.Import): yield from (a.name for a in n.names)
         elif isinstance(n, ast.ImportFrom):
-            base = ".".join(filter(None, ["ftnb" if n.level else "", n.module]))
+            above = ".".join(package.split(".")[:len(package.split(".")) - n.level + 1]) if n.level else ""
+            base = ".".join(filter(None, [above, n.module]))
             yield from (f"{base}.{a.name}" for a in n.names)
+
+def package_of(name): return f"ftnb.{name}".rpartition(".")[0]
 
 # Rules for the modules: (name, tree, {module: its notebook's number}, {top-level names of libraries used})
 
 def from_lower_numbers(name, tree, numbers, libraries):
-    for dotted in imports(ast.walk(tree)):
-        room = dotted.split(".")[1] if dotted.startswith("ftnb.") else None
-        if room in numbers and numbers[room] >= numbers.get(name, 0):
-            yield f"imports ftnb.{room} ({numbers[room]:02d}), which isn't below {numbers.get(name, 0):02d}"
+    own = numbers.get(name, (0, 0))
+    for dotted in imports(ast.walk(tree), package_of(name)):
+        parts = dotted.split(".")[1:] if dotted.startswith("ftnb.") else []
+        room = next((r for r in (".".join(parts[:2]), parts[0] if parts else "") if r in numbers), None)
+        if room and numbers[room] >= own: yield f"imports ftnb.{room}, whose notebook doesn't come before its own"
 
 def has_a_notebook(name, tree, numbers, libraries):
     if name not in numbers: yield "no notebook exports it (`#| default_exp`)"
@@ -169,21 +174,30 @@ NOTEBOOK_RULES = (opens_with_title, one_definition, short_cells, few_definitions
 # Going round the house
 
 def room_numbers():
-    "Module -> number of the notebook that exports it."
+    "Module -> where the notebook that exports it stands: the rooms of the job, then each of FOLDERS; `all` comes last."
     numbers = {}
-    for path in sorted((ROOT/"nbs").glob("[0-9]*.ipynb")):
-        rooms = (directives(cell).get("default_exp") for cell in nbformat.read(path, 4).cells)
-        numbers.update({room: int(path.name.split("_")[0]) for room in rooms if room})
+    for path in sorted((ROOT/"nbs").rglob("[0-9]*.ipynb")):
+        rooms = [directives(cell).get("default_exp") for cell in nbformat.read(path, 4).cells]
+        folder, number = str(path.parent.relative_to(ROOT/"nbs")), int(path.name.split("_")[0])
+        place = (FOLDERS.index(folder) if folder in FOLDERS and number < 99 else len(FOLDERS), number)
+        numbers.update({room: place for room in rooms if room})
     return numbers
 
+def check_numbers():
+    "No two rooms of a folder have the same number."
+    for folder in FOLDERS:
+        names = [p.name for p in sorted((ROOT/"nbs"/folder).glob("[0-9]*.ipynb"))]
+        used = [name.split("_")[0] for name in names]
+        yield [f"nbs/{folder}: {name} has the number of another" for name, n in zip(names, used) if used.count(n) > 1]
+
 def check_modules():
-    trees = {p.stem: ast.parse(p.read_text(encoding="utf-8")) for p in sorted((ROOT/"ftnb").glob("*.py"))}
-    trees = {name: tree for name, tree in trees.items() if not name.startswith("_")}
-    used = {dotted.split(".")[0] for tree in trees.values() for dotted in imports(ast.walk(tree))}
+    paths = [p for p in sorted((ROOT/"ftnb").rglob("*.py")) if not p.name.startswith("_")]
+    trees = {".".join(p.relative_to(ROOT/"ftnb").with_suffix("").parts): ast.parse(p.read_text(encoding="utf-8")) for p in paths}
+    used = {dotted.split(".")[0] for name, tree in trees.items() for dotted in imports(ast.walk(tree), package_of(name))}
     required = {re.match(r"[\w-]+", r)[0].replace("-", "_") for r in SETTINGS["DEFAULT"]["requirements"].split()}
     libraries, numbers = (sys.stdlib_module_names | used | required | {"tokenize", "types"}) - {"ftnb"}, room_numbers()
     for name, tree in trees.items():
-        for rule in MODULE_RULES: yield [f"ftnb/{name}.py: {m}" for m in rule(name, tree, numbers, libraries)]
+        for rule in MODULE_RULES: yield [f"ftnb/{name.replace('.', '/')}.py: {m}" for m in rule(name, tree, numbers, libraries)]
 
 def check_notebooks():
     for path in sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts):
@@ -212,7 +226,7 @@ def check_pythons():
     yield [*requirements_of(least)]
 
 def main():
-    results = [*check_modules(), *check_notebooks(), *check_pythons()]
+    results = [*check_modules(), *check_numbers(), *check_notebooks(), *check_pythons()]
     for line in sum(results, []): print(line)
     failed = sum(map(bool, results))
     print(f"{len(results) - failed} passed, {failed} failed")

@@ -107,7 +107,7 @@ def records(folder, files):
 
 def a_job(folder):
     "A job on a tiny model, and its tokenizer."
-    from ftnb.demo import make_demo_project
+    from ftnb.demo.project import make_demo_project
     from ftnb.jobargs import parse_job_arguments
     from ftnb.preflight import check_job, quiet_libraries
     from ftnb.tiny import save_tiny
@@ -222,7 +222,7 @@ for place in places:
 """
 
 def hostile():
-    from ftnb.demo import make_demo_project
+    from ftnb.demo.project import make_demo_project
     from ftnb.tiny import save_tiny
     with tempfile.TemporaryDirectory() as work:
         project = make_demo_project(Path(work)/"project", save_tiny(Path(work)/"base", kind="bpe"), fraction=1.0)

@@ -8,9 +8,9 @@ import psutil
 from jupyter_client.manager import KernelManager
 from transformers import logging
 
-from ftnb.demo import make_demo_project
+from ftnb.demo.project import make_demo_project
 from ftnb.jobargs import format_job_arguments, parse_job_arguments
-from ftnb.stand_in import StandIn
+from ftnb.cluster.stand_in import StandIn
 from ftnb.tiny import save_tiny
 
 ROOT, KEY, JOB, TEMPLATE = Path(__file__).resolve().parent.parent, "sesame-0a1b2c3d4e5f", ".ftnb/finetune_job.py", "Accel_Finetuning_Base_Job"

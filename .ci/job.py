@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, logging
 
 import ftnb
-from ftnb.demo import make_demo_project
+from ftnb.demo.project import make_demo_project
 from ftnb.jobargs import format_job_arguments, parse_job_arguments
 from ftnb.tiny import save_tiny
 

@@ -9,7 +9,7 @@ from io import StringIO
 from pathlib import Path
 from unittest.mock import patch
 
-import ftnb.demo, ftnb.finetune, ftnb.jobargs, ftnb.preflight, ftnb.tiny
+import ftnb.demo.project, ftnb.finetune, ftnb.jobargs, ftnb.preflight, ftnb.tiny
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent/"tests"))
 from forks import time_used
 
@@ -34,7 +34,7 @@ CASES = [
     Case("a library without metadata", "importlib.metadata.version", "loaded back", steps=2),
     Case("what was used", "ftnb.runrecord._used", "used of run.json: failed"),
     Case("hashes of the records", "ftnb.studio.record_hash", "records of run.json: failed", steps=2),
-    Case("the report", "ftnb.runs.write_report", "report.html: failed"),
+    Case("the report", "ftnb.ui.runs.write_report", "report.html: failed"),
     Case("the report's picture", "ftnb.curves.plot_run", "report.html: failed"),
     Case("base against adapter", "ftnb.evaluate.describe_scores", "base against adapter: failed"),
     Case("making the scorer", "ftnb.evaluate.make_scorer", "base against adapter: failed"),
@@ -83,9 +83,9 @@ def counting(counted):
 def project_in(folder, base, **training):
     data = folder/"messages.csv"
     if not data.exists():
-        lines = ftnb.demo.demo_data().read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = ftnb.demo.project.demo_data().read_text(encoding="utf-8").splitlines(keepends=True)
         data.write_text("".join(lines[:ROWS + 1]), encoding="utf-8")
-    return ftnb.demo.make_demo_project(folder/"project", base, data, training=TRAINING | training, lora=LORA, split=10/ROWS)
+    return ftnb.demo.project.make_demo_project(folder/"project", base, data, training=TRAINING | training, lora=LORA, split=10/ROWS)
 
 def problems_of(project, log, said, ended, ends, published):
     "What is wrong with what a job has left."

@@ -9,7 +9,7 @@ from hashlib import sha256
 from multiprocessing import get_context
 from pathlib import Path
 
-import ftnb.checkpoints, ftnb.demo, ftnb.finetune, ftnb.preflight, ftnb.tiny, ftnb.trainer
+import ftnb.checkpoints, ftnb.demo.project, ftnb.finetune, ftnb.preflight, ftnb.tiny, ftnb.trainer
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent/"tests"))
 from forks import import_all, in_fork, time_used
 
@@ -175,8 +175,8 @@ def make_place(folder, base):
     "Made in a process of its own."
     data = folder/"messages.csv"
     folder.mkdir()
-    data.write_text("".join(ftnb.demo.demo_data().read_text(encoding="utf-8").splitlines(keepends=True)[:ROWS + 1]), encoding="utf-8")
-    project = ftnb.demo.make_demo_project(folder/"project", base, data, training=TRAINING, lora=LORA, split=12/ROWS)
+    data.write_text("".join(ftnb.demo.project.demo_data().read_text(encoding="utf-8").splitlines(keepends=True)[:ROWS + 1]), encoding="utf-8")
+    project = ftnb.demo.project.make_demo_project(folder/"project", base, data, training=TRAINING, lora=LORA, split=12/ROWS)
     shutil.copytree(project.folder, folder/"template")
     return Place(folder, project)
 

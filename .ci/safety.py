@@ -236,7 +236,7 @@ def run_job(what, folder, project, arguments, well, said="", env=None):
 
 def token():
     from dataclasses import replace
-    from ftnb.demo import make_demo_project
+    from ftnb.demo.project import make_demo_project
     from ftnb.tiny import save_tiny
     server = ThreadingHTTPServer(("127.0.0.1", 0), Gate)
     threading.Thread(target=server.serve_forever, daemon=True).start()

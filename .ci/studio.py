@@ -73,7 +73,7 @@ def as_version_4(base, written):
 
 def job(work, name):
     "Run a small job; returns (base, folder of its adapter)."
-    from ftnb.demo import DEMO_TRAINING, make_demo_project
+    from ftnb.demo.project import DEMO_TRAINING, make_demo_project
     from ftnb.finetune import finetune
     from ftnb.jobargs import parse_job_arguments
     from ftnb.tiny import save_tiny
@@ -109,7 +109,7 @@ def tickets(file, rows=80):
 
 def asked_job(work, name):
     "Run a job whose adapter answers some rows right and some wrong; returns (base, folder of its adapter, prompts and right answers, what the report says)."
-    from ftnb.demo import DEMO_TRAINING, held_out_prompts, make_demo_project
+    from ftnb.demo.project import DEMO_TRAINING, held_out_prompts, make_demo_project
     from ftnb.finetune import finetune
     from ftnb.jobargs import parse_job_arguments
     from ftnb.tiny import save_tiny

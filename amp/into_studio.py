@@ -546,7 +546,7 @@ def job_script(place, environment):
 MADE_UP = """
 import sys
 from pathlib import Path
-from ftnb.demo import make_demo_project
+from ftnb.demo.project import make_demo_project
 from ftnb.tiny import save_tiny
 folder = Path(sys.argv[1])
 project = make_demo_project(folder/"project", save_tiny(folder/"tiny", kind="qwen"), fraction=0.05)

@@ -8,12 +8,12 @@ from unittest.mock import patch as swap
 import pytest, yaml
 
 import ftnb
-import ftnb.cml as cml
+import ftnb.cluster.submit as cml
 import ftnb.studio as studio
 from ftnb.consts import STUDIO_DB
-from ftnb.demo import make_demo_project
+from ftnb.demo.project import make_demo_project
 from ftnb.jobargs import format_job_arguments, parse_job_arguments
-from ftnb.stand_in import CALLS, StandIn
+from ftnb.cluster.stand_in import CALLS, StandIn
 
 ROOT, KEY = Path(__file__).resolve().parent.parent, "sesame-" + "0a1b2c3d" * 4
 COMMAND = str(Path(sys.executable).parent/"ftnb_submit")

@@ -12,7 +12,7 @@ from jupyter_client.session import Session
 
 import ftnb
 from ftnb.checkpoints import checkpoint_problem
-from ftnb.demo import make_demo_project
+from ftnb.demo.project import make_demo_project
 from ftnb.jobargs import parse_job_arguments
 
 pytestmark = pytest.mark.slow

@@ -8,7 +8,7 @@ import pytest
 
 import ftnb
 from ftnb.checkpoints import checkpoint_problem
-from ftnb.demo import demo_data, make_demo_project
+from ftnb.demo.project import demo_data, make_demo_project
 
 pytestmark = [pytest.mark.slow, pytest.mark.root]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil, pytest
 
-import ftnb, ftnb.checkpoints, ftnb.demo, ftnb.finetune, ftnb.jobargs, ftnb.preflight, ftnb.tiny, ftnb.trainer
+import ftnb, ftnb.checkpoints, ftnb.demo.project, ftnb.finetune, ftnb.jobargs, ftnb.preflight, ftnb.tiny, ftnb.trainer
 from forks import import_all, in_fork
 
 pytestmark = pytest.mark.slow
@@ -39,8 +39,8 @@ class Place:
 def make_place(folder, base, **config):
     data = folder/"messages.csv"
     folder.mkdir()
-    data.write_text("".join(ftnb.demo.demo_data().read_text(encoding="utf-8").splitlines(keepends=True)[:ROWS + 1]), encoding="utf-8")
-    project = ftnb.demo.make_demo_project(folder/"project", base, data, training=TRAINING, lora=LORA, split=TRAINED/ROWS, **config)
+    data.write_text("".join(ftnb.demo.project.demo_data().read_text(encoding="utf-8").splitlines(keepends=True)[:ROWS + 1]), encoding="utf-8")
+    project = ftnb.demo.project.make_demo_project(folder/"project", base, data, training=TRAINING, lora=LORA, split=TRAINED/ROWS, **config)
     shutil.copytree(project.folder, folder/"template")
     return Place(folder, project)
 
