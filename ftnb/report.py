@@ -10,6 +10,7 @@ import json, re
 from pathlib import Path
 
 import ftnb.curves as curves
+import ftnb.storage as storage
 from .rows import describe_ledger
 
 # %% ../nbs/45_report.ipynb #8cfef343

@@ -15,7 +15,6 @@ from fastcore.basics import patch
 import ftnb.curves as curves
 import ftnb.jobargs as jobargs
 import ftnb.ui.monitor as monitor
-import ftnb.storage as storage
 import ftnb.studio as studio
 from ..report import _cell, _comparison_rows, _part, _table, differing, run_settings
 
