@@ -13,7 +13,7 @@ import os
 
 import ftnb.models as models
 import ftnb.targets as targets
-from .consts import raise_problems
+from .problems import raise_problems
 from .lora_settings import LORA_RULES, explicit_patterns, explicit_targets, lora_problems, moves_base, saved_settings
 from .tokenizer_files import save_tokenizer, tokenizer_problems
 

@@ -33,6 +33,7 @@ from .rows import *
 from .preflight import *
 
 # %% ../nbs/99_all.ipynb #37f07103
+from .problems import *
 from .probe import *
 from .evaluate import *
 from .curves import *

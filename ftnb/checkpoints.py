@@ -11,7 +11,7 @@ __all__ = ['MANIFEST', 'NEEDED', 'read_manifest', 'seal_checkpoint', 'checkpoint
 # %% ../nbs/33_checkpoints.ipynb #ecf63c03
 import contextlib, json, os, re, shutil, time
 
-from .consts import raise_problems
+from .problems import raise_problems
 from .guards import RunStopped, StopRequest, best_effort, check_finite, step_rows, weights_finite, what_helps
 from .metrics import keep_metrics
 from .ranks import process_count, spread_like, take_state, whole_state, whole_weights

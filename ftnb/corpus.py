@@ -8,7 +8,8 @@ __all__ = ['Corpus', 'DatasetName', 'parse_dataset_name', 'read_corpus', 'load_d
 # %% ../nbs/10_corpus.ipynb #bb39e3ea
 import json, os, re
 from dataclasses import dataclass, field
-from .consts import DATASET_TYPES, nearest
+from .consts import DATASET_TYPES
+from .problems import nearest
 from .files import (Faults, csv_table, json_file_table, json_table, jsonl_table, library_error, most_bytes, not_regular,
                         read_file, text_table)
 

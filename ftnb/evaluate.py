@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from fastcore.basics import patch
 
 from .models import Precision, choose_precision, load_base_model, load_tokenizer
-from .consts import raise_problems
+from .problems import raise_problems
 from .packing import packed_loss, packing_attention, shares_exactly
 from .prefix import common_prefix, pack_rows, split_passes
 from .prompts import PromptTemplate, format_row, map_dataset_with_prompt_template, read_template, value_column

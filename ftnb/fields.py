@@ -8,7 +8,7 @@ __all__ = ['KINDS', 'FieldRule', 'decide', 'library_defaults', 'undecided_fields
 # %% ../nbs/17_fields.ipynb #72bb2c51
 from dataclasses import dataclass
 
-from .consts import nearest
+from .problems import nearest
 
 # %% ../nbs/17_fields.ipynb #d39085d7
 KINDS = {  # kind -> what becomes of a field of that kind

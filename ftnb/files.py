@@ -11,7 +11,7 @@ import csv, io, json, os, re, stat, sys
 from contextlib import contextmanager
 from itertools import chain, islice
 from fastcore.basics import patch
-from .consts import raise_problems
+from .problems import raise_problems
 from .values import JSON, Repeated, value_text
 
 # %% ../nbs/09_files.ipynb #1eab2298

@@ -23,6 +23,7 @@ import ftnb.jobargs as jobargs
 import ftnb.launch as launch
 import ftnb.models as models
 import ftnb.preflight as preflight
+import ftnb.problems as problems
 import ftnb.progress as progress
 import ftnb.probe as probe
 import ftnb.ranks as ranks
@@ -274,7 +275,7 @@ def register_saved(
     args = replace(args, adapter_name=name or args.adapter_name, auto_add_adapter=True)
     engine = studio.open_studio(db or studio.studio_url())
     rows = {"models": args.base_model_id, "prompts": args.prompt_id}
-    consts.raise_problems([f"{table} {id}: there is no such row" for table, id in rows.items() if studio.fetch(engine, table, id) is None],
+    problems.raise_problems([f"{table} {id}: there is no such row" for table, id in rows.items() if studio.fetch(engine, table, id) is None],
                           f"The job's records aren't in {studio.studio_place(engine)}")
     same = os.path.realpath(out_dir) == os.path.realpath(args.out_dir)  # or it was moved
     return studio.register_adapter(engine, name=args.adapter_name, model_id=args.base_model_id, prompt_id=args.prompt_id, wait=wait, job=studio.job_columns(args),

@@ -9,8 +9,8 @@ __all__ = ['Secret', 'JobArgs', 'secret_forms', 'without_secrets', 'parse_job_ar
 # %% ../nbs/05_jobargs.ipynb #bd266c9d
 import json, os, re
 from dataclasses import MISSING, dataclass, field, fields
-from .consts import (HF_TOKEN, TRAINING_DEFAULT_DATASET_FRACTION, TRAINING_DEFAULT_TRAIN_TEST_SPLIT, nearest,
-                         raise_problems)
+from .consts import (HF_TOKEN, TRAINING_DEFAULT_DATASET_FRACTION, TRAINING_DEFAULT_TRAIN_TEST_SPLIT)
+from .problems import nearest, raise_problems
 
 # %% ../nbs/05_jobargs.ipynb #b4ff077f
 class Secret:

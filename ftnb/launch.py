@@ -20,6 +20,7 @@ import ftnb.preflight as preflight
 import ftnb.ranks as ranks
 import ftnb.studio as studio
 import ftnb.trainer as trainer
+from .problems import raise_problems, printable
 
 # %% ../nbs/44_launch.ipynb #3d45f25a
 def is_launched(
@@ -281,7 +282,7 @@ def node_resources(
     "What each node has: as the job says, else as much as this one. The label of a kind of GPU only where one is given."
     found = {"cpu": args.dist_cpu or int(os.environ.get("CDSW_CPU_MILLICORES") or 0) / 1000,
              "memory": args.dist_mem or int(os.environ.get("CDSW_MEMORY_MB") or 0) / 1024}
-    consts.raise_problems(preflight.missing_resources(args))
+    raise_problems(preflight.missing_resources(args))
     if args.dist_gpu is None: import torch
     gpus = torch.cuda.device_count() if args.dist_gpu is None else args.dist_gpu
     label = {} if args.gpu_label_id in (None, -1) else {"accelerator_label_id": args.gpu_label_id}
@@ -300,7 +301,7 @@ def start_worker(
     found = answer[0] if isinstance(answer, (list, tuple)) and answer else answer
     if isinstance(found, dict) and found.get("id"): return found["id"]
     said = found.get("message") or found.get("error") if isinstance(found, dict) else found
-    raise RuntimeError(f"node {node} of {at.nodes} can't be started; Cloudera's workers API says: {consts.printable(str(said))}")
+    raise RuntimeError(f"node {node} of {at.nodes} can't be started; Cloudera's workers API says: {printable(str(said))}")
 
 # %% ../nbs/44_launch.ipynb #a5a2c1ba
 def worker_statuses(
@@ -511,7 +512,7 @@ def launch(
             at = Rendezvous(os.environ[MASTER_IP], int(os.environ.get(MASTER_PORT) or 29500), args.dist_num, node, args.experimentid)
             return _further_node(args, at, seconds)
         if args.dist_num > 1:
-            consts.raise_problems(preflight.processes_problems(args, None))
+            raise_problems(preflight.processes_problems(args, None))
             if not os.environ.get("CDSW_IP_ADDRESS"): raise ValueError("CDSW_IP_ADDRESS isn't set, which Cloudera ML gives a job: other nodes are told to meet there")
             return _first_node(args, workers_api(), seconds)
         store = _open_store(Rendezvous())

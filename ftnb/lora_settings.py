@@ -10,7 +10,7 @@ __all__ = ['LORA_RULES', 'LORA_STARTS', 'MOST_RANK', 'PEFT_0_12', 'VLLM_MOST_RAN
 import os
 import re
 
-from .consts import nearest
+from .problems import nearest
 from .fields import decide, field_problems, idle_notes, library_defaults
 
 # %% ../nbs/22_lora_settings.ipynb #450ea050

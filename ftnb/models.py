@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import ftnb.quantisation as quantisation
 import ftnb.targets as targets
 import ftnb.weights as weights
-from .consts import raise_problems
+from .problems import raise_problems
 
 # %% ../nbs/21_models.ipynb #8be3840c
 def bf16_speedup(

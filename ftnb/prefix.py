@@ -8,7 +8,7 @@ __all__ = ['common_prefix', 'Packing', 'make_packing', 'PackedBatch', 'pack_rows
 # %% ../nbs/26_prefix.ipynb #37f0d89b
 from dataclasses import dataclass, field, fields, replace
 
-from .consts import raise_problems
+from .problems import raise_problems
 
 # %% ../nbs/26_prefix.ipynb #2d945be0
 def common_prefix(

@@ -31,11 +31,14 @@ import ftnb.tokenizer_files as tokenizer_files
 import ftnb.tokenizer_trial as tokenizer_trial
 import ftnb.tokens as tokens
 import ftnb.trainer as trainer
+
+# %% ../nbs/39_preflight.ipynb #1bc27f97
 from .fingerprint import base_fingerprint
 from .places import place_problems
 from .rows import RowCounts, describe_ledger, prepare_rows, read_rows, some_texts
 from .settings import TrainingSettings, current_names, held_out_problems, kernel_notes, model_problems, settle_training, training_problems
 from .storage import disk_problems, folder_problem, in_units, nearest_folder
+from .problems import printable, raise_problems
 
 # %% ../nbs/39_preflight.ipynb #483746d8
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class Preflight:
     ):
         "Put lines into the report; a token among the words is left out."
         token = self.args.hf_token.reveal() if self.args.hf_token else ""
-        shown = [consts.printable(jobargs.without_secrets(t, token)) for t in texts]
+        shown = [printable(jobargs.without_secrets(t, token)) for t in texts]
         self.findings += [Finding(level, about, t) for t in shown]
 
     def lines(
@@ -112,7 +115,7 @@ def _shows_token(p: Preflight) -> bool:
 @patch
 def raise_errors(self: Preflight):
     "Raise one `ValueError` with every error found; do nothing when there are none."
-    try: consts.raise_problems(list(dict.fromkeys(self.lines("error"))))
+    try: raise_problems(list(dict.fromkeys(self.lines("error"))))
     except ValueError as e: raise e from (None if isinstance(self.cause, (ValueError, OSError)) or _shows_token(self) else self.cause)
 
 # %% ../nbs/39_preflight.ipynb #e34a1cd0

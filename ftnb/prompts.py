@@ -12,7 +12,8 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 
-from .consts import TRAINING_DATA_TEXT_FIELD, nearest, raise_problems
+from .consts import TRAINING_DATA_TEXT_FIELD
+from .problems import nearest, raise_problems
 from .values import Unreadable, column_texts, value_text
 
 # %% ../nbs/11_prompts.ipynb #05388a67

@@ -18,6 +18,7 @@ import ftnb.preview as preview
 import ftnb.prompts as prompts
 import ftnb.splits as splits
 import ftnb.tokens as tokens
+from .problems import raise_problems
 
 # %% ../nbs/24_rows.ipynb #53b25991
 def row_ledger(
@@ -184,9 +185,9 @@ def read_rows(
     used = [name for name in ("train", splits.own_held_out(found.splits)) if name]
     said = lambda name: f"split {name}: " * (len(found.splits) > 1)
     problems_of = lambda name: prompts.template_problems(template, found.splits[name].column_names) if template else []
-    consts.raise_problems([said(name) + problem for name in used for problem in problems_of(name)], "The prompt doesn't fit the data set")
+    raise_problems([said(name) + problem for name in used for problem in problems_of(name)], "The prompt doesn't fit the data set")
     lost = {name: _unreadable(found.splits[name], template) for name in used if template}
-    consts.raise_problems([said(name) + problem for name in lost for problem in _too_many_lost(lost[name], len(found.splits[name]))],
+    raise_problems([said(name) + problem for name in lost for problem in _too_many_lost(lost[name], len(found.splits[name]))],
                           "The data set can't be read")
     return replace(found, unread=found.unread | {name: lost[name] | found.unread.get(name, {}) for name in lost})
 
@@ -218,7 +219,7 @@ def prepare_rows(
     halves, limit = _split_rows(data, job.args), tokens.length_limit(job.settings.max_length, getattr(config, "max_position_embeddings", None))
     done = {name: _tokenize_half(*half, job, tokenizer, limit, keep, unread.get(half[2], {})) for name, half in halves.items()}
     counts = {name: o[1] for name, o in done.items()}
-    if config is not None: consts.raise_problems(adapters.vocabulary_problems(tokenizer, config.vocab_size, [[c.top] for c in counts.values()]),
+    if config is not None: raise_problems(adapters.vocabulary_problems(tokenizer, config.vocab_size, [[c.top] for c in counts.values()]),
                                                  f"The model {job.source} can't be used")
     ledger = row_ledger({name: len(ds) for name, ds in data.items()}, {k: len(v[0]) for k, v in halves.items()},
                         {k: len(v[0]) for k, v in done.items()}, done["train"][2] + done["test"][2])

@@ -11,7 +11,6 @@ import json, os
 from dataclasses import dataclass, field
 
 import ftnb.checkpoints as checkpoints
-import ftnb.consts as consts
 import ftnb.jobargs as jobargs
 import ftnb.preflight as preflight
 import ftnb.ranks as ranks
@@ -19,6 +18,7 @@ import ftnb.studio as studio
 from .guards import best_effort
 from .rows import JobRows
 from .storage import file_hash, open_plain, read_json
+from .problems import raise_problems
 
 # %% ../nbs/43_runrecord.ipynb #edeb3235
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def check_checkpoints(
     for _, folder in checkpoints.checkpoint_folders(place):
         try: then = checkpoints.read_manifest(folder)["identity"]
         except (OSError, ValueError): continue  # the trainer sets it aside
-        consts.raise_problems(checkpoints.identity_differences({k: then[k] for k in now if k in then}, now),
+        raise_problems(checkpoints.identity_differences({k: then[k] for k in now if k in then}, now),
                               f"{folder} is from another run, so this one can't go on from it. Give another train_out_dir, or delete that folder to begin anew. The differences")
 
 # %% ../nbs/43_runrecord.ipynb #25098c30

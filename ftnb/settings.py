@@ -10,7 +10,8 @@ __all__ = ['RENAMED', 'REFUSED', 'TRAINING_FIELDS', 'IGNORED', 'SAVE_SECONDS', '
 # %% ../nbs/35_settings.ipynb #80271f7e
 from dataclasses import dataclass, replace
 
-from .consts import TRAINING_DATA_TEXT_FIELD, nearest, raise_problems
+from .consts import TRAINING_DATA_TEXT_FIELD
+from .problems import nearest, raise_problems
 from .fields import FieldRule, decide, field_problems, idle_notes, library_defaults
 from .loss import ANOTHER_LOSS, packing_obstacles
 from .models import Precision

@@ -7,7 +7,8 @@ __all__ = ['split_rows', 'own_held_out', 'sample_and_split_dataset', 'rows_hash'
 
 # %% ../nbs/12_splits.ipynb #9fbebea5
 import hashlib, json, math, warnings
-from .consts import TRAINING_DATASET_SEED, TRAINING_DEFAULT_DATASET_FRACTION, TRAINING_DEFAULT_TRAIN_TEST_SPLIT, raise_problems
+from .consts import TRAINING_DATASET_SEED, TRAINING_DEFAULT_DATASET_FRACTION, TRAINING_DEFAULT_TRAIN_TEST_SPLIT
+from .problems import raise_problems
 from .values import column_texts
 
 # %% ../nbs/12_splits.ipynb #15e1113c

@@ -13,9 +13,9 @@ from copy import deepcopy
 from dataclasses import dataclass
 from types import SimpleNamespace
 from .consts import (DATASET_TYPES, DEFAULT_BNB_CONFIG, DEFAULT_LORA_CONFIG, DEFAULT_TRAINING_ARGUMENTS,
-                         MODEL_TYPES, STUDIO_DB, STUDIO_DB_DEFAULT, TRAINING_DEFAULT_DATASET_FRACTION, TRAINING_DEFAULT_TRAIN_TEST_SPLIT,
-                         nearest, raise_problems)
+                         MODEL_TYPES, STUDIO_DB, STUDIO_DB_DEFAULT, TRAINING_DEFAULT_DATASET_FRACTION, TRAINING_DEFAULT_TRAIN_TEST_SPLIT)
 from .jobargs import JobArgs
+from .problems import nearest, raise_problems
 
 # %% ../nbs/07_studio.ipynb #7433bed1
 def _tables(

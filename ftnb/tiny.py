@@ -6,7 +6,7 @@
 __all__ = ['TINY_SENTENCES', 'TINY_KINDS', 'tiny_tokenizer', 'tiny_model', 'save_tiny']
 
 # %% ../nbs/02_tiny.ipynb #f9826723
-from .consts import nearest, raise_problems
+from .problems import nearest, raise_problems
 
 # %% ../nbs/02_tiny.ipynb #6d6cbe9e
 TINY_SENTENCES = (

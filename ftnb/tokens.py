@@ -13,7 +13,8 @@ from functools import cached_property
 from itertools import chain
 from os.path import commonprefix
 
-from .consts import TRAINING_DATA_TEXT_FIELD, raise_problems
+from .consts import TRAINING_DATA_TEXT_FIELD
+from .problems import raise_problems
 from .prompts import PromptTemplate, format_row, read_template, text_columns, value_column, value_spans
 from .tokenizer_trial import panics_as_errors
 

@@ -18,6 +18,7 @@ import ftnb.ui.monitor as live
 import ftnb.package as package
 import ftnb.preflight as preflight
 import ftnb.studio as studio
+from ..problems import raise_problems, printable
 
 # %% ../../nbs/cluster/1_submit.ipynb #50ea25f6
 _VARIABLES = {
@@ -62,7 +63,7 @@ def workspace_from_env(
 ) -> Workspace:  # not yet asked anything
     "The project that the environment names."
     problems, found = _read_variables(os.environ if env is None else env)
-    consts.raise_problems(problems, "Cloudera ML can't be reached")
+    raise_problems(problems, "Cloudera ML can't be reached")
     return Workspace(**found, **settings)
 
 # %% ../../nbs/cluster/1_submit.ipynb #bbe07e56
@@ -109,7 +110,7 @@ def _read_answer(
     else: said = str(data.get("message") or data.get("error") or "")
     if status >= 300 and not said or data is None and status >= 300: said = (text if isinstance(text, str) else (text or b"").decode("utf-8", "replace"))[:200]
     wait = float(after) if re.fullmatch(r"\d{1,6}(\.\d+)?", after or "") else 0
-    return Answer(status, data, consts.printable(" ".join(said.split()), keep=""), min(wait, 60))
+    return Answer(status, data, printable(" ".join(said.split()), keep=""), min(wait, 60))
 
 # %% ../../nbs/cluster/1_submit.ipynb #a34ca6ed
 def _within(
@@ -372,7 +373,7 @@ def job_request(
     script, runtime = script or template.get("script") or _own_script(), runtime or template.get("runtime_identifier")
     missing = f"the project has no job {TEMPLATE_JOB} to copy it from; install the project as an AMP, or give" if not template else f"the job {TEMPLATE_JOB} has none; give"
     problems = [f"no {what} is known: {missing} {what}=" for what, o in (("script", script), ("runtime", runtime or template.get("kernel"))) if not o]
-    consts.raise_problems(problems, "The job can't be sent")
+    raise_problems(problems, "The job can't be sent")
     place = (os.environ if env is None else env).get(consts.STUDIO_DB, "").strip()
     environment = _environment(template) | ({consts.STUDIO_DB: place} if place and "://" not in place else {}) | {consts.JOB_ARGUMENTS: given}
     choose = lambda asked, name: template.get(name) if asked is None else asked

@@ -14,7 +14,8 @@ from statistics import median
 
 from ..adapters import apply_lora
 from ..models import choose_precision, load_base_model, load_tokenizer
-from ..consts import DEFAULT_LORA_CONFIG, raise_problems
+from ..consts import DEFAULT_LORA_CONFIG
+from ..problems import raise_problems
 from .project import demo_base_model, demo_data
 from ..packing import keeps_prefix, packing_attention
 from ..package import python_command

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from ..adapters import publish_folder
 from ..models import choose_precision, load_base_model
-from ..consts import DEFAULT_LORA_CONFIG, STUDIO_DB, raise_problems
+from ..consts import DEFAULT_LORA_CONFIG, STUDIO_DB
+from ..problems import raise_problems
 from ..corpus import load_dataset_into_memory
 from ..evaluate import answer_table, answers_to_match, exact_match
 from ..jobargs import JobArgs, format_job_arguments, parse_job_arguments

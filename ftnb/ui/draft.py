@@ -26,6 +26,7 @@ import ftnb.settings as settings
 import ftnb.storage as storage
 import ftnb.studio as studio
 import ftnb.trainer as trainer
+from ..problems import raise_problems, nearest
 
 # %% ../../nbs/ui/5_draft.ipynb #683ef379
 PARTS = {  # argument -> (fields of its common settings, field of the others, default)
@@ -110,7 +111,7 @@ def new_values(
                   train_test_split="0.9", adapter_name="", auto_add_adapter=False, experimentid=id, rest={},
                   out_dir=str(Path(folder).absolute()/"adapters"/id), train_out_dir=str(Path(folder).absolute()/"runs"/id))
     for part, (*_, default) in PARTS.items(): values |= spread(part, default)
-    consts.raise_problems([f"the form has no field {k!r}{consts.nearest(k, values)}" for k in given if k not in values], "The form can't be filled")
+    raise_problems([f"the form has no field {k!r}{nearest(k, values)}" for k in given if k not in values], "The form can't be filled")
     return values | {k: v if k in ("auto_add_adapter", "rest") else field_text(v) for k, v in given.items()}
 
 # %% ../../nbs/ui/5_draft.ipynb #84df58f2

@@ -22,6 +22,7 @@ import ftnb.preflight as preflight
 import ftnb.progress as progress
 import ftnb.ui.stills as stills
 import ftnb.studio as studio
+from ..problems import raise_problems, nearest
 
 # %% ../../nbs/ui/6_form.ipynb #e24e5ac9
 _SECTIONS = {  # heading -> field -> label
@@ -55,7 +56,7 @@ class Form:
         **fields,  # field -> value; a model, data set or prompt by its name or id
     ) -> "Form":  # the same
         "Fill in fields; a config that is picked fills in its settings."
-        consts.raise_problems([f"there is no field {k!r}{consts.nearest(k, self.values)}" for k in fields if k not in self.values], "The form can't be filled")
+        raise_problems([f"there is no field {k!r}{nearest(k, self.values)}" for k in fields if k not in self.values], "The form can't be filled")
         for name, value in sorted(fields.items(), key=lambda o: o[0] not in draft.PARTS):  # configs first: a setting given beside one goes before it
             named = [r.id for r in self.rows[_TABLES[name]] if r.name == value] if name in _TABLES else []
             self.values[name] = named[0] if len(named) == 1 else value if isinstance(value, (bool, dict)) else draft.field_text(value)
@@ -89,7 +90,7 @@ def judge(self: Form) -> tuple:  # (`JobArgs`, or None; field -> problem)
     for name, table in _TABLES.items():
         id, known = self.values[name], {r.id: r.name for r in self.rows[table]}
         if id and self.engine is not None and id not in known:
-            problems[name] = f"is {id!r}: there is no such row in {table}{consts.nearest(id, [n for n in known.values() if n])}"
+            problems[name] = f"is {id!r}: there is no such row in {table}{nearest(id, [n for n in known.values() if n])}"
     if problems or args is None: return None, problems
     token = self.token or jobargs.Secret(os.environ.get(consts.HF_TOKEN, "").strip())
     return (replace(args, hf_token=token) if token.reveal() else args), {}
@@ -158,7 +159,7 @@ def resume(
     "Start the run, or go on where it was stopped; raises with what is wrong."
     args, problems = self.judge()
     labels = {k: v for o in _SECTIONS.values() for k, v in o.items()}
-    consts.raise_problems([f"{labels.get(k, k)} {v}" for k, v in problems.items()] or ([self.problem] if self.problem else []), "The run can't be started")
+    raise_problems([f"{labels.get(k, k)} {v}" for k, v in problems.items()] or ([self.problem] if self.problem else []), "The run can't be started")
     if self.check is not None and self.check.args == args: self.check.raise_errors()
     self.process = draft.start_job(args, self.env)
     return self.process
@@ -398,7 +399,7 @@ def compare(
 ) -> evaluate.Comparison:  # shows as a table
     "Base against adapter on the rows that the run held out."
     args, problems = self.judge()
-    consts.raise_problems([f"{k} {v}" for k, v in problems.items()], "There is nothing to compare")
+    raise_problems([f"{k} {v}" for k, v in problems.items()], "There is nothing to compare")
     if not os.path.exists(os.path.join(args.out_dir, "run.json")): raise ValueError(f"there is no adapter in {args.out_dir} yet: train it first")
     check = self.check if self.check is not None and self.check.args == args else preflight.check_job(args, self.env, keep=False)
     if (rows := check.known.get("rows")) is None: check.raise_errors()
