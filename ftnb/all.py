@@ -16,7 +16,6 @@ from .corpus import *
 from .prompts import *
 from .splits import *
 from .tokens import *
-from .preview import *
 from .quantisation import *
 from .models import *
 from .lora_settings import LORA_RULES, lora_problems, reader_warnings
@@ -37,6 +36,7 @@ from .problems import *
 from .probe import *
 from .evaluate import *
 from .curves import *
+from .ui.preview import *
 from .ui.chat import *
 from .ui.monitor import *
 from .ui.form import *
