@@ -26,7 +26,7 @@ import ftnb.settings as settings
 import ftnb.storage as storage
 import ftnb.studio as studio
 import ftnb.trainer as trainer
-from ..problems import raise_problems, nearest
+from ..problems import nearest, problems_of, raise_problems
 
 # %% ../../nbs/ui/5_draft.ipynb #683ef379
 PARTS = {  # argument -> (fields of its common settings, field of the others, default)
@@ -175,7 +175,7 @@ def form_args(
     for k in ("dataset_fraction", "train_test_split"):
         if given.get(k) is None: problems[k] = "has no value: write a number above 0, up to 1"; given[k] = 1.0
     try: args = jobargs.JobArgs(**given)
-    except ValueError as e: return None, problems | _place_problems(preflight.problem_lines(e))
+    except ValueError as e: return None, problems | _place_problems([str(p) for p in problems_of(e)])
     return (None if problems else args), problems
 
 # %% ../../nbs/ui/5_draft.ipynb #51941fb8
@@ -286,7 +286,7 @@ def preview_html(
     "What a prompt makes of rows."
     from html import escape
     try: template = read_prompt(given, completion, rows)
-    except ValueError as e: return "".join(f'<div style="color:#b3261e">{escape(o)}</div>' for o in preflight.problem_lines(e))
+    except ValueError as e: return "".join(f'<div style="color:#b3261e">{escape(o)}</div>' for o in map(str, problems_of(e)))
     parts = []
     for row in rows:
         if lacking := [f for f in template.fields if row.get(f) is None]: parts.append(f"<i>left out: no value for {escape(', '.join(lacking))}</i>"); continue

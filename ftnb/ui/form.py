@@ -22,7 +22,7 @@ import ftnb.preflight as preflight
 import ftnb.progress as progress
 import ftnb.ui.stills as stills
 import ftnb.studio as studio
-from ..problems import raise_problems, nearest
+from ..problems import nearest, problems_of, raise_problems
 
 # %% ../../nbs/ui/6_form.ipynb #e24e5ac9
 _SECTIONS = {  # heading -> field -> label
@@ -378,7 +378,7 @@ def _press(
         if name == "train": self._fill()
         self.running = draft.running_process(self.values["train_out_dir"]) is not None
         self.state.value = escape(said if isinstance(said, str) else "")
-    except Exception as e: self.state.value = "".join(f"<div>{_badge(o)}</div>" for o in preflight.problem_lines(e))
+    except Exception as e: self.state.value = "".join(f"<div>{_badge(o)}</div>" for o in map(str, problems_of(e)))
     self._show_problems()
     self.changed.set()
 
@@ -440,7 +440,7 @@ def _add_pane(
     button, said = w.Button(description="Add", icon="plus"), w.HTML(layout=wide)
     def click(_):
         try: self.add(field, *(t.value for t in texts))
-        except Exception as e: said.value = "".join(f"<div>{_badge(o)}</div>" for o in preflight.problem_lines(e)); return
+        except Exception as e: said.value = "".join(f"<div>{_badge(o)}</div>" for o in map(str, problems_of(e))); return
         said.value = _badge("added and chosen", "ok")
         if self.ready.is_set(): self._show_problems()
     button.on_click(click)
@@ -496,7 +496,7 @@ def _folds(self: Form):  # a widget
     typed, button, said = w.Textarea(rows=3, placeholder="JOB_ARGUMENTS or a Python call, from here or elsewhere", layout=w.Layout(width="98%")), w.Button(description="Load", icon="upload"), w.HTML()
     def click(_):
         try: self.load(typed.value); said.value = _badge("loaded", "ok")
-        except Exception as e: said.value = "".join(f"<div>{_badge(o)}</div>" for o in preflight.problem_lines(e))
+        except Exception as e: said.value = "".join(f"<div>{_badge(o)}</div>" for o in map(str, problems_of(e)))
         if self.ready.is_set(): self._show_problems()
     button.on_click(click)
     self.panes["prompt_id"].children += (self.preview,)
