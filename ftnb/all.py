@@ -34,6 +34,9 @@ from .preflight import *
 # %% ../nbs/99_all.ipynb #37f07103
 from .problems import *
 from .probe import *
+from .questions import *
+from .generation import *
+from .scoring import *
 from .evaluate import *
 from .curves import *
 from .ui.preview import *

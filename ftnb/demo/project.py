@@ -18,7 +18,8 @@ from ..models import choose_precision, load_base_model
 from ..consts import DEFAULT_LORA_CONFIG, STUDIO_DB
 from ..problems import raise_problems
 from ..corpus import load_dataset_into_memory
-from ..evaluate import answer_table, answers_to_match, exact_match
+from ..evaluate import answer_table
+from ..scoring import answers_to_match, exact_match
 from ..jobargs import JobArgs, format_job_arguments, parse_job_arguments
 from ..prompts import PromptTemplate, format_row, parse_template
 from ..splits import sample_and_split_dataset

@@ -13,7 +13,8 @@ from fastcore.basics import patch
 import ftnb.progress as progress
 import ftnb.ui.stills as stills
 from ..models import Precision
-from ..evaluate import LoadedModels, generate_answers, load_models
+from ..evaluate import LoadedModels, load_models
+from ..generation import generate_answers
 from ..prompts import PromptTemplate, format_row, read_template
 
 # %% ../../nbs/ui/4_chat.ipynb #44939132
