@@ -39,13 +39,13 @@ from .generation import *
 from .scoring import *
 from .evaluate import *
 from .curves import *
-from .ui.preview import *
-from .ui.chat import *
-from .ui.monitor import *
+from .ui.previews import *
+from .ui.chats import *
+from .ui.monitoring import *
 from .ui.form import *
 from .runrecord import *
 from .report import *
-from .ui.runs import *
+from .ui.past_runs import *
 
 # %% ../nbs/99_all.ipynb #5f261764
 from .cluster.submit import *

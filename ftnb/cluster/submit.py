@@ -14,7 +14,7 @@ from fastcore.basics import patch
 
 import ftnb.consts as consts
 import ftnb.jobargs as jobargs
-import ftnb.ui.monitor as live
+import ftnb.ui.monitoring as live
 import ftnb.package as package
 import ftnb.preflight as preflight
 import ftnb.studio as studio

@@ -17,7 +17,7 @@ import ftnb.consts as consts
 import ftnb.ui.draft as draft
 import ftnb.evaluate as evaluate
 import ftnb.jobargs as jobargs
-import ftnb.ui.monitor as monitor
+import ftnb.ui.monitoring as monitor
 import ftnb.preflight as preflight
 import ftnb.progress as progress
 import ftnb.ui.stills as stills
