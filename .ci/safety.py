@@ -175,7 +175,7 @@ def text(examples=1500):
         assert done["prediction"][:] == want
         out = tokenize_rows(done, tok, prompt, only, max_length=3000)
         assert sorted([*out.kept, *out.dropped]) == list(range(len(good))) and all(out.dropped.values())
-        assert all("max_length" in why or kind == "unigram" for why in out.dropped.values()), out.dropped
+        assert all("max_length" in why.reason or kind == "unigram" for why in out.dropped.values()), out.dropped
         for i, ids, labels in zip(out.kept, out.dataset["input_ids"], out.dataset["labels"]):
             note((want[i], tok.convert_ids_to_tokens(ids)))
             check_tokens(kind, tok, joined, rows[good[i]], "".join(rows[good[i]][o] if slot else o for slot, o in given), want[i], ids, labels, only)

@@ -137,7 +137,7 @@ def _tokenize_part(
     text = prompts.map_dataset_with_prompt_template(some, job.template, tokenizer.eos_token)
     rows = tokens.tokenize_rows(text, tokenizer, job.template, job.settings.completion_only, limit)
     there = [i for i in range(len(ds)) if i not in missing]
-    reasons = missing | {there[i]: why for i, why in rows.dropped.items()}
+    reasons = missing | {there[i]: str(why) for i, why in rows.dropped.items()}
     return rows, [there[i] for i in rows.kept], reasons
 
 # %% ../nbs/24_rows.ipynb #5a9e6cbb

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['find_padding_token_candidate', 'configure_tokenizer_padding', 'encode_prompts', 'make_labels', 'length_limit',
-           'TokenizedRows', 'tokenize_rows', 'prompt_notes', 'boundary_note', 'asked_otherwise', 'end_note']
+           'Dropped', 'TokenizedRows', 'tokenize_rows', 'prompt_notes', 'boundary_note', 'asked_otherwise', 'end_note']
 
 # %% ../nbs/14_tokens.ipynb #2b41a095
 import re
@@ -448,13 +448,22 @@ def _tokenize_batch(
         if _forges(plain, texts[n], encodings[n], shared.cut, spans): rows[n] = _plain_row(plain, texts[n], spans, start)
     return rows
 
+# %% ../nbs/14_tokens.ipynb #9c16c3dc
+@dataclass(frozen=True)
+class Dropped:
+    "Why a row isn't among the tokenized ones."
+    reason: str  # the same for all rows that it is true of
+    tokens: int | None = None  # that the row has, where they are too many
+
+    def __str__(self): return self.reason if self.tokens is None else f"{self.tokens} tokens, {self.reason}"
+
 # %% ../nbs/14_tokens.ipynb #1c2eadf6
 @dataclass(frozen=True)
 class TokenizedRows:
     "Rows ready for the trainer, and those that were left out."
     dataset: object  # a `Dataset` with `input_ids` and `labels`
     kept: tuple  # position of each row in the split it came from
-    dropped: dict = field(default_factory=dict)  # position -> reason
+    dropped: dict = field(default_factory=dict)  # position -> `Dropped`
     joined: int = 0  # rows put together of prompt and completion, since a token of the text would reach over the boundary
 
     def __len__(self): return len(self.kept)
@@ -496,13 +505,13 @@ def _as_dataset(
 def _short_enough(
     dataset,  # a `Dataset` with the column `prediction`
     max_length: int,  # tokens that a row may have
-) -> tuple:  # (the rows to tokenize, their positions, position -> why a row is dropped)
+) -> tuple:  # (the rows to tokenize, their positions, position -> `Dropped`)
     "Rows that may be within the limit, by their characters."
     import numpy as np, pyarrow.compute as pc
     most = 128 * max_length
     texts = dataset.with_format("arrow")[:][TRAINING_DATA_TEXT_FIELD]
     long = np.asarray(pc.greater(pc.utf8_length(texts), most)) if len(dataset) else np.zeros(0, bool)
-    why = f"over max_length {max_length}: it has more than {most:,} characters"
+    why = Dropped(f"over max_length {max_length}: it has more than {most:,} characters")
     numbers = np.flatnonzero(~long).tolist()
     return dataset.select(numbers) if long.any() else dataset, numbers, {int(i): why for i in np.flatnonzero(long)}
 
@@ -524,8 +533,8 @@ def tokenize_rows(
     for at in range(0, len(dataset), 1000):
         good = []
         for i, row in zip(numbers[at:], _tokenize_batch(dataset[at:at + 1000], plain, template, shared)):
-            if isinstance(row, str): dropped[i] = f"a value can't be told from the special token {row!r}"
-            elif len(row.ids) > max_length: dropped[i] = f"{len(row.ids)} tokens, over max_length {max_length}"
+            if isinstance(row, str): dropped[i] = Dropped(f"a value can't be told from the special token {row!r}")
+            elif len(row.ids) > max_length: dropped[i] = Dropped(f"over max_length {max_length}", len(row.ids))
             else:
                 good.append((row.ids, make_labels(row.ids, row.asked if completion_only else 0)))
                 kept.append(i)

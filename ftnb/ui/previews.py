@@ -6,7 +6,6 @@
 __all__ = ['TokenPreview', 'preview', 'plot_lengths']
 
 # %% ../../nbs/ui/0_previews.ipynb #3693aa8e
-import re
 from dataclasses import dataclass, replace
 
 from fastcore.basics import patch
@@ -127,10 +126,10 @@ def _repr_html_(
 def _row_lengths(
     rows: TokenizedRows,  # from `tokenize_rows`
 ) -> tuple:  # (tokens of each kept row, tokens of each row that was too long)
-    "How long rows are; of those that were dropped, their reason tells."
+    "How long rows are, those that were too long as well."
     ids = rows.dataset.with_format("arrow")[:]["input_ids"] if len(rows) else []
-    found = (re.match(r"(\d+) tokens, over", why) for why in rows.dropped.values())
-    return [n for chunk in getattr(ids, "chunks", ()) for n in chunk.value_lengths().to_pylist()], [int(m[1]) for m in found if m]
+    kept = [n for chunk in getattr(ids, "chunks", ()) for n in chunk.value_lengths().to_pylist()]
+    return kept, [why.tokens for why in rows.dropped.values() if why.tokens is not None]
 
 # %% ../../nbs/ui/0_previews.ipynb #438d8cdd
 def plot_lengths(
