@@ -48,7 +48,7 @@ def fields():
     seen = set()
     for library, problems_of in own.items():
         names = [o for o in inspect.signature(library.__init__).parameters if o not in ("self", "kwargs")]
-        refused = {n for n in names if any("reaches outside" in p for p in problems_of({n: "x"}))}
+        refused = {n for n in names if any("reaches outside" in str(p) for p in problems_of({n: "x"}))}
         odd = {n for n in names if SUSPICIOUS.search(n)}
         seen |= odd
         check(f"{library.__name__}: {len(names)} fields, {len(refused)} refused; of names that might reach outside all are refused or known: {sorted(odd - refused - HARMLESS.keys()) or 'yes'}", odd <= refused | HARMLESS.keys())

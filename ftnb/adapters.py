@@ -13,7 +13,8 @@ import os
 
 import ftnb.models as models
 import ftnb.targets as targets
-from .problems import raise_problems
+from .fields import in_argument
+from .problems import Problem, raise_problems
 from .lora_settings import LORA_RULES, explicit_patterns, explicit_targets, lora_problems, moves_base, saved_settings
 from .tokenizer_files import save_tokenizer, tokenizer_problems
 
@@ -65,7 +66,7 @@ def apply_lora(
     "Put LoRA layers into a model (Hu et al. 2021, https://arxiv.org/abs/2106.09685)."
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
-    raise_problems(lora_problems(lora), "The LoRA settings can't be used")
+    raise_problems(in_argument("lora_config", lora_problems(lora)), "The LoRA settings can't be used")
     set_seed(seed)
     model = get_peft_model(model, LoraConfig(**targets.text_targets(model, _full_settings(lora, model.config.model_type))))
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -88,11 +89,12 @@ def as_base(
 def _start_problems(
     model,  # a `PeftModel`, with weights or without
     start,  # value of init_lora_weights
-) -> list:  # a sentence, or nothing
+) -> list:  # of `Problem`
     "Whether each layer can begin as the settings say."
     layers = {n: m for n, m in model.base_model.model.named_modules() if "default" in getattr(m, "lora_A", {})}
     def said(what, names):
-        return [f"lora_config: init_lora_weights is {start!r}, and {what} (as {min(names)}); leave it out"] if names else []
+        if not names: return []
+        return [Problem("init_lora_weights", f"init_lora_weights is {start!r}, and {what} (as {min(names)}); leave it out")]
     turned = [n for n, m in layers.items() if getattr(m, "fan_in_fan_out", False)]
     if start == "olora" and turned: return said("PEFT can't begin so in layers that hold their matrix turned", turned)
     if not (moves_base(start) or start == "mica"): return []
@@ -102,40 +104,43 @@ def _start_problems(
 # %% ../nbs/23_adapters.ipynb #39458355
 def _head_problems(
     model,  # a `PeftModel`, with weights or without
-) -> list:  # a sentence, or nothing
+) -> list:  # of `Problem`
     "TRL computes the loss from the output layer's own matrix, and refuses LoRA on it."
     inner = model.base_model.model
     if not hasattr(inner.get_output_embeddings(), "lora_A"): return []
     name = next(name for name, module in inner.named_modules() if module is inner.get_output_embeddings())
-    return [f"lora_config: target_modules has {name}, the output layer: the loss is computed from its own matrix, so LoRA on it is never trained; "
-            "leave it out, or train the whole layer with modules_to_save"]
+    return [Problem("target_modules", f"target_modules has {name}, the output layer: the loss is computed from its own matrix, "
+                    "so LoRA on it is never trained; leave it out, or train the whole layer with modules_to_save")]
 
 # %% ../nbs/23_adapters.ipynb #ac988d64
 def _token_problems(
     config,  # of the base model, from transformers' `AutoConfig`
     lora: dict,  # LoRA settings
-) -> list:  # a sentence, or nothing
+) -> list:  # of `Problem`
     "Whether the embedding has the tokens that are to be trained by themselves."
     asked, most = lora.get("trainable_token_indices"), config.get_text_config().vocab_size
     lists = asked.values() if isinstance(asked, dict) else [asked or []]
     wrong = [i for ids in lists for i in ids if not (isinstance(i, int) and 0 <= i < most)]
-    return [f"lora_config: trainable_token_indices has {wrong[0]!r}: this base has the tokens 0 to {most - 1:,}"] if wrong else []
+    if not wrong: return []
+    return [Problem("trainable_token_indices",
+                    f"trainable_token_indices has {wrong[0]!r}: this base has the tokens 0 to {most - 1:,}")]
 
 # %% ../nbs/23_adapters.ipynb #05f1759c
 def target_problems(
     config,  # of the base model, from transformers' `AutoConfig`
     lora: dict,  # LoRA settings
-) -> list:  # a sentence, or nothing
+) -> list:  # of `Problem`
     "Whether the model has what LoRA is to be put into."
     import re
     if problems := _token_problems(config, lora): return problems
     try:
         model = models.shape_model(config)
-        if problem := targets.pattern_problem(lora, [name for name, _ in model.named_modules()]): return [problem]
+        if problem := targets.pattern_problem(lora, [name for name, _ in model.named_modules()]):
+            return [Problem("target_modules", problem)]
         try:
             with models.on_meta(): tried = apply_lora(model, lora)
             return _head_problems(tried) + _start_problems(tried, lora.get("init_lora_weights", True))
-        except (ValueError, TypeError, AttributeError, re.error) as e: return [f"lora_config: {e}"]
+        except (ValueError, TypeError, AttributeError, re.error) as e: return [Problem("target_modules", str(e))]
     except (NotImplementedError, RuntimeError): return []  # needs weights, which aren't there yet
 
 # %% ../nbs/23_adapters.ipynb #deaa3892

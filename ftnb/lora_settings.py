@@ -10,7 +10,7 @@ __all__ = ['LORA_RULES', 'LORA_STARTS', 'MOST_RANK', 'PEFT_0_12', 'VLLM_MOST_RAN
 import os
 import re
 
-from .problems import nearest
+from .problems import Problem, nearest
 from .fields import decide, field_problems, idle_notes, library_defaults
 
 # %% ../nbs/22_lora_settings.ipynb #450ea050
@@ -76,21 +76,22 @@ def moves_base(
 def start_problems(
     lora: dict,  # LoRA settings
     quantised: bool = False,  # a base in 4 or 8 bits
-) -> list:  # one sentence a problem
+) -> list:  # of `Problem`
     "What is wrong with init_lora_weights, alone and together with other settings."
     start = lora.get("init_lora_weights", True)
-    kind, key = start_kind(start), f"lora_config: init_lora_weights is {start!r}"
+    kind, key = start_kind(start), f"init_lora_weights is {start!r}"
+    def problem(text): return Problem("init_lora_weights", f"{key}{text}")
     usable = [o for o, rule in LORA_STARTS.items() if rule.kind == "used"]
-    if kind is None: return [f"{key}; it must be one of {', '.join(usable)}{nearest(str(start), usable)}"]
+    if kind is None: return [problem(f"; it must be one of {', '.join(usable)}{nearest(str(start), usable)}")]
     rule = LORA_STARTS[kind]
-    if rule.kind == "refused": return [f"{key}, which {rule.reason}; leave it out, or use one of {', '.join(usable)}"]
+    if rule.kind == "refused": return [problem(f", which {rule.reason}; leave it out, or use one of {', '.join(usable)}")]
     problems = []
     if quantised and (moves_base(start) or kind in ("mica", "orthogonal")):
-        problems.append(f"{key}, which begins from the weights of the base, and a quantised base has none: "
-                        "set load_in_4bit and load_in_8bit to false, or leave it out")
+        problems.append(problem(", which begins from the weights of the base, and a quantised base has none: "
+                                "set load_in_4bit and load_in_8bit to false, or leave it out"))
     if moves_base(start) and lora.get("use_dora"):
-        problems.append(f"{key}, and use_dora is true: an adapter with both can't be saved for the base as it is; "
-                        "leave one of them out")
+        problems.append(problem(", and use_dora is true: an adapter with both can't be saved for the base as it is; "
+                                "leave one of them out"))
     return problems
 
 # %% ../nbs/22_lora_settings.ipynb #4b57514a
@@ -119,12 +120,12 @@ def _value_rules() -> dict:  # key -> (test of a value, what is right)
 # %% ../nbs/22_lora_settings.ipynb #0917ccfe
 def lora_problems(
     lora: dict,  # LoRA settings
-) -> list:  # one sentence a problem
+) -> list:  # of `Problem`
     "What is wrong with LoRA settings; keys are those of PEFT's LoraConfig (https://huggingface.co/docs/peft)."
     from peft import LoraConfig
-    problems = field_problems(lora, LORA_RULES, library_defaults(LoraConfig), "lora_config")
+    problems = field_problems(lora, LORA_RULES, library_defaults(LoraConfig))
     wrong = {k: right for k, (fits, right) in _value_rules().items() if k in lora and not fits(lora[k])}
-    problems += [f"lora_config: {k} is {lora[k]!r}; it must be {right}" for k, right in wrong.items()]
+    problems += [Problem(k, f"{k} is {lora[k]!r}; it must be {right}") for k, right in wrong.items()]
     return problems + start_problems(lora)
 
 # %% ../nbs/22_lora_settings.ipynb #5828649f

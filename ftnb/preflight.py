@@ -36,6 +36,7 @@ import ftnb.trainer as trainer
 from .fingerprint import base_fingerprint
 from .places import place_problems
 from .rows import RowCounts, describe_ledger, prepare_rows, read_rows, some_texts
+from .fields import in_argument
 from .settings import TrainingSettings, current_names, held_out_problems, kernel_notes, model_problems, settle_training, training_problems
 from .storage import disk_problems, folder_problem, in_units, nearest_folder
 from .problems import Problem, printable, problems_of, raise_problems
@@ -218,7 +219,7 @@ def _check_lora(p: Preflight):
     "What LoRA's settings come to with the precision of the base, and who can load the adapter."
     if "lora" not in p.known: return
     problems = lora_settings.start_problems(p.known["lora"], p.known["precision"].bnb is not None)
-    p.add("error", "settings", *problems)
+    p.add("error", "settings", *map(str, in_argument("lora_config", problems)))
     p.add("warning", "settings", *lora_settings.reader_warnings(p.known["lora"]))
 
 # %% ../nbs/39_preflight.ipynb #deb0e91a
@@ -232,10 +233,11 @@ def base_source(
 # %% ../nbs/39_preflight.ipynb #61f21da9
 def _check_settings(p: Preflight):
     "LoRA, quantisation and training arguments, and what they come to on this machine."
-    checks = {"lora": adapters.lora_problems, "bnb": quantisation.bnb_problems, "training": training_problems}
-    for name, problems_of in checks.items():
+    checks = (("lora", "lora_config", adapters.lora_problems), ("bnb", "bnb_config", quantisation.bnb_problems),
+              ("training", "training_arguments_config", training_problems))
+    for name, argument, problems_of in checks:
         if name in p.known and (problems := p.attempt("settings", problems_of, p.known[name]) or []):
-            p.add("error", "settings", *problems)
+            p.add("error", "settings", *map(str, in_argument(argument, problems)))
             del p.known[name]
     bnb, training = p.known.get("bnb"), p.known.get("training")
     device = "cpu" if training and (training.get("use_cpu") or training.get("no_cuda")) else None
@@ -389,7 +391,7 @@ def _check_model(p: Preflight):
     if note := tokens.end_note(p.known["tokenizer"], ends or []): p.add("warning", "model", note)
     if "lora" not in p.known: return
     problems = p.attempt("model", adapters.target_problems, config, p.known["lora"])
-    p.add("error", "model", *problems or [])
+    p.add("error", "model", *map(str, in_argument("lora_config", problems or [])))
     if problems != [] or "precision" not in p.known: return
     plan = p.known["plan"] = p.attempt("model", plan_model, config, p.known["lora"], p.known["precision"])
     if plan is None: return
@@ -621,9 +623,10 @@ def _check_fit(p: Preflight):
     "What the settings ask of this model, and of these rows."
     settings, config, rows = (p.known.get(k) for k in ("settings", "config", "rows"))
     if settings is None or config is None: return
-    p.add("error", "settings", *model_problems(settings, config))
+    problems = model_problems(settings, config)
     p.add("warning", "settings", *kernel_notes(settings, config))
-    if rows is not None: p.add("error", "settings", *held_out_problems(settings, len(rows.counts["test"].lengths)))
+    if rows is not None: problems += held_out_problems(settings, len(rows.counts["test"].lengths))
+    p.add("error", "settings", *map(str, in_argument("training_arguments_config", problems)))
 
 # %% ../nbs/39_preflight.ipynb #c126b738
 def check_job(

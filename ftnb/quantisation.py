@@ -8,6 +8,7 @@ __all__ = ['BNB_FIELDS', 'stored_quantisation', 'quantised_bits', 'stored_proble
 
 # %% ../nbs/18_quantisation.ipynb #abb15f38
 import ftnb.fields as fields
+from .problems import Problem
 
 # %% ../nbs/18_quantisation.ipynb #7623fb53
 def stored_quantisation(
@@ -96,22 +97,23 @@ def bnb_used(
 # %% ../nbs/18_quantisation.ipynb #48bdb70d
 def bnb_problems(
     bnb: dict,  # bitsandbytes settings
-) -> list:  # one sentence a problem
+) -> list:  # of `Problem`
     "What is wrong with quantisation settings; keys are those of transformers' BitsAndBytesConfig."
     from importlib.util import find_spec
     from transformers import BitsAndBytesConfig
     written = fields.decide("used", "", "quant_method", "_load_in_4bit", "_load_in_8bit")  # a dump of the whole holds them
-    problems = fields.field_problems(bnb, BNB_FIELDS | written, fields.library_defaults(BitsAndBytesConfig), "bnb_config")
+    problems = fields.field_problems(bnb, BNB_FIELDS | written, fields.library_defaults(BitsAndBytesConfig))
     for key, (right, test) in _bnb_types().items():
         value = bnb.get(key)
-        if value is not None and not test(value): problems.append(f"bnb_config: {key} is {value!r}; it must be {right}")
+        if value is not None and not test(value):
+            problems.append(Problem(key, f"{key} is {value!r}; it must be {right}"))
     if quantised_bits(bnb) and not find_spec("bitsandbytes"):
-        problems.append("bnb_config: bitsandbytes isn't installed (pip install bitsandbytes)")
+        problems.append(Problem("", "bitsandbytes isn't installed (pip install bitsandbytes)"))
     if bnb.get("load_in_4bit") and bnb.get("load_in_8bit"):
-        problems.append("bnb_config: load_in_4bit and load_in_8bit exclude each other")
+        problems.append(Problem("load_in_8bit", "load_in_4bit and load_in_8bit exclude each other"))
     if problems or not quantised_bits(bnb): return problems
     try: BitsAndBytesConfig(**bnb_used(bnb, "float32"))
-    except (TypeError, ValueError, ImportError) as e: problems.append(f"bnb_config: {e}")
+    except (TypeError, ValueError, ImportError) as e: problems.append(Problem("", str(e)))
     return problems
 
 # %% ../nbs/18_quantisation.ipynb #ead288ac

@@ -11,8 +11,8 @@ __all__ = ['RENAMED', 'REFUSED', 'TRAINING_FIELDS', 'IGNORED', 'SAVE_SECONDS', '
 from dataclasses import dataclass, replace
 
 from .consts import TRAINING_DATA_TEXT_FIELD
-from .problems import nearest, raise_problems
-from .fields import FieldRule, decide, field_problems, idle_notes, library_defaults
+from .problems import Problem, nearest, raise_problems
+from .fields import FieldRule, decide, field_problems, idle_notes, in_argument, library_defaults
 from .loss import ANOTHER_LOSS, packing_obstacles
 from .models import Precision
 from .optimizers import optimizer_problems, unread_by_optimizer, unread_by_schedule
@@ -172,8 +172,7 @@ def _rules() -> dict:  # key -> (test, what would be right)
 # %% ../nbs/35_settings.ipynb #a46f4d44
 def value_problems(
     asked: dict,  # training arguments
-    where: str = "training_arguments_config",  # what they stand in
-) -> list:  # sentences
+) -> list:  # of `Problem`
     "Values that are of another kind than they should be, or out of range."
     from dataclasses import fields
     from trl import SFTConfig
@@ -183,18 +182,20 @@ def value_problems(
         may, right = rules.get(name, (None, None))
         if value is None and may and _type_problem(None, types.get(name, float)) == "": continue  # as if it weren't there
         wrong = right if may and not _holds(may, value) else _type_problem(value, types.get(name, object))
-        if wrong and name in _KNOWN and _KNOWN[name].kind in ("used", "padded"): problems.append(f"{where}: {key} is {value!r}; it must be {wrong}")
+        if wrong and name in _KNOWN and _KNOWN[name].kind in ("used", "padded"):
+            problems.append(Problem(key, f"{key} is {value!r}; it must be {wrong}"))
     return problems
 
 # %% ../nbs/35_settings.ipynb #5e36725c
 def _tracker_problems(
     asked,  # `report_to`: a name, a list of names, "all", "none" or None
-) -> list:  # a sentence for each name that is no tracker
+) -> list:  # of `Problem`
     "Which trackers don't exist."
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
     known = [*INTEGRATION_TO_CALLBACK, "all", "none"]
     names = [asked] if isinstance(asked, str) else asked if isinstance(asked, list) else []
-    return [f"training_arguments_config: report_to {name!r} is no tracker{nearest(name, known)}" for name in names if name not in known]
+    unknown = [name for name in names if name not in known]
+    return [Problem("report_to", f"report_to {name!r} is no tracker{nearest(name, known)}") for name in unknown]
 
 # %% ../nbs/35_settings.ipynb #1059d001
 def _elsewhere(
@@ -212,18 +213,19 @@ def _elsewhere(
 # %% ../nbs/35_settings.ipynb #5cd01dac
 def training_problems(
     asked: dict,  # training arguments
-) -> list:  # one sentence a problem
+) -> list:  # of `Problem`
     "What is wrong with training arguments; keys are those of TRL's SFTConfig, and their older names."
     from trl import SFTConfig
-    where = "training_arguments_config"
     unknown = [k for k in asked if k not in _KNOWN]
-    problems = [f"{where}: unknown key {k!r}{_elsewhere(k) or nearest(k, _KNOWN)}" for k in unknown]
-    problems += field_problems({k: v for k, v in asked.items() if k in _KNOWN}, _KNOWN, library_defaults(SFTConfig), where)
+    problems = [Problem(k, f"unknown key {k!r}{_elsewhere(k) or nearest(k, _KNOWN)}") for k in unknown]
+    problems += field_problems({k: v for k, v in asked.items() if k in _KNOWN}, _KNOWN, library_defaults(SFTConfig))
     problems += value_problems(asked)
     for old, new in RENAMED.items():
-        if old in asked and new in asked and asked[old] != asked[new]: problems.append(f"{where}: {old} is the old name of {new}; give one of them")
+        if old in asked and new in asked and asked[old] != asked[new]:
+            problems.append(Problem(old, f"{old} is the old name of {new}; give one of them"))
     problems += _tracker_problems(asked.get("report_to"))
-    if asked.get("fp16") is True and asked.get("bf16") is True: problems.append(f"{where}: fp16 and bf16 exclude each other")
+    if asked.get("fp16") is True and asked.get("bf16") is True:
+        problems.append(Problem("fp16", "fp16 and bf16 exclude each other"))
     return problems
 
 # %% ../nbs/35_settings.ipynb #66631d01
@@ -472,7 +474,7 @@ def settle_training(
     "Translate training arguments to what TRL takes today on this machine; raises with every problem."
     from trl import SFTConfig
     heading = "The training arguments can't be used"
-    raise_problems(training_problems(asked), heading)
+    raise_problems(in_argument("training_arguments_config", training_problems(asked)), heading)
     usual = (("disable_tqdm", True), ("dataset_text_field", TRAINING_DATA_TEXT_FIELD), ("remove_unused_columns", True), ("ddp_find_unused_parameters", False))
     idle = idle_notes({k: v for k, v in asked.items() if (k, v) not in usual and v}, _KNOWN, library_defaults(SFTConfig))
     config, seconds, notes = _for_this_machine(asked, precision, output_dir)
@@ -489,11 +491,12 @@ def settle_training(
 def model_problems(
     settings: TrainingSettings,  # of the run
     config,  # of the model, from transformers
-) -> list:  # sentences
+) -> list:  # of `Problem`
     "Settings that this model has no use for, and that TRL would refuse."
     coefficient = settings.config.get("router_aux_loss_coef")
     if not coefficient or hasattr(config.get_text_config(), "output_router_logits"): return []
-    return [f"training_arguments_config: router_aux_loss_coef {coefficient} is for a mixture of experts, and {config.model_type} is none; leave it out"]
+    return [Problem("router_aux_loss_coef", f"router_aux_loss_coef {coefficient} is for a mixture of experts, "
+                    f"and {config.model_type} is none; leave it out")]
 
 # %% ../nbs/35_settings.ipynb #11c5f62d
 def kernel_notes(
@@ -510,8 +513,9 @@ def kernel_notes(
 def held_out_problems(
     settings: TrainingSettings,  # of the run
     rows: int,  # held out
-) -> list:  # sentences
+) -> list:  # of `Problem`
     "Settings that wait for a held-out loss, where there will be none."
     schedule = settings.config.get("lr_scheduler_type")
     if rows or schedule not in ("reduce_lr_on_plateau", "greedy"): return []
-    return [f"training_arguments_config: lr_scheduler_type {schedule} follows the held-out loss, and no row is held out; choose another, or a smaller --train_test_split"]
+    return [Problem("lr_scheduler_type", f"lr_scheduler_type {schedule} follows the held-out loss, and no row is held out; "
+                    "choose another, or a smaller --train_test_split")]

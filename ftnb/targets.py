@@ -90,6 +90,6 @@ def pattern_problem(
                         capture_output=True, timeout=seconds)
     except subprocess.TimeoutExpired as e:
         slow = patterns[max(0, len((e.stdout or b"").splitlines()) - 1)]
-        return (f"lora_config: {slow!r} takes more than {seconds:g} seconds on the names of the model's modules: "
+        return (f"{slow!r} takes more than {seconds:g} seconds on the names of the model's modules: "
                 "write it without a repetition inside of a repetition")
     return ""

@@ -154,7 +154,12 @@ def _settings_problems(
 ) -> dict:  # field -> problem
     "What is wrong with settings, as the rooms that use them see it."
     check = {"lora_config": adapters.lora_problems, "bnb_config": quantisation.bnb_problems, "training_arguments_config": settings.training_problems}[part]
-    return _place_problems(check(blob), part)
+    names, other = PARTS[part][:2] if part in PARTS else ((), part)
+    found = {}
+    for problem in check(blob):
+        where = problem.where if problem.where in names else other
+        found[where] = f"{found[where]}; {problem}" if where in found else str(problem)
+    return found
 
 # %% ../../nbs/ui/5_draft.ipynb #a97be591
 def form_args(
