@@ -197,7 +197,7 @@ HOSTILE = {
     "a line of 20 MB that is no JSON": ("rows.jsonl", lambda: '{"a": "' + "x\\\\" * 7_000_000 + '\n', "not JSON"),
     "200,000 bad rows": ("rows.csv", lambda: "message,intent\n" + "x\n" * 200_000, "and 199980 more"),
     "a bomb": ("rows.csv.gz", lambda: gzip.compress(b"message,intent\n") + gzip.compress(b"a" * 1_000_000) * 3_000, "more than"),
-    "a FIFO": ("rows.csv", None, "a FIFO, not a regular file"),
+    "a FIFO": ("rows.csv", None, "a pipe (FIFO), not a regular file"),
     "/dev/zero": ("/dev/zero", None, "a device, not a regular file"),
     "a template of 10 MB": ("template.jsonl", lambda: '{"message": "a", "intent": "b"}\n' * 20, "1,000,000 is the most"),
 }

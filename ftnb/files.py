@@ -7,11 +7,12 @@ __all__ = ['MOST_COLUMNS', 'Faults', 'not_regular', 'most_bytes', 'open_bytes', 
            'jsonl_table', 'json_table', 'text_table', 'json_file_table', 'library_error', 'leads_out', 'read_file']
 
 # %% ../nbs/09_files.ipynb #463b635e
-import csv, io, json, os, re, stat, sys
+import csv, io, json, os, re, sys
 from contextlib import contextmanager
 from itertools import chain, islice
 from fastcore.basics import patch
 from .problems import raise_problems
+from .storage import file_kind
 from .values import JSON, Repeated, value_text
 
 # %% ../nbs/09_files.ipynb #1eab2298
@@ -93,13 +94,10 @@ def refuse(
 # %% ../nbs/09_files.ipynb #cdcc4e05
 def not_regular(
     path: str,  # of something that is there; links are followed
-) -> str:  # what it is, such as "a FIFO"; "" for a regular file
+) -> str:  # what it is, such as "a folder"; "" for a regular file
     "What a path leads to, where it isn't a regular file."
-    mode = os.stat(path).st_mode
-    kinds = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a FIFO", stat.S_ISSOCK: "a socket",
-             stat.S_ISCHR: "a device", stat.S_ISBLK: "a device"}
-    if stat.S_ISREG(mode): return ""
-    return next((what for is_kind, what in kinds.items() if is_kind(mode)), "something else")
+    kind = file_kind(os.stat(path).st_mode)
+    return "" if kind == "a plain file" else kind
 
 # %% ../nbs/09_files.ipynb #d45fcf93
 def most_bytes() -> int:

@@ -9,21 +9,20 @@ __all__ = ['MODEL_FILES', 'file_problem', 'lfs_problem', 'folder_problems', 'rea
 # %% ../nbs/20_weights.ipynb #0f00457b
 import json, os
 
+from .storage import file_kind
+
 # %% ../nbs/20_weights.ipynb #8cef17de
 def file_problem(
     path: str,  # of a file
     most: int | None = None,  # bytes that it may have
 ) -> str:  # a sentence, or ""
     "Why a file isn't read: it isn't there, isn't an ordinary file, or is too large."
-    import stat
     try: found = os.stat(path)
     except OSError as e:
         if os.path.islink(path): return f"{path} is a link to {os.readlink(path)}, which isn't there"
         return f"{path} can't be read: {e.strerror}"
-    kinds = {stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
-             stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
-    kind = kinds.get(stat.S_IFMT(found.st_mode))
-    if kind: return f"{path} is {kind}, and only ordinary files are read"
+    kind = file_kind(found.st_mode)
+    if kind != "a plain file": return f"{path} is {kind}, and only ordinary files are read"
     if most is not None and found.st_size > most:
         return f"{path} has {found.st_size:,} bytes, and {most:,} is the most that is read of such a file"
     return ""
