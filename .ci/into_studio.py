@@ -1,6 +1,6 @@
 "A Studio that is there, on Python 3.10 with libraries of 2024, trains with ftnb: `python .ci/into_studio.py [WORDS OF A PART ...]`."
 import hashlib, json, os, re, shutil, signal, sqlite3, subprocess, sys, tempfile, textwrap, time
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,11 +23,12 @@ def check(what, right, told=""):
     results.append(bool(right))
     print(f"{'ok' if right else 'FAILED'}: {what}{'' if right else told and f': {told}'}", flush=True)
 
-def wait_for(test, seconds=120):
+def wait_for(test, seconds=300):
     limit = time.monotonic() + seconds
-    while not test():
-        if time.monotonic() > limit: raise TimeoutError
+    while not (found := test()):
+        if time.monotonic() > limit: raise TimeoutError(f"waited {seconds} s in vain")
         time.sleep(0.02)
+    return found
 
 def run(command, env, folder, **more):
     "(exit status, output) of a program."
@@ -43,6 +44,10 @@ def studio_python():
         version = subprocess.run([path, "-c", "import sys; print(sys.version.split()[0])"], text=True, capture_output=True).stdout.strip()
         if version.startswith("3.10."): return str(path), version
     return sys.executable, sys.version.split()[0]
+
+def version_of(python):
+    "Such as 3.10."
+    return subprocess.run([python, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"], text=True, capture_output=True, check=True).stdout.strip()
 
 def old_libraries(folder):
     "Modules that stand for the Studio's pinned libraries: whoever imports one has leaked out of ftnb's environment."
@@ -61,7 +66,8 @@ def tree(folder):
 FAKE = {
     "__init__.py": '__version__ = "9.1"\n',
     "tiny.py": "def save_tiny(folder, kind): return folder\n",
-    "demo.py": "from types import SimpleNamespace\ndef make_demo_project(folder, base, fraction): return SimpleNamespace(job_arguments='--check 1', db='a.db')\n",
+    "demo/__init__.py": "",
+    "demo/project.py": "from types import SimpleNamespace\ndef make_demo_project(folder, base, fraction): return SimpleNamespace(job_arguments='--check 1', db='a.db')\n",
     "preflight.py": "import os\ndef check_command(argv=None): print('the job can run' if os.environ['JOB_ARGUMENTS'] == '--check 1' else 'no')\n",
     "finetune.py": '''
         import json, os, signal, sys, time
@@ -82,11 +88,11 @@ FAKE = {
                 raise RuntimeError(f"stopped by {signal.Signals(came[0]).name}; a checkpoint is there")
             print("last ü")
         '''}
-SETUP = "from setuptools import setup\nsetup(name='ftnb', version='9.1', packages=['ftnb'])\n"
+SETUP = "from setuptools import setup\nsetup(name='ftnb', version='9.1', packages=['ftnb', 'ftnb.demo'])\n"
 
 def fake_clone(folder):
     "A clone with the program under test and the light package."
-    (folder/"ftnb").mkdir(parents=True), (folder/"amp").mkdir()
+    (folder/"ftnb"/"demo").mkdir(parents=True), (folder/"amp").mkdir()
     for name, text in FAKE.items(): (folder/"ftnb"/name).write_text(textwrap.dedent(text).lstrip(), encoding="utf-8")
     (folder/"setup.py").write_text(SETUP)
     shutil.copyfile(ROOT/"amp"/"into_studio.py", folder/"amp"/"into_studio.py")
@@ -100,7 +106,7 @@ class Studio:
         (folder/"ft"/"scripts").mkdir(parents=True, exist_ok=True)
         (folder/FORMER).write_text("raise SystemExit('the script of the Studio itself')\n")
         self.server.add_job("Another_Job", "a.py")
-        self.job = self.server.add_job(TEMPLATE, former, runtime_identifier="ml-runtime-pbj-jupyterlab-python3.10-cuda:2025.01", cpu=2, memory=8)
+        self.job = self.server.add_job(TEMPLATE, former, runtime_identifier=f"ml-runtime-pbj-jupyterlab-python{version_of(python)}-cuda:2025.01", cpu=2, memory=8)
         left_out = ("PYTHONPATH", "JOB_ARGUMENTS", "FINE_TUNING_STUDIO_SQLITE_DB")
         self.env = {k: v for k, v in os.environ.items() if k not in left_out} | self.server.env | old | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
@@ -253,16 +259,26 @@ def killed(work, old, python, clone, env):
         check(f"undo killed at each of {steps} steps: gone on with, or installed again", steps > 10 and not wrong, f"{wrong} wrong")
         check("and where it isn't killed, everything is back", back())
 
+def pip_of(process):
+    "The pip that a process has started, once it is there. Other children come and go meanwhile: one that is gone, or a zombie, has no command line."
+    for child in psutil.Process(process.pid).children():
+        with suppress(psutil.Error):
+            if "pip" in child.cmdline(): return child
+
+def over(process):
+    try: return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess: return True
+
 def killed_while_installing(work, old, python, clone):
     "SIGKILL while pip is at work: pip ends too, and the next install begins anew."
     with Studio(work/"project", old, clone, python) as studio:
-        process = subprocess.Popen([python, clone/"amp"/"into_studio.py", "install"], env=studio.env, cwd=studio.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        pips = lambda: [p for p in psutil.Process(process.pid).children() if "pip" in p.cmdline()]
-        wait_for(pips)
-        pip = pips()[0]
+        with open(work/"log", "wb") as log: process = subprocess.Popen([python, clone/"amp"/"into_studio.py", "install"], env=studio.env, cwd=studio.folder, stdout=log, stderr=log)
+        pip = wait_for(lambda: pip_of(process) or process.poll() is not None)
+        check("pip is at work", process.poll() is None, (work/"log").read_text())
+        if process.poll() is not None: return
         process.kill()
         process.wait()
-        wait_for(lambda: not pip.is_running() or pip.status() == psutil.STATUS_ZOMBIE)
+        wait_for(lambda: over(pip))
         code, said = studio.do("status", "--quick")
         check("install killed while pip works: status says half done", code == 1 and "half done" in said and studio.script == FORMER, said)
         check("and it can be run again", studio.do("install")[0] == 0 and studio.do("status")[0] == 0)
@@ -273,7 +289,7 @@ QUICK = '''
 import sys
 sys.path.insert(0, sys.argv[1])
 import into_studio
-into_studio.SECONDS, into_studio.PAUSE = 1.0, 0.01
+into_studio.SECONDS, into_studio.PAUSE = 2.0, 0.01
 sys.exit(into_studio.main(sys.argv[2:]))
 '''
 KINDS = (400, 401, 403, 404, 302, 429, 500, "late", "garbled", "cut", "drip", "dropped", "lost", "echo")
@@ -289,7 +305,7 @@ def api(work, old, python, clone, env):
             for times in (1, 4) if kind in PASSING else (4,):
                 if command == "undo": do(*install)
                 argv, done = (install, JOB) if command == "install" else (("undo",), FORMER)
-                studio.server.fail(call, *[kind] * times, seconds=1.5)
+                studio.server.fail(call, *[kind] * times, seconds=3.0)
                 code, said = do(*argv)
                 studio.server.faults.clear()
                 gone = (call, kind) == ("get_job", 404)  # then there is nothing to put back
@@ -339,8 +355,8 @@ def in_kernel(python, source, env, folder, after=None):
         if out and after and not told: told.append(after(manager))
     told = []
     try:
-        client.wait_for_ready(timeout=60)
-        reply = client.execute_interactive(source, timeout=300, output_hook=show)
+        client.wait_for_ready(timeout=180)
+        reply = client.execute_interactive(source, timeout=600, output_hook=show)
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
@@ -434,7 +450,7 @@ def real_job(work, old, python, kernel):
         check("it was trained with the libraries of ftnb's environment", versions.get("python", "").startswith("3.%d" % sys.version_info[1]), versions)
         broken = env | {"JOB_ARGUMENTS": "--base_modl_id 1"}
         code, said = run([python, "-c", AS_A_CELL, folder/JOB], broken, folder)
-        check("a wrong argument fails the job in ftnb's own words", code == 1 and "JobFailed: ValueError: The job's arguments are wrong:\n- --base_modl_id is no key" in said, said[-500:])
+        check("a wrong argument fails the job in ftnb's own words", code == 1 and "JobFailed: ftnb.problems.ProblemsError: The job's arguments are wrong:\n- --base_modl_id is no key" in said, said[-500:])
         code, said = studio.do("undo")
         check("undo: the Studio's own script is back, data and adapter stay", code == 0 and studio.script == FORMER and (project.out_dir/"run.json").exists(), said)
 
@@ -465,7 +481,7 @@ def two_nodes(work, old, python):
         studio.do("install", "--env", sys.prefix)
         args = replace(parse_job_arguments(project.job_arguments), dist_num=2, dist_cpu=1, dist_mem=2, dist_gpu=0)
         env = studio.env | {"JOB_ARGUMENTS": format_job_arguments(args), "CDSW_IP_ADDRESS": "127.0.0.1"}
-        code, said = run([python, "-c", AS_A_CELL, folder/JOB], env, folder, timeout=500)
+        code, said = run([python, "-c", AS_A_CELL, folder/JOB], env, folder, timeout=900)
         log = (module/"worker.log").read_text() if (module/"worker.log").exists() else "no worker was started"
         check("a job on two nodes: the second one comes, in the Studio's Python, and hands over too", code == 0 and "node 1 has come" in said, said[-2000:] + log[-2000:])
         check("and its adapter is there", (project.out_dir/"adapter_model.safetensors").exists())

@@ -200,7 +200,7 @@ def refused(place, arguments, words, limit=60):
     return found + [f"{o!r} is told {done.printed.count(o)} times:\n{done.printed[-4000:]}" for o in words if done.printed.count(o) != 1]
 
 def wrong_arguments(place): return refused(place, "--base_modl_id 1", ["--base_modl_id is no key"])
-def wrong_job(place): return refused(place, place.arguments(2, learning_rat=1), ["preflight of job", "ValueError:"])
+def wrong_job(place): return refused(place, place.arguments(2, learning_rat=1), ["preflight of job", "ftnb.problems.ProblemsError:"])
 
 def by_torchrun(place, right):
     "The real launcher by path is sent SIGTERM in training; one process goes on."
