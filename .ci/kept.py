@@ -38,7 +38,7 @@ CASES = [
     Case("the report's picture", "ftnb.curves.plot_run", "report.html: failed"),
     Case("base against adapter", "ftnb.evaluate.describe_scores", "base against adapter: failed"),
     Case("making the scorer", "ftnb.evaluate.make_scorer", "base against adapter: failed"),
-    Case("the estimated time", "ftnb.probe.estimate_time", "the estimated time: failed"),
+    Case("the estimated time", "ftnb.estimate.estimate_time", "the estimated time: failed"),
     Case("a line of metrics.jsonl", "ftnb.trainer.append_metrics", "metrics.jsonl: failed", steps=2),
     Case("the last evaluation", "transformers.Trainer.evaluate", "the last evaluation: failed", steps=2),
     Case("the last checkpoint", "ftnb.checkpoints._write_share", "the checkpoint of the last step, 2: failed", steps=2),

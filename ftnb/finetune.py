@@ -25,7 +25,7 @@ import ftnb.models as models
 import ftnb.preflight as preflight
 import ftnb.problems as problems
 import ftnb.progress as progress
-import ftnb.probe as probe
+import ftnb.estimate as estimate
 import ftnb.ranks as ranks
 import ftnb.runrecord as runrecord
 import ftnb.report as run_report
@@ -36,7 +36,7 @@ import ftnb.trackers as trackers
 import ftnb.trainer as trainer
 
 # %% ../nbs/49_finetune.ipynb #5b20dd70
-Job, JobRows = preflight.Job, runrecord.JobRows
+Job, JobRows = runrecord.Job, runrecord.JobRows
 
 # %% ../nbs/49_finetune.ipynb #1d878fb8
 def _whole(
@@ -51,7 +51,7 @@ def build_model(
 ):  # a `PeftModel`
     "Load the base model, put LoRA in, and say what is trained."
     base = models.load_base_model(job.source, _whole(job.precision), job.token)
-    print(f"model: {job.records.model.name or job.source} on {job.precision.device}, {preflight.held_as(job.precision)}", flush=True)
+    print(f"model: {job.records.model.name or job.source} on {job.precision.device}, {models.held_as(job.precision)}", flush=True)
     print("before LoRA: {:,} parameters, {:,} trainable".format(*adapters.get_model_parameters(base)), flush=True)
     model = adapters.apply_lora(base, job.records.lora, job.settings.config["seed"])
     print("with LoRA:   {:,} parameters, {:,} trainable".format(*adapters.get_model_parameters(model)), flush=True)
@@ -96,7 +96,7 @@ def train_and_save(
     def scorer(): return evaluate.make_scorer(held_out, tokenizer, job.template, job.settings.completion_only, rows.limit)
     questions, score = guards.best_effort("base against adapter", scorer, ((), None))
     with adapters.as_base(model): before = guards.best_effort("the base's score", lambda: score(model)) if score else None
-    if alone: guards.best_effort("the estimated time", lambda: print(f"time: {probe.estimate_time(job, rows, model)}", flush=True))
+    if alone: guards.best_effort("the estimated time", lambda: print(f"time: {estimate.estimate_time(job, rows, model)}", flush=True))
     identity = runrecord.job_identity(job, rows) if first else None
     run = trainer.train_adapter(model, tokenizer, rows.train.dataset, rows.test.dataset, job.settings, bar, identity, rows.numbers)
     def compared(model): return {} if before is None else evaluate.describe_scores(questions, before, score(model))
@@ -211,7 +211,7 @@ def _as_prepared(
               args.hf_token.reveal() if args.hf_token else None)
     train, test = (tokens.TokenizedRows(datasets.load_from_disk(os.path.join(told["rows"], name)), ()) for name in ("train", "test"))
     with open(os.path.join(told["rows"], "numbers.json"), encoding="utf-8") as f: numbers = json.load(f)
-    return job, preflight.load_base_files(job.source, job.token)[0], JobRows(train, test, {}, {}, told["limit"], numbers=numbers)
+    return job, models.load_base_files(job.source, job.token)[0], JobRows(train, test, {}, {}, told["limit"], numbers=numbers)
 
 # %% ../nbs/49_finetune.ipynb #52d2c7a1
 def _follow(

@@ -348,7 +348,8 @@ def model_source(
 ) -> str:  # name on the hub, or folder
     "What a model is loaded from."
     if problem := _source_problem("models", record): raise ValueError(problem)
-    return (record.huggingface_model_name if record.type == "huggingface" else record.location).strip()
+    if record.type == "huggingface": return record.huggingface_model_name.strip()
+    return os.path.expanduser(record.location.strip())
 
 # %% ../nbs/07_studio.ipynb #41617fec
 def _adapter_id(

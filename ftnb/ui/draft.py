@@ -20,7 +20,7 @@ import ftnb.jobargs as jobargs
 import ftnb.quantisation as quantisation
 import ftnb.package as package
 import ftnb.preflight as preflight
-import ftnb.probe as probe
+import ftnb.estimate as estimate
 import ftnb.prompts as prompts
 import ftnb.settings as settings
 import ftnb.storage as storage
@@ -341,7 +341,7 @@ def _time_layers(
     precision = check.known["precision"]
     with torch.random.fork_rng([] if precision.device == "cpu" else [precision.device]):
         base = AutoModelForCausalLM.from_config(_few_layers(check.known["config"], n), dtype=getattr(torch, precision.dtype), trust_remote_code=False)
-        return probe.probe_pass(adapters.apply_lora(base.to(precision.device), check.known["lora"]), rows, precision)
+        return estimate.probe_pass(adapters.apply_lora(base.to(precision.device), check.known["lora"]), rows, precision)
 
 # %% ../../nbs/ui/5_draft.ipynb #99c643fe
 def _largest_rows(
@@ -351,8 +351,8 @@ def _largest_rows(
     import numpy as np
     counts, settings, config = check.known["rows"].counts["train"], check.known["settings"], check.known["config"]
     free = max(0, trainer.free_memory(check.known["precision"].device) - check.known["memory"].total)
-    budget = preflight.pass_budget(check.known["plan"], check.known["precision"], settings, counts.prefix, free)
-    lengths, chance = [int(counts.lengths[i]) for i in probe.largest_pass(counts, settings, budget)], np.random.default_rng(0)
+    budget = estimate.pass_budget(check.known["plan"], check.known["precision"], settings, counts.prefix, free)
+    lengths, chance = [int(counts.lengths[i]) for i in estimate.largest_pass(counts, settings, budget)], np.random.default_rng(0)
     own = [chance.integers(0, config.vocab_size, n - counts.prefix).tolist() for n in lengths]
     for i, ids in enumerate(own): ids[0] = i % config.vocab_size  # rows differ where their prefix ends
     return [dict(input_ids=[*counts.head[:counts.prefix], *ids], labels=[-100] * counts.prefix + ids) for ids in own]
@@ -380,7 +380,7 @@ def run_seconds(
 ) -> float:  # of training
     "About how long a run will train."
     steps, tests = check.known["steps"], check.known["rows"].counts["test"]
-    held = 2 * preflight.computed_tokens(tests, 64, steps.largest) / 3  # before and after, forward only
+    held = 2 * estimate.computed_tokens(tests, 64, steps.largest) / 3  # before and after, forward only
     return each * (steps.computed + held)
 
 # %% ../../nbs/ui/5_draft.ipynb #138803b2
@@ -406,7 +406,7 @@ def expectations(
     if (steps := known.get("steps")) is not None:
         found["steps"] = f"{steps.steps:,} of {steps.rows:,} rows"
         found["computed"] = f"about {steps.computed:,} of {steps.given:,} tokens"
-    if (need := known.get("memory")) is not None: found["memory"] = f"{preflight.in_units(need.total)} on {known['precision'].device}"
+    if (need := known.get("memory")) is not None: found["memory"] = f"{storage.in_units(need.total)} on {known['precision'].device}"
     if seconds is not None: found["time"] = f"about {in_minutes(seconds)}" + (", more for 4-bit or 8-bit weights" if known["precision"].bnb else "")
     return found
 

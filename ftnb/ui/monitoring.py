@@ -12,7 +12,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 import ftnb.curves as curves
-import ftnb.preflight as preflight
+import ftnb.storage as storage
 import ftnb.progress as progress
 import ftnb.ui.stills as stills
 from ..report import run_notes
@@ -40,7 +40,7 @@ def _numbers(
         points = metrics.curve(name).means()[-20:]
         if points: words.append(f"{curves.short_number(float(f'{sum(v for _, v in points) / len(points):.3g}'))} {unit}")
     if (rate := last("learning_rate")) is not None: words.append(f"learning rate {curves.short_number(rate)}")
-    if (memory := last("memory")) is not None: words.append(preflight.in_units(memory))
+    if (memory := last("memory")) is not None: words.append(storage.in_units(memory))
     return " · ".join(words)
 
 # %% ../../nbs/ui/2_monitoring.ipynb #7f926ada
