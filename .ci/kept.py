@@ -35,7 +35,7 @@ CASES = [
     Case("what was used", "ftnb.runrecord._used", "used of run.json: failed"),
     Case("hashes of the records", "ftnb.studio.record_hash", "records of run.json: failed", steps=2),
     Case("the report", "ftnb.report.write_report", "report.html: failed"),
-    Case("the report's picture", "ftnb.curves.plot_run", "report.html: failed"),
+    Case("the report's picture", "ftnb.plots.plot_run", "report.html: failed"),
     Case("base against adapter", "ftnb.evaluate.describe_scores", "base against adapter: failed"),
     Case("making the scorer", "ftnb.evaluate.make_scorer", "base against adapter: failed"),
     Case("the estimated time", "ftnb.estimate.estimate_time", "the estimated time: failed"),

@@ -39,6 +39,7 @@ from .generation import *
 from .scoring import *
 from .evaluate import *
 from .curves import *
+from .plots import *
 from .ui.previews import *
 from .ui.chats import *
 from .ui.monitoring import *

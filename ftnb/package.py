@@ -27,4 +27,5 @@ def python_command(
 ) -> list:  # for `subprocess`
     "The command of a Python that finds this very package."
     home = os.path.dirname(package_folder())
-    return [sys.executable, "-P", "-c", f"import sys; sys.path.insert(0, {home!r})\n{code}", *arguments]
+    code = f"import sys; sys.path.insert(0, {home!r})\n{code}"
+    return [sys.executable, "-P", "-c", code, *arguments]

@@ -12,8 +12,9 @@ from pathlib import Path
 from fastcore.basics import patch
 
 import ftnb.curves as curves
-import ftnb.storage as storage
+import ftnb.plots as plots
 import ftnb.progress as progress
+import ftnb.storage as storage
 import ftnb.ui.stills as stills
 from ..report import run_notes
 
@@ -35,7 +36,7 @@ def _numbers(
 ) -> str:  # a line
     "The last numbers of a run, in words."
     last = lambda name: c.spans[-1].total / c.spans[-1].count if (c := metrics.curve(name)).spans else None
-    words = [curves.loss_ends(metrics).rsplit(" · ", 1)[0]] if metrics.curve("loss").spans or metrics.curve("eval_loss").spans else []
+    words = curves.loss_ends(metrics)
     for name, unit in (("rows_per_second", "rows/s"), ("tokens_given_per_second", "tokens/s")):
         points = metrics.curve(name).means()[-20:]
         if points: words.append(f"{curves.short_number(float(f'{sum(v for _, v in points) / len(points):.3g}'))} {unit}")
@@ -91,7 +92,7 @@ class Monitor:
     def still_html(self) -> str:
         "Head, picture and notes, as they were last read."
         from base64 import b64encode
-        image = b64encode(curves.figure_png(curves.plot_run(self.metrics), 80)).decode()
+        image = b64encode(plots.figure_png(plots.plot_run(self.metrics), 80)).decode()
         return f'{_page_head(self.metrics)}<img alt="curves of the run" style="max-width:100%" src="data:image/png;base64,{image}">{_page_notes(self.metrics)}'
 
 # %% ../../nbs/ui/2_monitoring.ipynb #5ac79c1b
@@ -105,7 +106,7 @@ def look(
         if self.box is None: return new
         head, image, notes = self.box.children[:3]
         head.value, notes.value = _page_head(self.metrics), _page_notes(self.metrics)
-        if new or self.drawn != state: image.value = curves.figure_png(curves.plot_run(self.metrics), 110)
+        if new or self.drawn != state: image.value = plots.figure_png(plots.plot_run(self.metrics), 110)
         changed, self.drawn = self.drawn != state, state
     self.still.renew(now=changed)
     return new

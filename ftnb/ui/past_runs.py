@@ -14,6 +14,8 @@ from fastcore.basics import patch
 
 import ftnb.curves as curves
 import ftnb.jobargs as jobargs
+import ftnb.plots as plots
+import ftnb.progress as progress
 import ftnb.ui.monitoring as monitor
 import ftnb.studio as studio
 from ..report import _cell, _comparison_rows, _part, _table, differing, run_settings
@@ -41,7 +43,7 @@ class PastRun:
     @property
     def name(self) -> str:
         "Of its adapter, else how its id begins."
-        return curves._given(self.record).get("adapter_name") or self.record["experimentid"][:8]
+        return curves.record_arguments(self.record).get("adapter_name") or self.record["experimentid"][:8]
 
     @property
     def when(self):
@@ -52,7 +54,7 @@ class PastRun:
     @property
     def train_out_dir(self) -> Path:
         "Where its metrics are, also where both folders were moved together."
-        given = curves._given(self.record)
+        given = curves.record_arguments(self.record)
         asked, out = given.get("train_out_dir", "."), given.get("out_dir", ".")
         moved = Path(os.path.normpath(self.file.parent/os.path.relpath(asked, out)))
         return next((p for p in (Path(asked), moved) if (p/"metrics.jsonl").is_file()), Path(asked))
@@ -123,7 +125,7 @@ def rows(
         seconds = r.record.get("seconds")
         lines.append([str(i), r.name, time.strftime("%Y-%m-%d %H:%M", time.localtime(r.when)), _part(r.record, "records", "dataset").get("name") or "",
                       *(text(settings.get(k)) for k in names), losses or text(m.get("train_loss")), " → ".join(f"{v:.0%}" for v in right),
-                      curves.short_time(seconds) if isinstance(seconds, (int, float)) else "", r.registered])
+                      progress.short_time(seconds) if isinstance(seconds, (int, float)) else "", r.registered])
     return ["", "name", "when", "data", *names, "held-out loss", "exact match", "time", "registered"], lines
 
 # %% ../../nbs/ui/3_past_runs.ipynb #01f2efdf
@@ -159,7 +161,7 @@ def runs(
         if db: raise
         engine = None
     read = {file: _record_problem(file) for file in _find_files(folder)}
-    taken = _taken_names(engine) | {curves._given(record).get("adapter_name") for record, _ in read.values() if record} | _PROPOSED
+    taken = _taken_names(engine) | {curves.record_arguments(record).get("adapter_name") for record, _ in read.values() if record} | _PROPOSED
     found = [PastRun(file, record, _registered(engine, record["experimentid"]), taken) for file, (record, _) in read.items() if record]
     return Runs(sorted(found, key=lambda r: r.when, reverse=True), {file: why for file, (_, why) in read.items() if why})
 
@@ -251,4 +253,4 @@ def compare(
     for r, s in zip(chosen, settings):
         label = f"{r.name}: " + ", ".join(f"{k} {s.get(k, '-')}" for k in names) if names else r.name
         labels[label if label not in labels else f"{label} ({r.record['experimentid'][:8]})"] = r.train_out_dir
-    return curves.compare_runs(labels)
+    return plots.compare_runs(labels)
