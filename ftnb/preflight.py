@@ -150,10 +150,10 @@ def processes_problems(
     "Why a job can't have several nodes here, or be spread by FSDP."
     from importlib.util import find_spec
     found, env = [], os.environ if env is None else env
-    if args.dist_num > MOST_NODES: found.append(f"--dist_num {args.dist_num:,}: a job has {MOST_NODES:,} nodes at most")
+    if args.dist_num > MOST_NODES: found.append(Problem("dist_num", f"--dist_num {args.dist_num:,}: a job has {MOST_NODES:,} nodes at most"))
     if args.dist_num > 1 and "LOCAL_RANK" not in env:
         here = find_spec("cml") or find_spec("cdsw") or env.get(consts.RUNTIME_PYTHON)
-        found += missing_resources(args, env) if here else [f"--dist_num {args.dist_num}: nodes are started by Cloudera ML's workers API, which isn't here; run the job there, or send it with 1"]
+        found += missing_resources(args, env) if here else [Problem("dist_num", f"--dist_num {args.dist_num}: nodes are started by Cloudera ML's workers API, which isn't here; run the job there, or send it with 1")]
     if not ranks.shards_model(): return found
     if env.get("FSDP_VERSION", "1") != "2": found.append("FSDP of version 1 is asked for: add --fsdp_version 2 to accelerate launch")
     if precision and precision.bnb: found.append("FSDP spreads a base in 16 or 32 bits, and this one is quantised (bnb_config): start the run without FSDP, so that each process holds it whole, or without bnb_config")

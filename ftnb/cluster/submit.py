@@ -18,7 +18,7 @@ import ftnb.ui.monitoring as live
 import ftnb.package as package
 import ftnb.preflight as preflight
 import ftnb.studio as studio
-from ..problems import raise_problems, printable
+from ..problems import Problem, printable, raise_problems
 
 # %% ../../nbs/cluster/1_submit.ipynb #50ea25f6
 _VARIABLES = {
@@ -445,9 +445,9 @@ def check_sending(
 ) -> preflight.Preflight:  # a table in a notebook, lines in a log
     "Check a job that another machine will run."
     report = preflight.check_job(args, env, keep=False)
-    here = lambda f: replace(f, level="warning", text=f"on this machine: {f.text}")
-    there = lambda f: f.level == "error" and (f.about == "memory" or f.text.startswith("--dist_num"))  # what another machine has
-    report.findings = [here(f) if there(f) else f for f in report.findings]
+    def of_this_machine(finding): return finding.level == "error" and (finding.about == "memory" or finding.problem.where == "dist_num")
+    def remark(finding): return replace(finding, level="warning", problem=Problem(finding.problem.where, f"on this machine: {finding.text}"))
+    report.findings = [remark(f) if of_this_machine(f) else f for f in report.findings]
     own = (os.environ if env is None else env).get(consts.HF_TOKEN, "").strip()
     if args.hf_token and args.hf_token.reveal() != own:
         report.add("warning", "token", f"the Hugging Face token isn't sent along: set {consts.HF_TOKEN} in the project's environment")
