@@ -69,7 +69,7 @@ def tokenizers():
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
     from ftnb.tiny import TINY_KINDS, TINY_SENTENCES, tiny_tokenizer
-    from ftnb.tokens import configure_tokenizer_padding
+    from ftnb.tokenizer import configure_tokenizer_padding
     unigram = Tokenizer(models.Unigram())
     unigram.pre_tokenizer = pre_tokenizers.Metaspace()
     unigram.train_from_iterator(TINY_SENTENCES, trainers.UnigramTrainer(vocab_size=200, show_progress=False, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>"))

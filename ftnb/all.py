@@ -15,6 +15,7 @@ from .files import *
 from .corpus import *
 from .prompts import *
 from .splits import *
+from .tokenizer import *
 from .tokens import *
 from .quantisation import *
 from .models import *

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from .problems import raise_problems
 from .prefix import common_prefix
 from .progress import progress_bar
-from .tokens import encode_prompts
+from .tokenizer import encode_prompts
 
 # %% ../nbs/42_generation.ipynb #8bfb0f59
 def _prompt_ids(

@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 import ftnb.quantisation as quantisation
 import ftnb.targets as targets
 import ftnb.tokenizer_trial as tokenizer_trial
-import ftnb.tokens as tokens
 import ftnb.weights as weights
 from .problems import raise_problems
+from .tokenizer import configure_tokenizer_padding
 
 # %% ../nbs/21_models.ipynb #8be3840c
 def bf16_speedup(
@@ -564,7 +564,7 @@ def load_base_files(
     config = AutoConfig.from_pretrained(source, token=token, trust_remote_code=False)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", UserWarning)
-        tokens.configure_tokenizer_padding(tokenizer, embeddings=config.get_text_config().vocab_size)
+        configure_tokenizer_padding(tokenizer, embeddings=config.get_text_config().vocab_size)
     return tokenizer, config, tuple(str(o.message) for o in said)
 
 # %% ../nbs/21_models.ipynb #b775d020

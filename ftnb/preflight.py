@@ -30,6 +30,7 @@ import ftnb.tokenizer_files as tokenizer_files
 import ftnb.tokenizer_trial as tokenizer_trial
 import ftnb.tokens as tokens
 import ftnb.trainer as trainer
+from .tokenizer import asked_otherwise, end_note, prompt_notes
 
 # %% ../nbs/46_preflight.ipynb #1bc27f97
 from .fingerprint import base_fingerprint
@@ -243,7 +244,7 @@ def _check_template(p: Preflight):
     template, where = p.attempt("template", prompts.read_template, p.known["prompt"], None, False), f"prompt {p.args.prompt_id}"
     if template is None: return
     p.known["template"] = template
-    if note := tokens.asked_otherwise(p.known["prompt"]): p.add("warning", "template", f"{where}: {note}")
+    if note := asked_otherwise(p.known["prompt"]): p.add("warning", "template", f"{where}: {note}")
     if p.known.get("training", {}).get("completion_only_loss") and template.completion is None:
         p.add("error", "template", f"{where}: completion_only_loss needs a prompt_template that ends in its completion_template")
     if not template.fields: p.add("warning", "template", f"{where}: it has no {{column}}, so every row is the same text")
@@ -322,7 +323,7 @@ def _check_model(p: Preflight):
     p.known["base"] = p.attempt("model", base_fingerprint, source[0], getattr(config, "_commit_hash", None))
     p.add("warning", "model", *notes)
     ends = p.attempt("model", models.own_ends, source[0], config, source[1])
-    if note := tokens.end_note(p.known["tokenizer"], ends or []): p.add("warning", "model", note)
+    if note := end_note(p.known["tokenizer"], ends or []): p.add("warning", "model", note)
     if "lora" not in p.known: return
     problems = p.attempt("model", adapters.target_problems, config, p.known["lora"])
     p.add("error", "model", *map(str, in_argument("lora_config", problems or [])))
@@ -360,7 +361,7 @@ def _check_rows(p: Preflight, keep: bool):
     p.add("ok", "rows", *prompts.empty_text_notes(data.splits["train"], p.job.template))
     ids = rows.train.dataset["input_ids"] if keep else ()
     note = tokens.boundary_note(rows.train.joined + rows.test.joined, len(rows.train) + len(rows.test), p.known["template"])
-    p.add("warning", "tokens", *tokens.prompt_notes(p.known["tokenizer"], p.known["template"]), *[note] * bool(note))
+    p.add("warning", "tokens", *prompt_notes(p.known["tokenizer"], p.known["template"]), *[note] * bool(note))
     said = p.attempt("tokens", tokenizer_files.check_saving, p.known["tokenizer"], p.job.source, ids, p.job.token)
     p.add("warning", "tokens", *said or [])
     longest = counts.lengths.argsort(kind="stable")[::-1][:3]

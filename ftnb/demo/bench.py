@@ -20,7 +20,7 @@ from .project import demo_base_model, demo_data
 from ..packing import keeps_prefix, packing_attention
 from ..package import python_command
 from ..settings import settle_training
-from ..tokens import configure_tokenizer_padding
+from ..tokenizer import configure_tokenizer_padding
 from ..trainer import _make_trainer, _quiet, _settle_budget, packed_passes
 
 # %% ../../nbs/demo/2_bench.ipynb #a8812697

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 from fastcore.basics import patch
 
-from ..tokens import TokenizedRows, find_padding_token_candidate
+from ..tokenizer import find_padding_token_candidate
+from ..tokens import TokenizedRows
 
 # %% ../../nbs/ui/0_previews.ipynb #ada8bf50
 def _token_texts(
