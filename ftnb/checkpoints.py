@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['MANIFEST', 'NEEDED', 'read_manifest', 'seal_checkpoint', 'checkpoint_problem', 'checkpoint_folders',
            'identity_differences', 'find_checkpoint', 'drop_old_checkpoints', 'rows_fingerprint', 'library_version',
-           'run_identity', 'planned_tokens', 'seeded_order', 'save_checkpoint', 'load_trained', 'is_over',
-           'flow_callback', 'whole_checkpoint', 'resumable', 'begin_or_resume']
+           'run_identity', 'planned_tokens', 'seeded_order', 'SavedCounts', 'check_weights', 'save_checkpoint',
+           'load_trained', 'is_over', 'flow_callback', 'whole_checkpoint', 'resumable', 'begin_or_resume']
 
 # %% ../nbs/33_checkpoints.ipynb #ecf63c03
 import contextlib, json, os, re, shutil, time
+from dataclasses import asdict, astuple, dataclass
 
 from .problems import raise_problems
-from .guards import RunStopped, StopRequest, best_effort, check_finite, step_rows, weights_finite, what_helps
-from .metrics import keep_metrics
-from .ranks import process_count, spread_like, take_state, whole_state, whole_weights
+from .guards import RunStopped, best_effort, check_finite, step_rows, weights_finite, what_helps
+from .metrics import RunState, RunTotals, keep_metrics
+from .ranks import process_count, spread_like, sum_over_all, take_state, whole_state, whole_weights
 from .storage import clear_folder, file_hash, flush, open_plain, read_json, set_aside, storage_error, write_json
 
 # %% ../nbs/33_checkpoints.ipynb #fa550b7f
@@ -233,39 +234,72 @@ def seeded_order(
             return iter(self.rows)
     return SeededOrder()
 
+# %% ../nbs/33_checkpoints.ipynb #92f55f82
+@dataclass(frozen=True)
+class SavedCounts:
+    "The counts of a run at a checkpoint: what `run_state.json` holds."
+    totals: list  # rows, tokens given and computed, of all processes
+    loss_sum: float  # of the steps before the last log
+    loss_since_log: float  # of the steps after it
+    logged_step: int  # the last one in the log
+    tokens_per_pass: int  # computed tokens of a flat pass; 0 for padded batches
+    seconds: float  # that the run took so far, over all sessions
+    metrics_lines: int  # of metrics.jsonl
+    processes: int  # that train together
+    train_tokens: int  # as TRL counts them
+    unlogged: dict  # TRL's numbers since the last log: name -> list
+
+# %% ../nbs/33_checkpoints.ipynb #ff9197dc
+def _count_lines(
+    path: str,  # of a file that may be missing
+) -> int:
+    "Whole lines of a file."
+    lines = 0
+    with contextlib.suppress(OSError), open(open_plain(path), "rb") as f:
+        lines = sum(line.endswith(b"\n") for line in f)
+    return lines
+
 # %% ../nbs/33_checkpoints.ipynb #7d68b10a
 def _run_state(
     trainer,  # in training; all processes call this together
-) -> dict:  # JSON-able
+) -> SavedCounts:
     "Where the counts of a run stand."
-    own, since = trainer.accelerator.reduce(trainer.own.to(trainer.accelerator.device)), trainer.accelerator.reduce(trainer._tr_loss.clone(), "mean")
-    metrics = os.path.join(trainer.args.output_dir, "metrics.jsonl")
-    lines = 0
-    with contextlib.suppress(OSError), open(open_plain(metrics), "rb") as f: lines = sum(o.endswith(b"\n") for o in f)
-    return {"totals": own.tolist(), "loss_sum": trainer._total_loss_scalar, "loss_since_log": since.item(), "logged_step": trainer._globalstep_last_logged,
-            "tokens_per_pass": trainer.budget, "seconds": trainer.seconds + time.monotonic() - trainer.began, "metrics_lines": lines,
-            "processes": trainer.accelerator.num_processes, "train_tokens": getattr(trainer, "_total_train_tokens", 0),
-            "unlogged": {k: list(v) for k, v in getattr(trainer, "_metrics", {}).get("train", {}).items()}}
+    run, accelerator = trainer.run, trainer.accelerator
+    since_log = accelerator.reduce(trainer._tr_loss.clone(), "mean")
+    numbers = getattr(trainer, "_metrics", {}).get("train", {})
+    return SavedCounts(
+        totals=sum_over_all(accelerator, astuple(run.mine)),
+        loss_sum=trainer._total_loss_scalar,
+        loss_since_log=since_log.item(),
+        logged_step=trainer._globalstep_last_logged,
+        tokens_per_pass=run.budget,
+        seconds=run.elapsed(),
+        metrics_lines=_count_lines(os.path.join(trainer.args.output_dir, "metrics.jsonl")),
+        processes=accelerator.num_processes,
+        train_tokens=getattr(trainer, "_total_train_tokens", 0),
+        unlogged={k: list(v) for k, v in numbers.items()})
 
 # %% ../nbs/33_checkpoints.ipynb #2e13531e
 def _take_run_state(
     trainer,  # that goes on from a checkpoint, as its training begins
-    state: dict,  # from `_run_state`
+    saved: SavedCounts,  # of that checkpoint
 ):
     "Set the counts back to where they stood."
-    import torch
-    if trainer.is_world_process_zero(): trainer.own = torch.tensor(state["totals"])
-    trainer._total_loss_scalar, trainer._globalstep_last_logged = state["loss_sum"], state["logged_step"]
-    trainer._tr_loss.fill_(state["loss_since_log"])
-    trainer._initial_global_step, trainer.saved_step = 0, trainer.state.global_step  # the mean loss is that of the whole run
-    trainer.budget, trainer.seconds, trainer._total_train_tokens = state["tokens_per_pass"], state["seconds"], state["train_tokens"]
-    for k, v in state["unlogged"].items(): trainer._metrics["train"][k] = list(v)
+    run = trainer.run
+    run.mine = RunTotals(*saved.totals) if trainer.is_world_process_zero() else RunTotals()
+    run.budget, run.seconds, run.saved_step = saved.tokens_per_pass, saved.seconds, trainer.state.global_step
+    trainer._total_loss_scalar = saved.loss_sum
+    trainer._tr_loss.fill_(saved.loss_since_log)
+    trainer._globalstep_last_logged = saved.logged_step
+    trainer._initial_global_step = 0  # the mean loss is that of the whole run
+    trainer._total_train_tokens = saved.train_tokens
+    for k, v in saved.unlogged.items(): trainer._metrics["train"][k] = list(v)
 
 # %% ../nbs/33_checkpoints.ipynb #87f815eb
 def _write_share(
     trainer,  # in training
     part: str,  # the folder to fill
-    state: dict,  # from `_run_state`
+    state: SavedCounts,
 ):
     "Each process writes its random state, the first one everything else."
     import torch
@@ -278,7 +312,7 @@ def _write_share(
     torch.save(trainer.lr_scheduler.state_dict(), os.path.join(part, "scheduler.pt"))
     trainer._save_scaler(part)
     trainer.state.save_to_json(os.path.join(part, "trainer_state.json"))
-    with open(os.path.join(part, "run_state.json"), "w", encoding="utf-8") as f: json.dump(state, f, indent=1, sort_keys=True)
+    with open(os.path.join(part, "run_state.json"), "w", encoding="utf-8") as f: json.dump(asdict(state), f, indent=1, sort_keys=True)
 
 # %% ../nbs/33_checkpoints.ipynb #23ab8f3a
 def _together(
@@ -295,24 +329,36 @@ def _together(
         if reasons and not problem: problem = RuntimeError(f"another process: {reasons[0]}")
     if problem: raise problem
 
+# %% ../nbs/33_checkpoints.ipynb #c5530ed3
+def check_weights(
+    trainer,  # at the end of a step
+):
+    "Stop where the trained weights can't be computed with."
+    if weights_finite(trainer.model): return
+    step = trainer.state.global_step
+    raise FloatingPointError(f"the weights aren't finite after step {step}; {step_rows(trainer.run, step - 1)}."
+                             f" Nothing of it is saved. {what_helps(trainer.model, trainer.args)}")
+
 # %% ../nbs/33_checkpoints.ipynb #960e553e
 def save_checkpoint(
     trainer,  # at the end of a step; all processes call this together
 ) -> str:  # its folder
     "Write a checkpoint; where that fails, nothing of it stays and the earlier ones do."
     step, out, first = trainer.state.global_step, trainer.args.output_dir, trainer.is_world_process_zero()
-    place, part, state = os.path.join(out, f"checkpoint-{step}"), os.path.join(out, f".checkpoint-{step}.part"), _run_state(trainer)
-    if not weights_finite(trainer.model):
-        raise FloatingPointError(f"the weights aren't finite after step {step}; {step_rows(trainer, True)}. Nothing of it is saved. A lower learning_rate or max_grad_norm may help")
+    place, part = os.path.join(out, f"checkpoint-{step}"), os.path.join(out, f".checkpoint-{step}.part")
+    state = _run_state(trainer)
+    check_weights(trainer)
     def begin():
         clear_folder(part)
         os.makedirs(part)
     def end():
         if os.path.lexists(place): set_aside(place)
-        seal_checkpoint(part, place, step, trainer.identity)
+        seal_checkpoint(part, place, step, trainer.run.identity)
         drop_old_checkpoints(out, trainer.args.save_total_limit, trainer.state.best_model_checkpoint)
     try:
-        for share in (begin if first else bool, lambda: _write_share(trainer, part, state), end if first else bool): _together(trainer.accelerator, share)
+        _together(trainer.accelerator, begin if first else bool)
+        _together(trainer.accelerator, lambda: _write_share(trainer, part, state))
+        _together(trainer.accelerator, end if first else bool)
     except Exception as e:
         error = storage_error(e, out, f"the checkpoint of step {step}")
         if first: shutil.rmtree(part, ignore_errors=True)
@@ -348,14 +394,13 @@ def _agree(
     trainer,  # at the end of a step; all processes call this together
 ) -> tuple:  # (is it time to save, is the run to stop)
     "The first process looks at its clock and for a file `stop`; any may have been sent a signal."
-    import torch
+    run, due = trainer.run, False
     if trainer.is_world_process_zero():
-        due = trainer.save_seconds is not None and time.monotonic() - trainer.saved_at >= trainer.save_seconds
-        if not trainer.stop.by and os.path.isfile(os.path.join(trainer.args.output_dir, "stop")): trainer.stop.by = "the file stop"
-    else: due = False
-    if trainer.accelerator.num_processes == 1: return due, bool(trainer.stop.by)
-    said = trainer.accelerator.reduce(torch.tensor([due, bool(trainer.stop.by)], dtype=torch.long, device=trainer.accelerator.device)).tolist()
-    return said[0] > 0, said[1] > 0
+        if run.save_seconds is not None: due = time.monotonic() - run.saved_at >= run.save_seconds
+        asked = os.path.isfile(os.path.join(trainer.args.output_dir, "stop"))
+        if asked and not run.stop_asked_by: run.stop_asked_by = "the file stop"
+    due, stop = sum_over_all(trainer.accelerator, [int(due), int(bool(run.stop_asked_by))])
+    return due > 0, stop > 0
 
 # %% ../nbs/33_checkpoints.ipynb #b981d5cb
 def is_over(
@@ -370,42 +415,54 @@ def flow_callback(
 ):  # a `TrainerCallback`
     "Decides when a checkpoint is written."
     from transformers import TrainerCallback
+    run = trainer.run
     class FlowCallback(TrainerCallback):
-        owed = False
-        def on_train_begin(self, args, state, control, **kw):
-            trainer.began = trainer.saved_at = time.monotonic()
-            if trainer.resumed: _take_run_state(trainer, trainer.resumed)
-        def on_step_end(self, args, state, control, **kw):
-            due, trainer.stopping = _agree(trainer)
-            last = control.should_training_stop and (trainer.save_seconds is not None or args.save_strategy != "no")
-            wanted = control.should_save or due or trainer.stopping or last
-            self.owed = wanted and (control.should_training_stop or state.global_step % trainer.epoch_steps == 0)
-            control.should_save = wanted and not self.owed
-        def on_train_end(self, args, state, control, **kw):
-            trainer.took = trainer.seconds + time.monotonic() - trainer.began
-            if not weights_finite(trainer.model): raise FloatingPointError(f"the weights aren't finite after step {state.global_step}; {step_rows(trainer, True)}. Nothing of it is saved. {what_helps(trainer)}")
-        def on_epoch_end(self, args, state, control, **kw):
+        owed = False  # a save that waits for the epoch's end
+        def on_train_begin(self, args, state, control, **kwargs):
+            run.start_clock()
+            if run.resumed: _take_run_state(trainer, run.resumed)
+        def on_step_end(self, args, state, control, **kwargs):
+            due, run.stopping = _agree(trainer)
+            saves = run.save_seconds is not None or args.save_strategy != "no"
+            wanted = control.should_save or due or run.stopping or control.should_training_stop and saves
+            ends = control.should_training_stop or state.global_step % run.steps_per_epoch == 0
+            control.should_save, self.owed = wanted and not ends, wanted and ends
+        def on_epoch_end(self, args, state, control, **kwargs):
             control.should_save, self.owed = control.should_save or self.owed, False
+        def on_train_end(self, args, state, control, **kwargs):
+            run.stop_clock()
+            check_weights(trainer)
     return FlowCallback()
+
+# %% ../nbs/33_checkpoints.ipynb #d1dec4dd
+def _save(
+    trainer,  # at the end of a step
+):
+    "Write a checkpoint; after the last step one that fails withholds nothing."
+    state = trainer.state
+    trainer.store_flos()
+    best = os.path.join(trainer.args.output_dir, f"checkpoint-{state.best_global_step}")
+    if state.best_global_step and (state.best_global_step == state.global_step or os.path.isdir(best)):
+        state.best_model_checkpoint = best
+    if is_over(trainer) and not trainer.run.stopping:
+        best_effort(f"the checkpoint of the last step, {state.global_step}", lambda: save_checkpoint(trainer))
+    else: save_checkpoint(trainer)
 
 # %% ../nbs/33_checkpoints.ipynb #fbf276cb
 def _save_or_stop(
     trainer,  # at the end of a step
 ):
     "Write a checkpoint unless this step has one; end a run that was asked to stop."
-    step, best = trainer.state.global_step, trainer.state.best_global_step
-    if trainer.saved_step != step:
-        trainer.store_flos()
-        place = os.path.join(trainer.args.output_dir, f"checkpoint-{best}")
-        if best and (best == step or os.path.isdir(place)): trainer.state.best_model_checkpoint = place
-        if is_over(trainer) and not trainer.stopping: best_effort(f"the checkpoint of the last step, {step}", lambda: save_checkpoint(trainer))
-        else: save_checkpoint(trainer)
-        trainer.saved_step, trainer.saved_at = step, time.monotonic()
-    if not trainer.stopping: return
+    run, state, out = trainer.run, trainer.state, trainer.args.output_dir
+    if run.saved_step != state.global_step:
+        _save(trainer)
+        run.saved_step, run.saved_at = state.global_step, time.monotonic()
+    if not run.stopping: return
     if trainer.is_world_process_zero():
-        with contextlib.suppress(OSError): os.remove(os.path.join(trainer.args.output_dir, "stop"))
-    place = os.path.join(trainer.args.output_dir, f"checkpoint-{step}")
-    raise RunStopped(f"stopped by {trainer.stop.by or 'another process'} at step {step} of {trainer.state.max_steps}; a checkpoint is in {place}; run the job again with the same arguments to go on")
+        with contextlib.suppress(OSError): os.remove(os.path.join(out, "stop"))
+    place = os.path.join(out, f"checkpoint-{state.global_step}")
+    raise RunStopped(f"stopped by {run.stop_asked_by or 'another process'} at step {state.global_step} of {state.max_steps};"
+                     f" a checkpoint is in {place}; run the job again with the same arguments to go on")
 
 # %% ../nbs/33_checkpoints.ipynb #ee3ba710
 def _evaluate_apart(
@@ -424,7 +481,7 @@ def _evaluate_apart(
     if not metrics: return {"eval_loss": float("nan")}
     loss = metrics.get("eval_loss", 0.0)
     if trainer.state.global_step and not isfinite(loss):
-        raise FloatingPointError(f"the held-out loss is {loss} after step {trainer.state.global_step}; nothing of it is saved. {what_helps(trainer)}")
+        raise FloatingPointError(f"the held-out loss is {loss} after step {trainer.state.global_step}; nothing of it is saved. {what_helps(trainer.model, trainer.args)}")
     return metrics
 
 # %% ../nbs/33_checkpoints.ipynb #181f108f
@@ -450,9 +507,11 @@ def _begin_epoch(
     steps: int,  # of an epoch
 ) -> bool:  # is there a step to take?
     "Set the order of an epoch's rows."
-    trainer.epoch_steps = steps
-    if trainer.order: trainer.order.epoch = epoch
-    if trainer.state.global_step >= trainer.state.max_steps: trainer.control.should_training_stop = True  # went on from a checkpoint of the last step
+    run = trainer.run
+    run.steps_per_epoch = steps
+    if run.order: run.order.epoch = epoch
+    if trainer.state.global_step >= trainer.state.max_steps:  # it went on from a checkpoint of the last step
+        trainer.control.should_training_stop = True
     return not trainer.control.should_training_stop
 
 # %% ../nbs/33_checkpoints.ipynb #e2956016
@@ -461,13 +520,14 @@ def resumable(
 ):  # a class of trainers
     "A trainer whose checkpoints are whole, and whose runs go on from them exactly."
     class Resumable(base):
-        identity, resumed, stop, save_seconds, row_numbers, own = None, None, StopRequest(), None, None, None
-        order, epoch_steps, step_loss, seconds, began, took, saved_at, saved_step, stopping, budget = None, 1, 0.0, 0.0, 0.0, 0.0, 0.0, -1, False, 0
+        def __init__(self, *args, run=None, **kwargs):
+            self.run = RunState() if run is None else run
+            super().__init__(*args, **kwargs)
         def _get_train_sampler(self, *args, **kwargs):
             sampler = super()._get_train_sampler(*args, **kwargs)
             if hasattr(sampler, "set_epoch"): return sampler  # has an order of its own
-            self.order = seeded_order(sampler, self.args.seed if self.args.data_seed is None else self.args.data_seed)
-            return self.order
+            self.run.order = seeded_order(sampler, self.args.seed if self.args.data_seed is None else self.args.data_seed)
+            return self.run.order
         def _run_epoch(self, *args, **kwargs):
             if _begin_epoch(self, kwargs["epoch"], kwargs["num_update_steps_per_epoch"]): super()._run_epoch(*args, **kwargs)
         def _get_grad_norm(self, *args, **kwargs): norm = super()._get_grad_norm(*args, **kwargs); check_finite(self, norm); return norm
@@ -476,7 +536,7 @@ def resumable(
         def _maybe_log_save_evaluate(self, *args, **kwargs):
             wanted = self.control.should_save
             super()._maybe_log_save_evaluate(*args, **kwargs)
-            if wanted and self.saved_step != self.state.global_step: _save_or_stop(self)  # `best` may have unset it
+            if wanted and self.run.saved_step != self.state.global_step: _save_or_stop(self)  # `best` may have unset it
         def _load_from_checkpoint(self, folder, model=None): load_trained(self.model, folder)
         def _load_optimizer_and_scheduler(self, folder): _load_optimizer(self, folder) if folder else None
         def _load_best_model(self): _load_best(self)
@@ -485,9 +545,9 @@ def resumable(
 # %% ../nbs/33_checkpoints.ipynb #922f5b82
 def _read_run_state(
     folder: str,  # a whole checkpoint
-) -> dict:  # as `_run_state` gave it
+) -> SavedCounts:
     "The counts of a run."
-    with open(os.path.join(folder, "run_state.json"), encoding="utf-8") as f: return json.load(f)
+    with open(os.path.join(folder, "run_state.json"), encoding="utf-8") as f: return SavedCounts(**json.load(f))
 
 # %% ../nbs/33_checkpoints.ipynb #0a90a641
 def _announce(
@@ -495,9 +555,10 @@ def _announce(
     folder: str,  # from this checkpoint
 ):
     "Say where a run goes on, and what can't be as it was."
-    trainer.resumed, trainer.args.eval_on_start = _read_run_state(folder), False  # evaluated when it began
+    trainer.run.resumed = _read_run_state(folder)
+    trainer.args.eval_on_start = False  # evaluated when it began
     if not trainer.is_world_process_zero(): return
-    now, then = trainer.accelerator.num_processes, trainer.resumed["processes"]
+    now, then = trainer.accelerator.num_processes, trainer.run.resumed.processes
     print(f"going on from {folder}", flush=True)
     if now != then: print(f"the checkpoint is of {then} processes and this run has {now}: the random numbers of dropout start anew", flush=True)
 
@@ -511,7 +572,7 @@ def _choose_checkpoint(
     out = trainer.args.output_dir
     place, tokens = find_checkpoint(out, identity), planned_tokens(out, identity, tokens)
     with contextlib.suppress(OSError): os.remove(os.path.join(out, "stop"))  # meant for an earlier run
-    keep_metrics(os.path.join(out, "metrics.jsonl"), _read_run_state(place)["metrics_lines"] if place else 0)
+    keep_metrics(os.path.join(out, "metrics.jsonl"), _read_run_state(place).metrics_lines if place else 0)
     return place, tokens
 
 # %% ../nbs/33_checkpoints.ipynb #3241fde4
@@ -520,7 +581,8 @@ def begin_or_resume(
     identity: dict,  # from `run_identity`
 ) -> str | None:  # the checkpoint to go on from
     "Let the first process choose the checkpoint, and tell it to all."
-    answer, tokens, several = [None], trainer.budget, trainer.accelerator.num_processes > 1
+    run, answer, tokens = trainer.run, [None], trainer.run.budget
+    several = trainer.accelerator.num_processes > 1
     if several:
         from accelerate.utils import broadcast_object_list, gather_object
         tokens = min(gather_object([tokens]))
@@ -529,7 +591,7 @@ def begin_or_resume(
         except Exception as e: answer = [storage_error(e, trainer.args.output_dir, "what a run needs to go on")]
     if several: broadcast_object_list(answer)
     if isinstance(answer[0], Exception): raise answer[0]
-    place, trainer.budget = answer[0]
-    trainer.identity = identity
+    place, run.budget = answer[0]
+    run.identity = identity
     if place: _announce(trainer, place)
     return place

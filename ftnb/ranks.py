@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['process_rank', 'process_count', 'deal_rows', 'leading', 'hear', 'from_first', 'alone', 'shards_model', 'is_echo',
-           'told_to_launcher', 'share_of', 'mean_over_all', 'whole_tensor', 'spread_like', 'whole_weights',
-           'whole_state', 'take_state', 'save_whole', 'dealing', 'settings_for_all']
+           'told_to_launcher', 'share_of', 'sum_over_all', 'mean_over_all', 'whole_tensor', 'spread_like',
+           'whole_weights', 'whole_state', 'take_state', 'save_whole', 'dealing', 'settings_for_all']
 
 # %% ../nbs/28_ranks.ipynb #ac3957a8
 import contextlib, json, os, time
@@ -159,6 +159,16 @@ def _shard_on_cpu(
     if trainer.accelerator.device.type != "cpu": return
     state = trainer.accelerator.state
     state.fsdp_plugin, state.distributed_type, trainer.is_fsdp_enabled = FullyShardedDataParallelPlugin(), DistributedType.FSDP, True
+
+# %% ../nbs/28_ranks.ipynb #ef563e6d
+def sum_over_all(
+    accelerator,  # of the trainer
+    numbers: list,  # of this process; all processes call this together
+) -> list:  # sums over all processes
+    "Add up counts."
+    import torch
+    if accelerator.num_processes == 1: return list(numbers)
+    return accelerator.reduce(torch.tensor(numbers, device=accelerator.device)).tolist()
 
 # %% ../nbs/28_ranks.ipynb #5050a5cd
 def mean_over_all(

@@ -7,17 +7,17 @@ __all__ = ['progress_line', 'taken_memory', 'free_memory', 'tokens_per_pass', 'p
            'usable_cores', 'train_adapter']
 
 # %% ../nbs/36_trainer.ipynb #4b5e6610
-import contextlib, os, sys, time
+import contextlib, os, time
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 
 from .checkpoints import begin_or_resume, flow_callback, resumable, run_identity
-from .guards import RunStopped, StopRequest, best_effort, one_line, stop_on_signals
-from .metrics import RunTotals, append_metrics
+from .guards import RunStopped, best_effort, one_line, stop_on_signals
+from .metrics import RunState, RunTotals, append_metrics
 from .packing import KeptPrefix, causal_model, keeps_prefix, packed_loss, packing_attention, shares_exactly
 from .prefix import common_prefix, lift_prefix, pack_rows, split_passes
 from .progress import progress_bar, wants_bar
-from .ranks import dealing, from_first, mean_over_all, process_count, process_rank, settings_for_all
+from .ranks import dealing, from_first, mean_over_all, process_count, process_rank, settings_for_all, sum_over_all
 from .settings import TrainingSettings
 from .trackers import tracker_callbacks, tracker_scope
 from .storage import storage_error
@@ -31,9 +31,11 @@ def progress_line(
     rows: int,  # rows trained since then
 ) -> str:  # one line for a log
     "Where a run is."
-    left = seconds / max(step, 1) * (steps - step)
-    parts = [f"step {step}/{steps}"] + [f"{name} {logs[k]:.4g}" for k, name in (("loss", "loss"), ("eval_loss", "held-out loss"), ("learning_rate", "lr")) if k in logs]
-    return "  ".join(parts + [f"{rows / max(seconds, 1e-9):.2f} rows/s", f"{int(left // 60)}:{int(left % 60):02d} left"])
+    names = {"loss": "loss", "eval_loss": "held-out loss", "learning_rate": "lr"}
+    numbers = [f"{names[k]} {logs[k]:.4g}" for k in names if k in logs]
+    left = int(seconds / max(step, 1) * (steps - step))
+    speed = rows / max(seconds, 1e-9)
+    return "  ".join([f"step {step}/{steps}", *numbers, f"{speed:.2f} rows/s", f"{left // 60}:{left % 60:02d} left"])
 
 # %% ../nbs/36_trainer.ipynb #aaa9fc0f
 def taken_memory() -> int:  # bytes
@@ -57,26 +59,28 @@ def _write_line(
 # %% ../nbs/36_trainer.ipynb #84963e70
 def _run_callback(
     path: str,  # metrics.jsonl
-    totals: RunTotals,  # filled by the trainer
+    run: RunState,  # of the trainer
     bar: bool,  # a tqdm bar, or plain lines
-    earlier=float,  # gives the seconds that earlier sessions of the run took
 ):  # a `TrainerCallback`
-    "Writes metrics and shows progress."
+    "Writes metrics and shows progress, on the first process."
     from transformers import TrainerCallback
     class RunCallback(TrainerCallback):
-        def on_train_begin(self, args, state, control, **kw):
-            self.start, self.said = time.monotonic() - earlier(), float("-inf")
-            self.bar = progress_bar(total=state.max_steps, desc="Training", unit="step") if bar and state.is_world_process_zero else None
-        def on_step_end(self, args, state, control, **kw):
+        bar, begun, told = None, False, float("-inf")  # a bar; has training begun here?; when the last line was printed
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.begun = state.is_world_process_zero
+            if self.begun and bar: self.bar = progress_bar(total=state.max_steps, desc="Training", unit="step")
+        def on_step_end(self, args, state, control, **kwargs):
             if self.bar is not None: self.bar.update(state.global_step - self.bar.n)
-        def on_log(self, args, state, control, logs=None, **kw):
-            if state.is_world_process_zero: _write_line(path, state, logs or {}, totals)
-            if not hasattr(self, "start") or not state.is_world_process_zero: return
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if state.is_world_process_zero: _write_line(path, state, logs or {}, run.totals)
             if self.bar is not None: self.bar.set_postfix({k: f"{v:.4g}" for k, v in logs.items() if k in ("loss", "eval_loss")})
-            elif time.monotonic() - self.said >= 10 or state.global_step == state.max_steps and "loss" in logs:
-                self.said = time.monotonic()
-                print(progress_line(state.global_step, state.max_steps, logs, self.said - self.start, totals.rows), flush=True)
-        def on_train_end(self, args, state, control, **kw):
+            elif self.begun: self.tell(state, logs)
+        def tell(self, state, logs):
+            last = state.global_step == state.max_steps and "loss" in logs
+            if time.monotonic() - self.told < 10 and not last: return
+            self.told = time.monotonic()
+            print(progress_line(state.global_step, state.max_steps, logs, run.elapsed(), run.totals.rows), flush=True)
+        def on_train_end(self, args, state, control, **kwargs):
             if self.bar is not None: self.bar.close()
     return RunCallback()
 
@@ -171,7 +175,7 @@ def _flat_passes(
 ) -> tuple:  # (the loss, a scalar tensor; tokens computed; no numbers of TRL's)
     "Forward, and backward while training, of this process's rows in flat passes."
     own, _ = trainer.share(inputs)
-    passes = _even_passes(trainer, packed_passes(own, trainer.budget, keeps_prefix(model)))
+    passes = _even_passes(trainer, packed_passes(own, trainer.run.budget, keeps_prefix(model)))
     share = trainer.accelerator.num_processes if train and num_items is not None else 1  # gradients are averaged over processes
     if num_items is None: num_items = sum(p.num_items for p in passes)
     with trainer.compute_loss_context_manager(): prefix = None if passes[0].rows else KeptPrefix(model, passes[0], num_items)
@@ -238,7 +242,7 @@ def _padded_passes(
     train: bool = True,  # with gradients
 ) -> tuple:  # (the loss, a scalar tensor; tokens computed; TRL's numbers)
     "Forward, and backward while training, of this process's rows in padded batches, by TRL's code."
-    parts = _padded_parts(trainer, inputs, trainer.pass_rows if train else trainer.eval_rows)
+    parts = _padded_parts(trainer, inputs, trainer.run.pass_rows if train else trainer.run.eval_rows)
     trainer.current_gradient_accumulation_steps = len(parts)
     labels, losses = [int((part["labels"][:, 1:] != -100).sum()) for part in parts], []
     with _numbers_apart(trainer, "train" if train else "eval") as numbers:
@@ -262,25 +266,25 @@ def _failed_anywhere(
     failed: bool,  # on this process
 ) -> bool:  # on any
     "Ask the other processes; all call this together."
-    import torch
-    if trainer.accelerator.num_processes == 1: return failed
-    return bool(trainer.accelerator.reduce(torch.tensor([float(failed)], device=trainer.accelerator.device)).item())
+    return sum_over_all(trainer.accelerator, [int(failed)]) != [0]
 
 # %% ../nbs/36_trainer.ipynb #79528462
 def _make_smaller(
-    trainer,  # a `RowTrainer`
+    run: RunState,  # whose passes are too large
     longest: int,  # tokens of the longest row
     train: bool = True,  # or evaluate
-):
-    "Halve the passes, on all processes alike; raises where they have one row already."
-    name, step = ("budget", longest) if trainer.budget else ("pass_rows" if train else "eval_rows", 1)
-    size = getattr(trainer, name)
-    if size <= step:
-        raise MemoryError(f"memory ran out on a pass of one row, {longest} tokens at most: set gradient_checkpointing, "
-                          "or a smaller max_length, which drops longer rows")
-    setattr(trainer, name, size // 2)
-    what = "computed tokens" if trainer.budget else "rows"
-    if trainer.is_world_process_zero(): print(f"memory ran out: passes are of {size // 2:,} {what} from here on", flush=True)
+) -> str:  # how large they are now
+    "Halve the passes; raises where they have one row already."
+    smallest = f"memory ran out on a pass of one row, {longest} tokens at most: set gradient_checkpointing, or a smaller max_length, which drops longer rows"
+    if run.budget:
+        if run.budget <= longest: raise MemoryError(smallest)
+        run.budget //= 2
+        return f"{run.budget:,} computed tokens"
+    kind = "pass_rows" if train else "eval_rows"
+    rows = getattr(run, kind)
+    if rows <= 1: raise MemoryError(smallest)
+    setattr(run, kind, rows // 2)
+    return f"{rows // 2:,} rows"
 
 # %% ../nbs/36_trainer.ipynb #e5651f49
 def _average_gradients(
@@ -305,7 +309,7 @@ def _run_step(
     train: bool = True,  # with gradients
 ) -> tuple:  # (this process's loss, a scalar tensor; tokens computed)
     "All passes of a step; smaller ones on all processes, where memory runs out on one."
-    passes = _flat_passes if trainer.budget else _padded_passes
+    passes = _flat_passes if trainer.run.budget else _padded_passes
     while True:
         done = None
         try: done = passes(trainer, model, inputs, num_items, train)
@@ -314,7 +318,8 @@ def _run_step(
             if trainer.is_fsdp_enabled: raise MemoryError("memory ran out under FSDP, where passes aren't made smaller in a run: set tokens_per_pass, or a smaller batch") from e
         if not _failed_anywhere(trainer, done is None): break
         model.zero_grad()
-        _make_smaller(trainer, inputs["input_ids"].shape[1], train)
+        size = _make_smaller(trainer.run, inputs["input_ids"].shape[1], train)
+        if trainer.is_world_process_zero(): print(f"memory ran out: passes are of {size} from here on", flush=True)
     loss, computed, numbers = done
     _merge_numbers(trainer, "train" if train else "eval", numbers)
     if train: _average_gradients(trainer, model)
@@ -353,7 +358,7 @@ def _in_passes(
     "A trainer that works on the rows of a step, or of a batch to evaluate, in passes."
     import torch
     class InPasses(base):
-        pass_rows, eval_rows, held_out = 1, 8, 0.0
+        held_out = 0.0  # sum of losses, and of label tokens
         def padded_pass(self, model, part, num_items, train):
             if train: return super().training_step(model, part, num_items)
             return super().prediction_step(model, part, True)[0]
@@ -371,19 +376,17 @@ def _in_passes(
 # %% ../nbs/36_trainer.ipynb #2be57333
 def _trainer_class():
     "TRL's `SFTTrainer` with passes, a meter and checkpoints to go on from; made here, since importing TRL takes seconds."
-    import torch
     from trl import SFTTrainer
     class RowTrainer(_in_passes(dealing(resumable(SFTTrainer)))):
-        totals = None
         def training_step(self, model, inputs, num_items_in_batch=None):
-            own, rows = self.share(inputs)
+            mine, rows = self.share(inputs)
             _begin_step(self, model)
             loss, computed = _run_step(self, model, inputs, num_items_in_batch)
-            self.step_loss += loss
-            self.own += torch.tensor([rows, int(own["attention_mask"].sum()) if rows else 0, computed])
+            self.run.step_loss += loss
+            self.run.mine.add(rows, int(mine["attention_mask"].sum()) if rows else 0, computed)
             return loss
         def log(self, logs, *args, **kwargs):
-            self.totals.count(*self.accelerator.reduce(self.own.to(self.accelerator.device)).tolist())  # over all processes
+            self.run.totals = RunTotals(*sum_over_all(self.accelerator, astuple(self.run.mine)))
             super().log(logs, *args, **kwargs)
     return RowTrainer
 
@@ -393,10 +396,11 @@ def _whole_steps(
     budget: int,  # computed tokens of a flat pass; 0 for padded batches
 ) -> dict:  # keyword arguments of TRL's SFTConfig
     "All rows of an optimizer step come to one call; each row is used, and memory that runs out is seen to here."
-    return {"per_device_train_batch_size": settings.rows_per_step, "gradient_accumulation_steps": 1,
-            "per_device_eval_batch_size": 64 if budget else settings.config.get("per_device_eval_batch_size", 8),
-            "dataloader_drop_last": False, "auto_find_batch_size": False,
-            "bf16_full_eval": False, "fp16_full_eval": False}  # they would cast the trained weights too
+    eval_rows = 64 if budget else settings.config.get("per_device_eval_batch_size", 8)
+    return settings.config | {
+        "per_device_train_batch_size": settings.rows_per_step, "gradient_accumulation_steps": 1,
+        "per_device_eval_batch_size": eval_rows, "dataloader_drop_last": False, "auto_find_batch_size": False,
+        "bf16_full_eval": False, "fp16_full_eval": False}  # they would cast the trained weights too
 
 # %% ../nbs/36_trainer.ipynb #be08cd80
 def _on_one_gpu(
@@ -408,23 +412,32 @@ def _on_one_gpu(
         print(f"one of {seen} GPUs is used; ftnb_finetune, or the job on Cloudera ML, takes all of them", flush=True)
     return args
 
-# %% ../nbs/36_trainer.ipynb #311eb3bb
-def _equip(
-    trainer,  # a `RowTrainer`, as TRL made it
-    model,  # a `PeftModel`
-    settings: TrainingSettings,  # of the run
-    totals: RunTotals,  # to be filled
-    budget: int,  # computed tokens of a flat pass; 0 for padded batches
+# %% ../nbs/36_trainer.ipynb #10463b9d
+def _trl_config(
+    config: dict,  # keyword arguments of TRL's SFTConfig, as of one process
+):  # TRL's SFTConfig
+    "The trainer's arguments. Trackers are callbacks of our own."
+    from trl import SFTConfig
+    config = settings_for_all(config, process_count()) | {"report_to": "none"}
+    return _on_one_gpu(SFTConfig(**config))
+
+# %% ../nbs/36_trainer.ipynb #e91e4245
+def _train_in_float32(
+    model,  # a `PeftModel`, as TRL left it
 ):
-    "Give a trainer what it works with."
-    import torch
-    for p in model.parameters():
-        if p.requires_grad: p.data = p.data.float()  # TRL makes LoRA on a quantised base bf16; PEFT loads it as float32
-    trainer.model_accepts_loss_kwargs = True  # TRL's loss takes the label tokens of a step, whatever the model's own takes
-    trainer.totals, trainer.own = totals, torch.zeros(3, dtype=torch.long)
-    trainer.budget, trainer.save_seconds = budget, settings.save_seconds
-    rows = {o: settings.config.get(f"per_device_{o}_batch_size", 8) for o in ("train", "eval")}
-    trainer.pass_rows, trainer.eval_rows = rows["train"], rows["eval"]
+    "TRL makes LoRA on a quantised base bf16; PEFT loads it as float32."
+    for weight in model.parameters():
+        if weight.requires_grad: weight.data = weight.data.float()
+
+# %% ../nbs/36_trainer.ipynb #311eb3bb
+def _new_run(
+    settings: TrainingSettings,  # of the run
+    budget: int,  # computed tokens of a flat pass; 0 for padded batches
+) -> RunState:
+    "A run that hasn't begun."
+    rows = {mode: settings.config.get(f"per_device_{mode}_batch_size", 8) for mode in ("train", "eval")}
+    return RunState(budget=budget, pass_rows=rows["train"], eval_rows=rows["eval"], save_seconds=settings.save_seconds,
+                    rows_per_step=settings.rows_per_step * process_count())
 
 # %% ../nbs/36_trainer.ipynb #5fdad7fc
 def _make_trainer(
@@ -437,19 +450,17 @@ def _make_trainer(
     bar: bool,  # a tqdm bar, or plain lines
 ):  # a trainer that writes metrics.jsonl
     "Set up TRL's trainer for rows that are tokenized already."
-    import torch
-    from trl import SFTConfig
-    totals, config, trackers = RunTotals(), dict(settings.config), tracker_callbacks(settings.config.get("report_to"))
+    run, config = _new_run(settings, budget), _whole_steps(settings, budget)
     if not len(test): config |= {"eval_strategy": "no", "load_best_model_at_end": False, "eval_on_start": False}
-    config |= _whole_steps(settings, budget)
-    try: os.makedirs(config["output_dir"], exist_ok=True)
-    except OSError as e: raise storage_error(e, config["output_dir"], "train_out_dir") from e
-    shown = _run_callback(os.path.join(config["output_dir"], "metrics.jsonl"), totals, bar, lambda: trainer.seconds)
-    args = _on_one_gpu(SFTConfig(**settings_for_all(config, process_count()) | {"report_to": "none"}))
-    trainer = _trainer_class()(model, args=args, train_dataset=train, eval_dataset=test if len(test) else None,
-                               processing_class=tokenizer, callbacks=trackers)
-    _equip(trainer, model, settings, totals, budget)
-    for callback in (flow_callback(trainer), shown): trainer.add_callback(callback)
+    out = settings.config["output_dir"]
+    try: os.makedirs(out, exist_ok=True)
+    except OSError as e: raise storage_error(e, out, "train_out_dir") from e
+    trainer = _trainer_class()(model, args=_trl_config(config), train_dataset=train, eval_dataset=test if len(test) else None,
+                               processing_class=tokenizer, callbacks=tracker_callbacks(settings.config.get("report_to")), run=run)
+    trainer.model_accepts_loss_kwargs = True  # TRL's loss takes the label tokens of a step, whatever the model's own takes
+    _train_in_float32(model)
+    trainer.add_callback(flow_callback(trainer))
+    trainer.add_callback(_run_callback(os.path.join(out, "metrics.jsonl"), run, bar))
     return trainer
 
 # %% ../nbs/36_trainer.ipynb #9c55897c
@@ -499,10 +510,10 @@ def _final_metrics(
     after: float | None,  # held-out loss
 ) -> dict:  # name -> number
     "What a run came to, over all its sessions."
-    before = next((o["eval_loss"] for o in trainer.state.log_history if "eval_loss" in o and o["step"] == 0), None)
-    metrics = {"train_loss": done.training_loss, "eval_loss_before": before, "eval_loss": after, "steps": done.global_step,
-               "train_seconds": round(trainer.took, 3), **asdict(trainer.totals)}
-    return {k: v for k, v in metrics.items() if v is not None and v == v}  # not NaN
+    first = [o["eval_loss"] for o in trainer.state.log_history if "eval_loss" in o and o["step"] == 0]
+    losses = {"train_loss": done.training_loss, "eval_loss_before": first[0] if first else None, "eval_loss": after}
+    counts = {"steps": done.global_step, "train_seconds": round(trainer.run.seconds, 3), **asdict(trainer.run.totals)}
+    return {k: v for k, v in (losses | counts).items() if v is not None and v == v}  # not NaN
 
 # %% ../nbs/36_trainer.ipynb #8e59faf4
 @contextlib.contextmanager
@@ -510,12 +521,14 @@ def _say_how_it_ends(
     trainer,  # from `_make_trainer`
 ):
     "Within this, a run ends with a line: finished, stopped or failed, and why."
+    path = os.path.join(trainer.args.output_dir, "metrics.jsonl")
     def say(state, message=""):
         if not trainer.is_world_process_zero(): return
-        append_metrics(os.path.join(trainer.args.output_dir, "metrics.jsonl"), trainer.state.global_step, {"state": state, "message": message}, trainer.totals)
+        append_metrics(path, trainer.state.global_step, {"state": state, "message": message}, trainer.run.totals)
     try: yield
     except BaseException as e:
-        with contextlib.suppress(OSError): say("stopped" if isinstance(e, (RunStopped, KeyboardInterrupt)) else "failed", one_line(e))
+        ended = "stopped" if isinstance(e, (RunStopped, KeyboardInterrupt)) else "failed"
+        with contextlib.suppress(OSError): say(ended, one_line(e))
         raise
     best_effort("the last line of metrics.jsonl", lambda: say("finished"))
 
@@ -537,11 +550,13 @@ def train_adapter(
     budget, why = _settle_budget(model, train, settings)
     if why and not process_rank(): print(f"rows are trained in padded batches: {why}", flush=True)
     trainer = _make_trainer(model, tokenizer, train, test, settings, budget, wants_bar() if bar is None else bar)
-    checkpoint = begin_or_resume(trainer, run_identity(settings.config | {"tokens_per_pass": settings.tokens_per_pass, "shared_prefix": not why}, model, train, test, identity))
-    trainer.stop, trainer.row_numbers = StopRequest(), row_numbers
+    asked = settings.config | {"tokens_per_pass": settings.tokens_per_pass, "shared_prefix": not why}
+    checkpoint = begin_or_resume(trainer, run_identity(asked, model, train, test, identity))
+    trainer.run.row_numbers = row_numbers
     _quiet(trainer)
-    with contextlib.nullcontext() if why else packing_attention(model), stop_on_signals(trainer.stop), tracker_scope(), _say_how_it_ends(trainer):
+    attention = contextlib.nullcontext() if why else packing_attention(model)
+    with attention, stop_on_signals(trainer.run), tracker_scope(), _say_how_it_ends(trainer):
         done = trainer.train(resume_from_checkpoint=checkpoint)
         after = trainer.evaluate().get("eval_loss") if len(test) else None
-    if trainer.is_world_process_zero(): print(trainer.totals, flush=True)
+    if trainer.is_world_process_zero(): print(trainer.run.totals, flush=True)
     return TrainedRun(model, _final_metrics(trainer, done, after), why)
