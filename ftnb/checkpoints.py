@@ -514,32 +514,45 @@ def _begin_epoch(
         trainer.control.should_training_stop = True
     return not trainer.control.should_training_stop
 
-# %% ../nbs/33_checkpoints.ipynb #e2956016
-def resumable(
-    base,  # transformers' `Trainer` or a class made of it, to train a `PeftModel`
+# %% ../nbs/33_checkpoints.ipynb #5d661475
+def _saving(
+    base,  # transformers' `Trainer` or a class made of it
 ):  # a class of trainers
-    "A trainer whose checkpoints are whole, and whose runs go on from them exactly."
-    class Resumable(base):
-        def __init__(self, *args, run=None, **kwargs):
-            self.run = RunState() if run is None else run
-            super().__init__(*args, **kwargs)
-        def _get_train_sampler(self, *args, **kwargs):
-            sampler = super()._get_train_sampler(*args, **kwargs)
-            if hasattr(sampler, "set_epoch"): return sampler  # has an order of its own
-            self.run.order = seeded_order(sampler, self.args.seed if self.args.data_seed is None else self.args.data_seed)
-            return self.run.order
-        def _run_epoch(self, *args, **kwargs):
-            if _begin_epoch(self, kwargs["epoch"], kwargs["num_update_steps_per_epoch"]): super()._run_epoch(*args, **kwargs)
-        def _get_grad_norm(self, *args, **kwargs): norm = super()._get_grad_norm(*args, **kwargs); check_finite(self, norm); return norm
-        def evaluate(self, *args, **kwargs): return _evaluate_apart(self, lambda: super(Resumable, self).evaluate(*args, **kwargs))
+    "A trainer whose checkpoints are those of this room."
+    class Saving(base):
+        def evaluate(self, *args, **kwargs): return _evaluate_apart(self, lambda: super(Saving, self).evaluate(*args, **kwargs))
         def _save_checkpoint(self, model, trial): _save_or_stop(self)
         def _maybe_log_save_evaluate(self, *args, **kwargs):
             wanted = self.control.should_save
             super()._maybe_log_save_evaluate(*args, **kwargs)
             if wanted and self.run.saved_step != self.state.global_step: _save_or_stop(self)  # `best` may have unset it
         def _load_from_checkpoint(self, folder, model=None): load_trained(self.model, folder)
-        def _load_optimizer_and_scheduler(self, folder): _load_optimizer(self, folder) if folder else None
+        def _load_optimizer_and_scheduler(self, folder):
+            if folder: _load_optimizer(self, folder)
         def _load_best_model(self): _load_best(self)
+    return Saving
+
+# %% ../nbs/33_checkpoints.ipynb #e2956016
+def resumable(
+    base,  # transformers' `Trainer` or a class made of it, to train a `PeftModel`
+):  # a class of trainers
+    "A trainer whose checkpoints are whole, and whose runs go on from them exactly."
+    class Resumable(_saving(base)):
+        def __init__(self, *args, run=None, **kwargs):
+            self.run = RunState() if run is None else run
+            super().__init__(*args, **kwargs)
+        def _get_train_sampler(self, *args, **kwargs):
+            sampler = super()._get_train_sampler(*args, **kwargs)
+            if hasattr(sampler, "set_epoch"): return sampler  # has an order of its own
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            self.run.order = seeded_order(sampler, seed)
+            return self.run.order
+        def _run_epoch(self, *args, **kwargs):
+            if _begin_epoch(self, kwargs["epoch"], kwargs["num_update_steps_per_epoch"]): super()._run_epoch(*args, **kwargs)
+        def _get_grad_norm(self, *args, **kwargs):
+            norm = super()._get_grad_norm(*args, **kwargs)
+            check_finite(self, norm)
+            return norm
     return Resumable
 
 # %% ../nbs/33_checkpoints.ipynb #922f5b82

@@ -4,27 +4,29 @@
 
 # %% auto #0
 __all__ = ['INSIST_SECONDS', 'step_rows', 'weights_finite', 'unsound_base', 'what_helps', 'check_finite', 'RunStopped',
-           'StopRequest', 'stop_on_signals', 'one_line', 'guarded_tracker', 'say_failed', 'best_effort']
+           'stop_on_signals', 'one_line', 'guarded_tracker', 'say_failed', 'best_effort']
 
 # %% ../nbs/31_guards.ipynb #c46c3667
 import contextlib, os, time
-from dataclasses import dataclass
 
+from .metrics import RunState
 from .models import made_in, unsound_weight
 from .weights import read_config
 
 # %% ../nbs/31_guards.ipynb #b4835850
 def step_rows(
-    trainer,  # in training
-    done: bool = False,  # has the step been counted already?
-) -> str:  # the rows of the step in progress, as a person finds them
+    run: RunState,  # in training
+    step: int,  # optimizer steps before the one that is meant
+) -> str:  # the rows of that step, as a person finds them
     "Which rows make the step."
-    if not trainer.order or not trainer.order.rows: return "its rows are not known"
-    size = trainer.get_total_train_batch_size(trainer.args)
-    at = (trainer.state.global_step - done) % trainer.epoch_steps * size
-    numbers = sorted(trainer.row_numbers[i] if trainer.row_numbers else i + 1 for i in trainer.order.rows[at:at + size])
-    shown = ", ".join(map(str, numbers[:64])) + f" and {len(numbers) - 64} more" * (len(numbers) > 64)
-    return f"its rows are {shown} of the {'data set' if trainer.row_numbers else 'training rows'}, counted from 1"
+    if not run.order or not run.order.rows: return "its rows are not known"
+    first = step % run.steps_per_epoch * run.rows_per_step
+    rows = run.order.rows[first:first + run.rows_per_step]
+    numbers = sorted(run.row_numbers[i] if run.row_numbers else i + 1 for i in rows)
+    shown = ", ".join(map(str, numbers[:64]))
+    if len(numbers) > 64: shown += f" and {len(numbers) - 64} more"
+    where = "data set" if run.row_numbers else "training rows"
+    return f"its rows are {shown} of the {where}, counted from 1"
 
 # %% ../nbs/31_guards.ipynb #8f1cfff6
 def weights_finite(
@@ -32,69 +34,87 @@ def weights_finite(
 ) -> bool:
     "Can the trained weights be computed with?"
     import torch
-    own = lambda p: p.to_local() if hasattr(p, "to_local") else p  # this process's part, under FSDP
-    squares = [own(p.detach()).float().square().sum() for p in model.parameters() if p.requires_grad]
-    return not squares or bool(torch.stack([o.to(squares[0].device) for o in squares]).isfinite().all())
+    squares = []
+    for weight in model.parameters():
+        if not weight.requires_grad: continue
+        part = weight.detach()
+        if hasattr(part, "to_local"): part = part.to_local()  # this process's, under FSDP
+        squares.append(part.float().square().sum())
+    if not squares: return True
+    return bool(torch.stack([s.to(squares[0].device) for s in squares]).isfinite().all())
 
 # %% ../nbs/31_guards.ipynb #f51c444f
 def _computes_in_fp16(
-    trainer,  # in training
+    model,  # in training
+    args,  # of the trainer
 ) -> bool:
     "Does a layer, or the autocast around it, compute in fp16?"
     import torch
-    if getattr(trainer.args, "fp16", False): return True
-    formats = {p.dtype for p in trainer.model.parameters()} | {getattr(m, "compute_dtype", None) for m in trainer.model.modules()}
+    if getattr(args, "fp16", False): return True
+    formats = {p.dtype for p in model.parameters()}
+    formats |= {getattr(m, "compute_dtype", None) for m in model.modules()}  # of 4-bit layers
     return torch.float16 in formats
 
 # %% ../nbs/31_guards.ipynb #ceb25c27
 def unsound_base(
-    trainer,  # in training
+    model,  # in training
+    args,  # of the trainer
 ) -> str:  # a sentence, or ""
     "Whether the base model's own weights are why a number isn't finite."
-    name = unsound_weight(trainer.model)
+    name = unsound_weight(model)
     if not name: return ""
     said = f"The base model itself isn't sound: its {name} holds numbers that aren't finite"
-    if _computes_in_fp16(trainer):
+    if _computes_in_fp16(model, args):
         return f"{said} as fp16 has them: set bf16 in place of fp16, and where that doesn't help, download the base again"
     return f"{said}; copy or download it again, or name another"
 
 # %% ../nbs/31_guards.ipynb #970c3dd6
 def what_helps(
-    trainer,  # in training
+    model,  # a `PeftModel` in training
+    args,  # of its trainer
 ) -> str:  # a sentence
     "What a person may do where a number isn't finite."
-    if base_said := unsound_base(trainer): return base_said
-    if not _computes_in_fp16(trainer): return "A lower learning_rate or max_grad_norm may help"
+    if said := unsound_base(model, args): return said
+    lower = "A lower learning_rate or max_grad_norm may help"
+    if not _computes_in_fp16(model, args): return lower
     made = None
     with contextlib.suppress(Exception):  # the base may be gone by now
-        made = made_in(read_config(trainer.model.get_base_model().config._name_or_path))
-    base = "This base was made in bfloat16 and overflows in fp16" if made == "bfloat16" else "Layers compute in fp16, which holds nothing beyond 65,504"
-    return f"{base}: set bf16 in place of fp16, in bnb_4bit_compute_dtype too. Else a lower learning_rate or max_grad_norm may help"
+        made = made_in(read_config(model.get_base_model().config._name_or_path))
+    base = "Layers compute in fp16, which holds nothing beyond 65,504"
+    if made == "bfloat16": base = "This base was made in bfloat16 and overflows in fp16"
+    return f"{base}: set bf16 in place of fp16, in bnb_4bit_compute_dtype too. Else a {lower[2:]}"
+
+# %% ../nbs/31_guards.ipynb #e7c1d9a2
+def _not_finite(
+    loss: float,  # of a step
+    norm: float,  # of its gradient
+) -> str:  # what isn't a number, and what it is
+    "What went wrong in a step whose weights or numbers aren't finite."
+    from math import isfinite
+    if not isfinite(loss): return f"loss is {loss}"
+    if not isfinite(norm): return f"gradient's norm is {norm}"
+    return "weights are beyond what float32 can compute with"
 
 # %% ../nbs/31_guards.ipynb #63babeb5
 def check_finite(
-    trainer,  # with `step_loss`, the sum of the step's losses
+    trainer,  # with a `run`, in training
     norm,  # of the step's gradient, before the weights change
 ):
     "Stop where a loss or a gradient isn't a number: an adapter trained past that point is worthless."
     from math import isfinite
-    loss, norm, scaler = float(trainer.step_loss), float(norm), getattr(trainer.accelerator, "scaler", None)
-    trainer.step_loss = 0.0
-    overflow = scaler is not None and isfinite(loss) and scaler.get_scale() >= 1  # fp16: the scaler leaves the step out and tries a smaller scale
-    sound = weights_finite(trainer.model)
-    if sound and (isfinite(loss) and isfinite(norm) or overflow): return
-    what = f"loss is {loss}" if not isfinite(loss) else f"gradient's norm is {norm}" if not isfinite(norm) else "weights are beyond what float32 can compute with"
-    raise FloatingPointError(f"the {what} at step {trainer.state.global_step + 1}; {step_rows(trainer)}. Nothing of it is saved. {what_helps(trainer)}")
+    run, step = trainer.run, trainer.state.global_step
+    loss, norm = float(run.step_loss), float(norm)
+    run.step_loss = 0.0
+    scaler = getattr(trainer.accelerator, "scaler", None)
+    overflow = scaler is not None and isfinite(loss) and scaler.get_scale() >= 1
+    numbers = isfinite(loss) and isfinite(norm)
+    if (numbers or overflow) and weights_finite(trainer.model): return
+    raise FloatingPointError(f"the {_not_finite(loss, norm)} at step {step + 1}; {step_rows(run, step)}."
+                             f" Nothing of it is saved. {what_helps(trainer.model, trainer.args)}")
 
 # %% ../nbs/31_guards.ipynb #819c5e3a
 class RunStopped(RuntimeError):
     "A run that was asked to stop, and left a checkpoint."
-
-# %% ../nbs/31_guards.ipynb #04a49bfa
-@dataclass
-class StopRequest:
-    "Who asked a run to stop."
-    by: str = ""  # "SIGTERM", "SIGINT" or "the file stop", or "" where nobody did
 
 # %% ../nbs/31_guards.ipynb #11c252d4
 INSIST_SECONDS = 2.0  # after which the same signal, come again, is meant
@@ -102,17 +122,20 @@ INSIST_SECONDS = 2.0  # after which the same signal, come again, is meant
 # %% ../nbs/31_guards.ipynb #058ea7fd
 @contextlib.contextmanager
 def stop_on_signals(
-    stop: StopRequest,  # to be filled
+    run: RunState,  # whose `stop_asked_by` is filled
 ):
     "Note SIGTERM and SIGINT while in the `with` block; in the main thread only, which alone may listen to signals."
     import signal, threading
-    if threading.current_thread() is not threading.main_thread(): yield; return
-    before, first = {n: signal.getsignal(n) or signal.SIG_DFL for n in (signal.SIGTERM, signal.SIGINT)}, {}
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {n: signal.getsignal(n) or signal.SIG_DFL for n in (signal.SIGTERM, signal.SIGINT)}
+    first = {}  # when a signal came first
     def note(number, frame):
         if time.monotonic() - first.setdefault(number, time.monotonic()) > INSIST_SECONDS:
             signal.signal(number, before[number])
             os.kill(os.getpid(), number)
-        stop.by = stop.by or signal.Signals(number).name
+        if not run.stop_asked_by: run.stop_asked_by = signal.Signals(number).name
     for n in before: signal.signal(n, note)
     try: yield
     finally:

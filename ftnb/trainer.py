@@ -73,13 +73,11 @@ def _run_callback(
             if self.bar is not None: self.bar.update(state.global_step - self.bar.n)
         def on_log(self, args, state, control, logs=None, **kwargs):
             if state.is_world_process_zero: _write_line(path, state, logs or {}, run.totals)
-            if self.bar is not None: self.bar.set_postfix({k: f"{v:.4g}" for k, v in logs.items() if k in ("loss", "eval_loss")})
-            elif self.begun: self.tell(state, logs)
-        def tell(self, state, logs):
             last = state.global_step == state.max_steps and "loss" in logs
-            if time.monotonic() - self.told < 10 and not last: return
-            self.told = time.monotonic()
-            print(progress_line(state.global_step, state.max_steps, logs, run.elapsed(), run.totals.rows), flush=True)
+            if self.bar is not None: self.bar.set_postfix({k: f"{v:.4g}" for k, v in logs.items() if k in ("loss", "eval_loss")})
+            elif self.begun and (last or time.monotonic() - self.told >= 10):
+                self.told = time.monotonic()
+                print(progress_line(state.global_step, state.max_steps, logs, run.elapsed(), run.totals.rows), flush=True)
         def on_train_end(self, args, state, control, **kwargs):
             if self.bar is not None: self.bar.close()
     return RunCallback()
@@ -459,6 +457,7 @@ def _make_trainer(
                                processing_class=tokenizer, callbacks=tracker_callbacks(settings.config.get("report_to")), run=run)
     trainer.model_accepts_loss_kwargs = True  # TRL's loss takes the label tokens of a step, whatever the model's own takes
     _train_in_float32(model)
+    _quiet(trainer)
     trainer.add_callback(flow_callback(trainer))
     trainer.add_callback(_run_callback(os.path.join(out, "metrics.jsonl"), run, bar))
     return trainer
@@ -497,11 +496,15 @@ def _settle_budget(
     settings: TrainingSettings,  # from `settle_training`
 ) -> tuple:  # (computed tokens of a flat pass, 0 for padded batches; why padded, or "")
     "Whether rows share their prefix, and how many tokens go into a pass."
-    if why := from_first(lambda: sharing_obstacle(model, train, settings)): return 0, why
+    if why := from_first(lambda: sharing_obstacle(model, train, settings)):
+        if not process_rank(): print(f"rows are trained in padded batches: {why}", flush=True)
+        return 0, why
     if settings.tokens_per_pass: return settings.tokens_per_pass, ""
     device = model.get_input_embeddings().weight.device
-    prefix = common_prefix([r["input_ids"] for r in train.select(range(min(len(train), settings.rows_per_step)))])
-    return tokens_per_pass(model, prefix, free_memory("cpu" if device.type == "cpu" else str(device)), settings.config["gradient_checkpointing"]), ""
+    free = free_memory("cpu" if device.type == "cpu" else str(device))
+    step = train.select(range(min(len(train), settings.rows_per_step)))
+    prefix = common_prefix([row["input_ids"] for row in step])
+    return tokens_per_pass(model, prefix, free, settings.config["gradient_checkpointing"]), ""
 
 # %% ../nbs/36_trainer.ipynb #54db0334
 def _final_metrics(
@@ -548,12 +551,10 @@ def train_adapter(
     if not len(train): raise ValueError("there is no row to train on")
     torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
     budget, why = _settle_budget(model, train, settings)
-    if why and not process_rank(): print(f"rows are trained in padded batches: {why}", flush=True)
     trainer = _make_trainer(model, tokenizer, train, test, settings, budget, wants_bar() if bar is None else bar)
+    trainer.run.row_numbers = row_numbers
     asked = settings.config | {"tokens_per_pass": settings.tokens_per_pass, "shared_prefix": not why}
     checkpoint = begin_or_resume(trainer, run_identity(asked, model, train, test, identity))
-    trainer.run.row_numbers = row_numbers
-    _quiet(trainer)
     attention = contextlib.nullcontext() if why else packing_attention(model)
     with attention, stop_on_signals(trainer.run), tracker_scope(), _say_how_it_ends(trainer):
         done = trainer.train(resume_from_checkpoint=checkpoint)

@@ -162,7 +162,7 @@ def run_contender(
     body = sum(m.weight.numel() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lora" not in n and "lm_head" not in n)
     parts, folder = (model, tokenizer, rows), tempfile.mkdtemp()
     trainer = _our_trainer(job, *parts, folder) if kind == "ftnb" else _trl_trainer(job, kind == "trl packed", *parts, folder)
-    step, budget = trainer.training_step, getattr(trainer, "budget", 0)
+    step, budget = trainer.training_step, trainer.run.budget if hasattr(trainer, "run") else 0
     def counted(model, inputs, num_items=None):
         counts[:] = map(sum, zip(counts, _count(inputs, budget, bool(budget) and keeps_prefix(model))))
         return step(model, inputs, num_items)
