@@ -120,8 +120,7 @@ def outcome(job, tokenizer, kind, place):
     "Text, ledger and tokens of a data set's rows, or the words of the error."
     from ftnb.prompts import map_dataset_with_prompt_template
     from ftnb.rows import prepare_rows, read_rows
-    record = copy(job.records.dataset)
-    record.type, record.location = kind, str(place)
+    record = replace(job.records.dataset, type=kind, location=str(place))
     job = replace(job, records=replace(job.records, dataset=record))
     try: data, rows = read_rows(record, job.template), prepare_rows(job, tokenizer)
     except ValueError as e: return str(e)

@@ -39,7 +39,7 @@ class Case:
 def killed(name, function, steps, after=False, n=1, path="", earlier=False): return Case(name, (At(function, after, n, path),), steps, earlier)
 
 CASES = [
-    killed("looking up the records", "ftnb.preflight._look_up", ALL),
+    killed("looking up the records", "ftnb.studio.find_records", ALL),
     killed("reading the rows", "ftnb.preflight.read_rows", ALL, after=True),
     killed("formatting", "ftnb.prompts.map_dataset_with_prompt_template", ALL, after=True),
     killed("tokenizing", "ftnb.tokens.tokenize_rows", ALL),
@@ -83,11 +83,11 @@ CASES = [
     killed("before the insert", "ftnb.studio.register_adapter", ()),
     killed("trying to register", "ftnb.studio._put_adapter", ALL, after=True),
     killed("the insert, before its commit", "ftnb.studio._put_adapter", (), after=True, n=2),
-    killed("after the insert", "ftnb.studio._write", (), after=True, n=2),
+    killed("after the insert", "ftnb.studio.write_studio", (), after=True, n=2),
     Case("steps 3 and 5", (At("ftnb.checkpoints.check_finite", n=3), At("ftnb.checkpoints.check_finite", n=3)), ALL[4:]),
     Case("twice before the same rename", (At("os.rename", path="/checkpoint-4"),)*2, ALL[2:]),
     Case("a checkpoint's write, the adapter's rename, and after the insert", (At("ftnb.checkpoints._write_share", n=2), At("os.rename", path="/adapters/"),
-                                                                           At("ftnb.studio._write", after=True, n=2)), ()),
+                                                                           At("ftnb.studio.write_studio", after=True, n=2)), ()),
 ]
 
 # A run is a process of its own, forked from one that has imported everything, with a call in it that is its last

@@ -411,14 +411,14 @@ def _put_row(
     "Write a job's row, unless it was sent already."
     import sqlalchemy as sa
     def put(con):
-        known = studio._columns(con, "fine_tuning_jobs")
+        known = studio.known_columns(con, "fine_tuning_jobs")
         if not {"id", "cml_job_id"} <= set(known): raise ValueError(f"{studio.studio_place(engine)} has no table fine_tuning_jobs with id and cml_job_id: {consts.STUDIO_DB} must name the Studio's database")
         jobs = sa.table("fine_tuning_jobs", *map(sa.column, known))
         there = con.execute(sa.select(jobs).where(jobs.c.id == id)).mappings().first()
         if there and there["cml_job_id"]: raise ValueError(f"job {id} was sent already, as Cloudera ML job {there['cml_job_id']}: run that one again from its page, or give a new --experimentid")
-        studio._upsert(con, "fine_tuning_jobs", id, **row)
+        studio.upsert(con, "fine_tuning_jobs", id, **row)
         return dict(there) if there else None
-    try: return studio._write(engine, put, 60)
+    try: return studio.write_studio(engine, put, 60)
     except sa.exc.DBAPIError as e: why = f"fine_tuning_jobs {id}: the row can't be written to {studio.studio_place(engine)}: {e.orig}"
     raise ValueError(why)
 
@@ -433,8 +433,8 @@ def _take_back_row(
     jobs = sa.table("fine_tuning_jobs", sa.column("id"))
     def undo(con):
         if before is None: con.execute(sa.delete(jobs).where(jobs.c.id == id))
-        else: studio._upsert(con, "fine_tuning_jobs", id, **{k: v for k, v in before.items() if k != "id"})
-    try: studio._write(engine, undo, 60)
+        else: studio.upsert(con, "fine_tuning_jobs", id, **{k: v for k, v in before.items() if k != "id"})
+    try: studio.write_studio(engine, undo, 60)
     except sa.exc.DBAPIError as e: return f"fine_tuning_jobs {id}: the row couldn't be taken back ({e.orig}); delete it"
     return ""
 

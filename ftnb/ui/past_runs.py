@@ -76,7 +76,7 @@ def _registered(
 ) -> str:  # yes, no, or ? where that can't be known
     "Whether a job's adapter has its row."
     if engine is None: return "?"
-    try: return "yes" if studio.fetch(engine, "adapters", studio._adapter_id(experimentid)) else "no"
+    try: return "yes" if studio.fetch(engine, "adapters", studio.adapter_id(experimentid)) else "no"
     except Exception: return "?"  # a database that is busy or out of reach
 
 # %% ../../nbs/ui/3_past_runs.ipynb #4fd0316f
