@@ -47,7 +47,7 @@ CASES = [
     Case("the tokenizer beside the adapter", "ftnb.adapters.save_tokenizer", "the tokenizer beside the adapter: failed"),
     Case("logits to prove by", "ftnb.adapters.probe_logits", "not proven"),
     Case("the base can't be loaded again", "ftnb.models.load_base_model", "the adapter's proof: failed", steps=2),
-    Case("registering", "ftnb.studio.register_adapter", "This registers it", ends="RuntimeError: on purpose"),
+    Case("registering", "ftnb.registry.register_adapter", "This registers it", ends="RuntimeError: on purpose"),
     Case("a wrong proof", "ftnb.adapters.NotProven", "what was trained is kept in", ends="RuntimeError: on purpose", published=False),
     Case("publishing", "ftnb.adapters.publish_folder", "what was trained is kept in", ends="RuntimeError: on purpose", published=False),
 ]

@@ -260,7 +260,8 @@ def token():
 
 REGISTER = """
 import sys
-from ftnb.studio import open_studio, register_adapter
+from ftnb.registry import register_adapter
+from ftnb.studio import open_studio
 engine = open_studio(sys.argv[1]); job = sys.argv[2]
 print(flush=True); sys.stdin.readline()
 try: print(register_adapter(engine, name=sys.argv[3], model_id="m", prompt_id="p", location="out/" + job, experimentid=job, wait=float(sys.argv[4])))

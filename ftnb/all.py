@@ -34,6 +34,7 @@ from .preflight import *
 
 # %% ../nbs/99_all.ipynb #37f07103
 from .problems import *
+from .registry import *
 from .estimate import *
 from .questions import *
 from .generation import *

@@ -28,6 +28,7 @@ import ftnb.progress as progress
 import ftnb.estimate as estimate
 import ftnb.ranks as ranks
 import ftnb.runrecord as runrecord
+import ftnb.registry as registry
 import ftnb.report as run_report
 import ftnb.settings as settings
 import ftnb.storage as storage
@@ -146,8 +147,8 @@ def _register(
     "Register the adapter; where that fails, say how to do it later."
     import shlex
     args, place = job.args, studio.studio_place(job.engine)
-    try: id = studio.register_adapter(job.engine, name=args.adapter_name, model_id=args.base_model_id, prompt_id=args.prompt_id,
-                                      location=args.out_dir, experimentid=args.experimentid, job=studio.job_columns(args), wait=wait)
+    try: id = registry.register_adapter(job.engine, name=args.adapter_name, model_id=args.base_model_id, prompt_id=args.prompt_id,
+                                      location=args.out_dir, experimentid=args.experimentid, job=registry.job_columns(args), wait=wait)
     except Exception as e:
         command = shlex.join(["ftnb_register", os.path.abspath(args.out_dir), *([] if "://" in place else ["--db", place])])
         raise RuntimeError(f"{e}\nThe adapter stays, whole, in {args.out_dir}. This registers it (--name NAME gives it another name):\n{command}") from (
@@ -278,7 +279,7 @@ def register_saved(
     problems.raise_problems([f"{table} {id}: there is no such row" for table, id in rows.items() if studio.fetch(engine, table, id) is None],
                           f"The job's records aren't in {studio.studio_place(engine)}")
     same = os.path.realpath(out_dir) == os.path.realpath(args.out_dir)  # or it was moved
-    return studio.register_adapter(engine, name=args.adapter_name, model_id=args.base_model_id, prompt_id=args.prompt_id, wait=wait, job=studio.job_columns(args),
+    return registry.register_adapter(engine, name=args.adapter_name, model_id=args.base_model_id, prompt_id=args.prompt_id, wait=wait, job=registry.job_columns(args),
                                    location=args.out_dir if same else os.path.abspath(out_dir), experimentid=args.experimentid)
 
 # %% ../nbs/50_finetune.ipynb #963ac792

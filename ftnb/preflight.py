@@ -25,6 +25,7 @@ import ftnb.progress as progress
 import ftnb.prompts as prompts
 import ftnb.quantisation as quantisation
 import ftnb.ranks as ranks
+import ftnb.registry as registry
 import ftnb.studio as studio
 import ftnb.tokenizer_files as tokenizer_files
 import ftnb.tokenizer_trial as tokenizer_trial
@@ -33,11 +34,10 @@ import ftnb.trainer as trainer
 from .tokenizer import asked_otherwise, end_note, prompt_notes
 
 # %% ../nbs/46_preflight.ipynb #1bc27f97
-from .fingerprint import base_fingerprint
 from .places import place_problems
 from .rows import describe_ledger, prepare_rows, read_rows, some_texts
 from .fields import in_argument
-from .runrecord import Job
+from .runrecord import Job, base_fingerprint
 from .settings import current_names, held_out_problems, kernel_notes, model_problems, settle_training, training_problems
 from .storage import disk_problems, folder_problem, in_units, nearest_folder
 from .problems import Problem, printable, problems_of, raise_problems
@@ -179,32 +179,18 @@ def _repr_html_(self: Preflight):
             for f in self.findings]
     return f"<table><caption>{escape(str(self).splitlines()[0])}</caption>{''.join(rows)}</table>"
 
-# %% ../nbs/46_preflight.ipynb #8d4e5473
-def _look_up(
-    engine,  # of the Studio database
-    args: jobargs.JobArgs,  # of the job
-) -> tuple:  # (name -> record or blob, as many as are good; sentences about the rest)
-    "Everything that the arguments name."
-    found, problems = studio._find_records(engine, args)
-    names = {"models": "model", "datasets": "dataset", "prompts": "prompt", "fine_tuning_jobs": "job"}
-    good = {names[t]: r for t, r in found.items() if r is not None and not any(p.startswith(f"{t} {r.id}:") for p in problems)}
-    sources = {}
-    for name, (key, kind, default) in studio._BLOBS.items():
-        try: good[name], sources[name] = studio._find_blob(engine, key, getattr(args, key), kind, default)
-        except ValueError as e: problems.append(str(e))
-    return good | {"sources": sources}, problems
-
 # %% ../nbs/46_preflight.ipynb #c8e9a16b
 def _check_records(p: Preflight):
     "The database and its rows."
     p.known["token"] = p.args.hf_token.reveal() if p.args.hf_token else None
     engine = p.attempt("database", lambda: studio.open_studio(studio.studio_url(os.environ if p.env is None else p.env)))
-    found, problems = (engine is not None and p.attempt("database", _look_up, engine, p.args)) or ({}, [])
-    p.known |= found
-    if found: p.known["engine"] = engine
+    found = engine is not None and p.attempt("database", studio.find_records, engine, p.args)
+    if not found: return
+    records, problems = found
+    p.known |= {k: v for k, v in vars(records).items() if v is not None} | {"engine": engine}
     p.add("error", "records", *problems)
-    if problems or not found: return
-    records = p.known["records"] = studio.Records(**{"job": None} | found)
+    if problems: return
+    p.known["records"] = records
     p.add("ok", "records", ", ".join(f"{what} {r.name or r.id}" for what, r in (("model", records.model), ("data set", records.dataset), ("prompt", records.prompt)))
           + "; settings: " + ", ".join(f"{k} from {v.split('/')[0]}" for k, v in records.sources.items()))
 
@@ -293,9 +279,9 @@ def _check_folders(p: Preflight):
 def _check_adapter(p: Preflight):
     "Whether the adapter can be registered."
     if not p.args.auto_add_adapter or "engine" not in p.known: return
-    taken = p.attempt("adapter", studio.adapter_name_taken, p.known["engine"], p.args.adapter_name, p.args.experimentid)
+    taken = p.attempt("adapter", registry.adapter_name_taken, p.known["engine"], p.args.adapter_name, p.args.experimentid)
     if taken: return p.add("error", "adapter", f"--adapter_name {p.args.adapter_name}: another adapter has this name; choose one that is free")
-    problems, notes = p.attempt("adapter", studio.registration_problems, p.known["engine"], p.args) or ([], [])
+    problems, notes = p.attempt("adapter", registry.registration_problems, p.known["engine"], p.args) or ([], [])
     p.add("error", "adapter", *problems)
     p.add("warning", "adapter", *notes)
     if taken is False and not problems: p.add("ok", "adapter", f"the name {p.args.adapter_name} is free")

@@ -12,11 +12,13 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
+import ftnb.consts as consts
 import ftnb.curves as curves
 import ftnb.jobargs as jobargs
 import ftnb.plots as plots
 import ftnb.progress as progress
 import ftnb.ui.monitoring as monitor
+import ftnb.registry as registry
 import ftnb.studio as studio
 from ..report import _cell, _comparison_rows, _part, _table, differing, run_settings
 
@@ -76,7 +78,7 @@ def _registered(
 ) -> str:  # yes, no, or ? where that can't be known
     "Whether a job's adapter has its row."
     if engine is None: return "?"
-    try: return "yes" if studio.fetch(engine, "adapters", studio.adapter_id(experimentid)) else "no"
+    try: return "yes" if studio.fetch(engine, "adapters", registry.adapter_id(experimentid)) else "no"
     except Exception: return "?"  # a database that is busy or out of reach
 
 # %% ../../nbs/ui/3_past_runs.ipynb #4fd0316f
