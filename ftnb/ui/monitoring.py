@@ -25,23 +25,34 @@ def sparkline(
 ) -> str:  # a character for each, or for as many as share one
     "A curve as text."
     if not values: return ""
-    parts = [values[i * len(values) // width:(i + 1) * len(values) // width] for i in range(width)] if len(values) > width else [[v] for v in values]
-    means = [sum(p) / len(p) for p in parts]
+    n = min(len(values), width)
+    parts = [values[i * len(values) // n:(i + 1) * len(values) // n] for i in range(n)]
+    means = [sum(part) / len(part) for part in parts]
     low, reach = min(means), max(means) - min(means) or 1
-    return "".join("▁▂▃▄▅▆▇█"[int((m - low) / reach * 7.999)] for m in means)
+    return "".join("▁▂▃▄▅▆▇█"[int((mean - low) / reach * 7.999)] for mean in means)
+
+# %% ../../nbs/ui/2_monitoring.ipynb #7e2c9a40
+def _speed(
+    metrics: curves.RunMetrics,  # from `read_metrics`
+    name: str,  # of a curve
+) -> str:  # "" where it was never logged
+    "How fast a run has been lately."
+    last = [value for _, value in metrics.curve(name).means()[-20:]]
+    if not last: return ""
+    mean = sum(last) / len(last)
+    return curves.short_number(float(f"{mean:.3g}"))
 
 # %% ../../nbs/ui/2_monitoring.ipynb #eb834350
 def _numbers(
     metrics: curves.RunMetrics,  # from `read_metrics`
 ) -> str:  # a line
     "The last numbers of a run, in words."
-    last = lambda name: c.spans[-1].total / c.spans[-1].count if (c := metrics.curve(name)).spans else None
     words = curves.loss_ends(metrics)
     for name, unit in (("rows_per_second", "rows/s"), ("tokens_given_per_second", "tokens/s")):
-        points = metrics.curve(name).means()[-20:]
-        if points: words.append(f"{curves.short_number(float(f'{sum(v for _, v in points) / len(points):.3g}'))} {unit}")
-    if (rate := last("learning_rate")) is not None: words.append(f"learning rate {curves.short_number(rate)}")
-    if (memory := last("memory")) is not None: words.append(storage.in_units(memory))
+        if speed := _speed(metrics, name): words.append(f"{speed} {unit}")
+    rate, memory = metrics.curve("learning_rate").means(), metrics.curve("memory").means()
+    if rate: words.append(f"learning rate {curves.short_number(rate[-1][1])}")
+    if memory: words.append(storage.in_units(memory[-1][1]))
     return " · ".join(words)
 
 # %% ../../nbs/ui/2_monitoring.ipynb #7f926ada
@@ -53,10 +64,12 @@ def _page_head(
 ) -> str:  # HTML
     "Name, progress bar and numbers."
     from html import escape
-    most, colour = metrics.last.get("max_steps"), _STATES[curves.run_state(metrics)]
+    state, most = curves.run_state(metrics), metrics.last.get("max_steps")
+    look = f"background:{_STATES[state]};color:#fff;border-radius:4px;padding:1px 8px"
+    where = "for the first line of metrics" if state == "waiting" else f"· {curves.run_progress(metrics)}"
     bar = f'<progress value="{metrics.step}" max="{most}" style="width:100%" aria-label="steps done"></progress>' if most else ""
-    return (f'<div style="max-width:900px"><span style="background:{colour};color:#fff;border-radius:4px;padding:1px 8px">{curves.run_state(metrics)}</span> '
-            f"<b>{escape(curves.run_name(metrics.path))}</b> {escape(curves.run_headline(metrics).removeprefix(curves.run_state(metrics)))}<br>{bar}<br>{escape(_numbers(metrics))}</div>")
+    return (f'<div style="max-width:900px"><span style="{look}">{state}</span> <b>{escape(curves.run_name(metrics.path))}</b> '
+            f"{escape(where)}<br>{bar}<br>{escape(_numbers(metrics))}</div>")
 
 # %% ../../nbs/ui/2_monitoring.ipynb #370a2d61
 def _page_notes(
@@ -65,7 +78,7 @@ def _page_notes(
 ) -> str:  # HTML
     "The last notes."
     from html import escape
-    return "".join(f"<div><small>{escape(o)}</small></div>" for o in run_notes(metrics)[-n:])
+    return "".join(f"<div><small>{escape(note)}</small></div>" for note in run_notes(metrics)[-n:])
 
 # %% ../../nbs/ui/2_monitoring.ipynb #5a0f3c3c
 class Monitor:
@@ -75,25 +88,31 @@ class Monitor:
         path: "str | Path",  # train_out_dir of a run, or its metrics.jsonl
         every: float = 2.0,  # seconds between two looks
     ):
-        self.metrics, self.every, self.box, self.drawn = curves.read_metrics(path), every, None, None
+        self.metrics, self.every = curves.read_metrics(path), every
+        self.box = None  # the widgets, once they are shown
+        self.drawn = None  # the state in which the picture was drawn
         self.still = stills.Still(self.still_html)
         self.closed, self.lock = threading.Event(), threading.Lock()
 
     def __repr__(self):
         self.look()
-        curve = sparkline([v for _, v in self.metrics.curve("loss").means()])
-        parts = [f"{curves.run_name(self.metrics.path)}: {curves.run_headline(self.metrics)}", _numbers(self.metrics), curve, *run_notes(self.metrics)[-6:]]
-        return "\n".join(p for p in parts if p)
+        title = f"{curves.run_name(self.metrics.path)}: {curves.run_headline(self.metrics)}"
+        curve = sparkline([value for _, value in self.metrics.curve("loss").means()])
+        lines = [title, _numbers(self.metrics), curve, *run_notes(self.metrics)[-6:]]
+        return "\n".join(line for line in lines if line)
 
     def _repr_html_(self):
         self.look()
         return self.still_html()
 
-    def still_html(self) -> str:
-        "Head, picture and notes, as they were last read."
-        from base64 import b64encode
-        image = b64encode(plots.figure_png(plots.plot_run(self.metrics), 80)).decode()
-        return f'{_page_head(self.metrics)}<img alt="curves of the run" style="max-width:100%" src="data:image/png;base64,{image}">{_page_notes(self.metrics)}'
+# %% ../../nbs/ui/2_monitoring.ipynb #4b8d0f26
+@patch
+def still_html(self: Monitor) -> str:
+    "Head, picture and notes, as they were last read."
+    from base64 import b64encode
+    image = b64encode(plots.figure_png(plots.plot_run(self.metrics), 80)).decode()
+    picture = f'<img alt="curves of the run" style="max-width:100%" src="data:image/png;base64,{image}">'
+    return f"{_page_head(self.metrics)}{picture}{_page_notes(self.metrics)}"
 
 # %% ../../nbs/ui/2_monitoring.ipynb #5ac79c1b
 @patch
@@ -101,13 +120,14 @@ def look(
     self: Monitor,
 ) -> bool:  # was there anything new?
     "Read on, and bring the widgets up to date."
-    with self.lock:  # the reader and the thread may look at the same time
+    with self.lock:
         new, state = self.metrics.look(), curves.run_state(self.metrics)
         if self.box is None: return new
         head, image, notes = self.box.children[:3]
         head.value, notes.value = _page_head(self.metrics), _page_notes(self.metrics)
-        if new or self.drawn != state: image.value = plots.figure_png(plots.plot_run(self.metrics), 110)
-        changed, self.drawn = self.drawn != state, state
+        changed = self.drawn != state
+        if new or changed: image.value = plots.figure_png(plots.plot_run(self.metrics), 110)
+        self.drawn = state
     self.still.renew(now=changed)
     return new
 
@@ -117,7 +137,8 @@ def over(
     self: Monitor,
 ) -> bool:  # True where another look would be of no use
     "Whether the run has ended, and its last evaluation is in."
-    return curves.run_state(self.metrics) in ("finished", "stopped", "failed") and curves.quiet_seconds(self.metrics) > curves.run_patience(self.metrics)
+    ended = curves.run_state(self.metrics) in ("finished", "stopped", "failed")
+    return ended and curves.quiet_seconds(self.metrics) > curves.run_patience(self.metrics)
 
 # %% ../../nbs/ui/2_monitoring.ipynb #f3461e7d
 def _watch(
@@ -128,7 +149,9 @@ def _watch(
     while not monitor.closed.wait(pause) and not monitor.over():
         start = time.thread_time()
         try: monitor.look()
-        except Exception as e: monitor.metrics.messages.append((monitor.metrics.step, f"the picture couldn't be drawn: {type(e).__name__}: {e}"))
+        except Exception as e:
+            note = f"the picture couldn't be drawn: {type(e).__name__}: {e}"
+            monitor.metrics.messages.append((monitor.metrics.step, note))
         pause = max(monitor.every, 10 * (time.thread_time() - start))
     monitor.close()
 
@@ -137,8 +160,22 @@ def _watch(
 def close(self: Monitor):
     "End the looks; the last picture stays."
     self.closed.set()
-    if self.box is not None: self.box.children[3].description, self.box.children[3].disabled = "Not watching any more", True
+    if self.box is not None:
+        button = self.box.children[3]
+        button.description, button.disabled = "Not watching any more", True
     self.still.renew(now=True)
+
+# %% ../../nbs/ui/2_monitoring.ipynb #2d7f8c05
+def _start_watching(
+    monitor: Monitor,  # with its widgets
+):
+    "Start the thread of a monitor; others of the same run are closed."
+    name = f"monitor of {monitor.metrics.path.absolute()}"
+    for other in threading.enumerate():
+        if other.name == name: other.monitor.close()
+    thread = threading.Thread(target=_watch, args=(monitor,), name=name, daemon=True)
+    thread.monitor = monitor
+    thread.start()
 
 # %% ../../nbs/ui/2_monitoring.ipynb #b44855ea
 @patch
@@ -153,12 +190,7 @@ def show(
     close.on_click(lambda _: self.close())
     self.box = w.VBox([w.HTML(layout=wide), w.Image(format="png", layout=wide), w.HTML(layout=wide), close])
     self.look()
-    name = f"monitor of {self.metrics.path.absolute()}"
-    for other in threading.enumerate():
-        if other.name == name: other.monitor.close()
-    thread = threading.Thread(target=_watch, args=(self,), name=name, daemon=True)
-    thread.monitor = self
-    thread.start()
+    _start_watching(self)
     return self.box
 
 # %% ../../nbs/ui/2_monitoring.ipynb #40306b53

@@ -23,7 +23,9 @@ class Still:
         self,
         make: "Callable",  # gives its HTML, as things are now
         every: float = 20.0,  # seconds between two renewals
-    ): self.make, self.every, self.handle, self.last = make, every, None, 0.0
+    ):
+        self.make, self.every = make, every
+        self.handle, self.last = None, 0.0  # of its output; when that was last renewed
 
     def _html(self):
         from IPython.display import HTML
@@ -45,6 +47,7 @@ def renew(
     now: bool = False,  # even if the last time is not long ago
 ):
     "Bring a still that is shown up to date."
-    if self.handle is None or not now and time.monotonic() - self.last < self.every: return
+    if self.handle is None: return
+    if not now and time.monotonic() - self.last < self.every: return
     self.last = time.monotonic()
     self.handle.update(self._html())
