@@ -10,7 +10,7 @@ __all__ = ['Secret', 'JobArgs', 'secret_forms', 'without_secrets', 'read_argumen
 import json, os, re
 from dataclasses import MISSING, dataclass, field, fields
 from .consts import (HF_TOKEN, TRAINING_DEFAULT_DATASET_FRACTION, TRAINING_DEFAULT_TRAIN_TEST_SPLIT)
-from .problems import nearest, raise_problems
+from .problems import Problem, nearest, raise_problems
 
 # %% ../nbs/05_jobargs.ipynb #b4ff077f
 class Secret:
@@ -123,14 +123,14 @@ class JobArgs(_JobTarget):
 # %% ../nbs/05_jobargs.ipynb #1ba5aec5
 def _argument_problems(
     values: dict,  # argument -> value; None or absent: not given
-) -> list:  # sentences
+) -> list:  # of `Problem`, each of an argument
     "All that is wrong with the arguments."
     found = []
     for f in fields(JobArgs):
         value, help = values.get(f.name), f.metadata["help"]
-        missing = f"--{f.name} is missing: {help}"
+        missing = Problem(f.name, f"--{f.name} is missing: {help}")
         if value is not None:
-            if problem := _value_problem(f.metadata["kind"], value): found.append(f"--{f.name} {problem}")
+            if problem := _value_problem(f.metadata["kind"], value): found.append(Problem(f.name, f"--{f.name} {problem}"))
         elif f.default is not None: found.append(missing)
         elif f.name == "prompt_id" and values.get("finetuning_framework_type") != "axolotl": found.append(missing)
         elif f.name == "adapter_name" and values.get("auto_add_adapter") is True: found.append(missing)
@@ -174,6 +174,14 @@ def _hide(
     problem = re.sub(r"hf_[A-Za-z0-9]{12,}", "***", without_secrets(problem, *secrets))
     return problem if len(problem) <= 400 else f"{problem[:200]} ... {problem[-195:]}"
 
+# %% ../nbs/05_jobargs.ipynb #7070257a
+def _without(
+    problems: list,  # of `Problem`
+    *secrets: str,  # values that they may not hold
+) -> list:  # of `Problem`
+    "Take tokens out of problems."
+    return [Problem(p.where, _hide(str(p), *secrets)) for p in problems]
+
 # %% ../nbs/05_jobargs.ipynb #8004c493
 def _settle_args(
     args: JobArgs,  # being made
@@ -184,7 +192,7 @@ def _settle_args(
     put("hf_token", Secret(token) if isinstance(token, str) else token)
     problems = _argument_problems(vars(args))
     secret = args.hf_token.reveal() if isinstance(args.hf_token, Secret) else ""
-    raise_problems([_hide(p, secret) for p in problems], "The job's arguments are wrong")
+    raise_problems(_without(problems, secret), "The job's arguments are wrong")
     for f in fields(args):
         text = getattr(args, f.name)
         if f.metadata["kind"] == "config" and text: put(f.name, re.sub(r'("(?:[^"\\]|\\.)*")|\s+', r"\1", text))
@@ -244,18 +252,18 @@ def _read_value(
 # %% ../nbs/05_jobargs.ipynb #f12ff832
 def _read_keys(
     text: str,  # of `JOB_ARGUMENTS`
-) -> tuple:  # (argument -> value, sentences about what is wrong)
+) -> tuple:  # (argument -> value, list of `Problem`)
     "Read the keys and their values, as far as they go."
     kinds = {f.name: f.metadata["kind"] for f in fields(JobArgs)}
     before, found = _split_keys(text)
-    problems = [f"{before!r} stands before the first key: begin with a key, such as --base_model_id"] if before else []
+    problems = [Problem("", f"{before!r} stands before the first key: begin with a key, such as --base_model_id")] if before else []
     values = {}
     for name, sign, value in found:
         key = _ALIASES.get(name, name)
         if sign not in ("", "=") or key not in kinds:
             shown = name + sign.replace("=", "")
-            problems.append(f"--{shown} is no key{nearest(shown, [*kinds, *_ALIASES], cutoff=0)}")
-        elif key in values: problems.append(f"--{key} is given twice{'' if name == key else f', here as --{name}'}: leave one out")
+            problems.append(Problem(name, f"--{shown} is no key{nearest(shown, [*kinds, *_ALIASES], cutoff=0)}"))
+        elif key in values: problems.append(Problem(key, f"--{key} is given twice{'' if name == key else f', here as --{name}'}: leave one out"))
         elif kinds[key] == "flag" and not sign and not value: values[key] = True
         else: values[key] = _read_value(kinds[key], value)
     return values, problems
@@ -280,7 +288,7 @@ def parse_job_arguments(
     defaults = {f.name: f.default for f in fields(JobArgs) if f.default is not MISSING}
     problems += _argument_problems({**defaults, **values})
     secrets = [own, *(v for n, _, v in _split_keys(text)[1] if n == "hf_token")]
-    raise_problems([_hide(p, *secrets) for p in problems], "The job's arguments are wrong")
+    raise_problems(_without(problems, *secrets), "The job's arguments are wrong")
     return JobArgs(**values)
 
 # %% ../nbs/05_jobargs.ipynb #55e23383
