@@ -42,7 +42,7 @@ CASES = [
     Case("a line of metrics.jsonl", "ftnb.trainer.append_metrics", "metrics.jsonl: failed", steps=2),
     Case("the last evaluation", "transformers.Trainer.evaluate", "the last evaluation: failed", steps=2),
     Case("the last checkpoint", "ftnb.checkpoints._write_share", "the checkpoint of the last step, 2: failed", steps=2),
-    Case("the last checkpoint's flush", "ftnb.checkpoints.flush", "the checkpoint of the last step, 2: failed", steps=2),
+    Case("the last checkpoint's flush", "ftnb.manifest.flush", "the checkpoint of the last step, 2: failed", steps=2),
     Case("the best checkpoint", "ftnb.checkpoints.whole_checkpoint", "loading the best checkpoint", training=(("load_best_model_at_end", True), ("save_strategy", "epoch"))),
     Case("the tokenizer beside the adapter", "ftnb.adapters.save_tokenizer", "the tokenizer beside the adapter: failed"),
     Case("logits to prove by", "ftnb.adapters.probe_logits", "not proven"),

@@ -9,7 +9,7 @@ from hashlib import sha256
 from multiprocessing import get_context
 from pathlib import Path
 
-import ftnb.checkpoints, ftnb.demo.project, ftnb.finetune, ftnb.preflight, ftnb.tiny, ftnb.trainer
+import ftnb.checkpoints, ftnb.demo.project, ftnb.finetune, ftnb.manifest, ftnb.preflight, ftnb.tiny, ftnb.trainer
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent/"tests"))
 from forks import import_all, in_fork, time_used
 
@@ -56,9 +56,9 @@ CASES = [
     killed("between two epochs", "ftnb.checkpoints._begin_epoch", ALL[2:], n=2),
     killed("step 4", "ftnb.checkpoints.check_finite", ALL[2:], n=4),
     killed("a checkpoint's write: the weights are there", "peft.PeftModel.save_pretrained", ALL[2:], after=True, path=".checkpoint-4.part"),
-    killed("a checkpoint's write: half of it is flushed", "ftnb.checkpoints.flush", ALL[2:], after=True, path=".checkpoint-4.part/optimizer.pt"),
-    killed("a checkpoint's write: the manifest is empty", "ftnb.checkpoints._manifest_text", ALL[2:], n=3),
-    killed("a checkpoint's write: the manifest is flushed", "ftnb.checkpoints.flush", ALL[2:], after=True, path=".checkpoint-4.part/manifest.json"),
+    killed("a checkpoint's write: half of it is flushed", "ftnb.manifest.flush", ALL[2:], after=True, path=".checkpoint-4.part/optimizer.pt"),
+    killed("a checkpoint's write: the manifest is empty", "ftnb.manifest._manifest_text", ALL[2:], n=3),
+    killed("a checkpoint's write: the manifest is flushed", "ftnb.manifest.flush", ALL[2:], after=True, path=".checkpoint-4.part/manifest.json"),
     killed("before the checkpoint's rename", "os.rename", ALL[2:], path="/checkpoint-4"),
     killed("after the checkpoint's rename", "os.rename", ALL[4:], after=True, path="/checkpoint-4"),
     killed("step 5", "ftnb.checkpoints.check_finite", ALL[4:], n=5),
@@ -283,7 +283,7 @@ def sigterm(place, right):
     (place.folder/"go").write_text("")
     stopped, found = ended(place, pid), []
     if stopped.status != 1 or error not in stopped.printed: found.append(f"it ends with {stopped.status}, and {error!r} is not in\n{stopped.printed}")
-    if why := ftnb.checkpoints.checkpoint_problem(str(folder/"checkpoint-3")): found.append(why)
+    if why := ftnb.manifest.checkpoint_problem(str(folder/"checkpoint-3")): found.append(why)
     return found + problems(place, right, run(place), ALL[3:])
 
 def twice_at_once(place, right):

@@ -33,7 +33,6 @@ import ftnb.report as run_report
 import ftnb.settings as settings
 import ftnb.storage as storage
 import ftnb.studio as studio
-import ftnb.trackers as trackers
 import ftnb.trainer as trainer
 
 # %% ../nbs/50_finetune.ipynb #5b20dd70
@@ -245,7 +244,7 @@ def finetune(
 ) -> dict:  # the content of run.json; empty on any process but the first
     "Run a job: the adapter is in `out_dir`, whole and proven, and registered where that is asked for."
     if ranks.process_rank(): return _follow(args)
-    with ranks.leading() as tell, trackers.tracker_scope(args.experimentid):
+    with ranks.leading() as tell, guards.tracker_scope(args.experimentid):
         times, check = {"started": time.time(), "began": time.monotonic()}, preflight.check_job(args, env)
         print(check, flush=True)
         check.raise_errors()

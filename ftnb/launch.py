@@ -12,7 +12,7 @@ __all__ = ['STOP_SECONDS', 'NODE_RANK', 'MASTER_IP', 'MASTER_PORT', 'JOIN_SECOND
 import contextlib, json, os, sys, time
 from dataclasses import asdict, dataclass, field, replace
 
-import ftnb.checkpoints as checkpoints
+import ftnb.guards as guards
 import ftnb.consts as consts
 import ftnb.jobargs as jobargs
 import ftnb.package as package
@@ -116,7 +116,7 @@ def raise_failure(
     if not failures: return
     root = root_failure(failures)
     kind, _, said = root.error.partition(": ")
-    if kind == "RunStopped": raise checkpoints.RunStopped(said)
+    if kind == "RunStopped": raise guards.RunStopped(said)
     raise RuntimeError(f"rank {root.rank}{f' on node {root.node}' * (root.node != node)} failed, which ended the run: {root.error}"
                        + f"\n{root.trace}" * (root.node != node and bool(root.trace)))
 
@@ -151,7 +151,7 @@ def _listening(
     import signal, threading
     if threading.current_thread() is not threading.main_thread(): yield; return
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)}  # those that torch's launcher takes, and keeps
-    def stop(number, frame): raise checkpoints.RunStopped(said)
+    def stop(number, frame): raise guards.RunStopped(said)
     signal.signal(signal.SIGTERM, stop)
     try: yield
     finally:
@@ -425,7 +425,7 @@ def started_workers(
         for node in range(1, at.nodes): workers[node] = start_worker(api, args, at, node)
         yield workers
         patience = 60.0
-    except checkpoints.RunStopped: patience = 60.0; raise  # they end by themselves
+    except guards.RunStopped: patience = 60.0; raise  # they end by themselves
     finally:
         if workers: end_workers(api, workers, patience)
 

@@ -10,9 +10,10 @@ __all__ = ['SMALL', 'BLOCK', 'MOST', 'Job', 'SavedAdapter', 'sampled_hash', 'bas
 import json, os
 from dataclasses import dataclass, field
 
-import ftnb.checkpoints as checkpoints
+import ftnb.manifest as manifest
 import ftnb.jobargs as jobargs
 import ftnb.models as models
+import ftnb.package as package
 import ftnb.prompts as prompts
 import ftnb.ranks as ranks
 import ftnb.studio as studio
@@ -132,7 +133,7 @@ def library_versions() -> dict:  # name -> version
     "Versions of what a run stands on, also where `ftnb` itself is used without being installed."
     import platform
     names = ("ftnb", "torch", "transformers", "peft", "trl", "datasets", "tokenizers", "bitsandbytes", "accelerate")
-    return {"python": platform.python_version()} | {n: checkpoints.library_version(n) for n in names}
+    return {"python": platform.python_version()} | {n: package.library_version(n) for n in names}
 
 # %% ../nbs/38_runrecord.ipynb #15b7d9a4
 def _used(
@@ -185,10 +186,10 @@ def check_checkpoints(
 ):
     "Raise where `train_out_dir` holds checkpoints of another run."
     place, now = job.args.train_out_dir, json.loads(json.dumps(job_identity(job, rows), default=str))
-    for _, folder in checkpoints.checkpoint_folders(place):
-        try: then = checkpoints.read_manifest(folder)["identity"]
+    for _, folder in manifest.checkpoint_folders(place):
+        try: then = manifest.read_manifest(folder)["identity"]
         except (OSError, ValueError): continue  # the trainer sets it aside
-        raise_problems(checkpoints.identity_differences({k: then[k] for k in now if k in then}, now),
+        raise_problems(manifest.identity_differences({k: then[k] for k in now if k in then}, now),
                               f"{folder} is from another run, so this one can't go on from it. Give another train_out_dir, or delete that folder to begin anew. The differences")
 
 # %% ../nbs/38_runrecord.ipynb #25098c30

@@ -11,15 +11,15 @@ import contextlib, os, time
 from collections import defaultdict
 from dataclasses import asdict, astuple, dataclass
 
-from .checkpoints import begin_or_resume, flow_callback, resumable, run_identity
-from .guards import RunStopped, best_effort, one_line, stop_on_signals
+from .checkpoints import begin_or_resume, flow_callback, resumable
+from .guards import RunStopped, best_effort, one_line, stop_on_signals, tracker_callbacks, tracker_scope
+from .manifest import run_identity
 from .metrics import RunState, RunTotals, append_metrics
 from .packing import KeptPrefix, causal_model, keeps_prefix, packed_loss, packing_attention, shares_exactly
 from .prefix import common_prefix, lift_prefix, pack_rows, split_passes
 from .progress import progress_bar, wants_bar
 from .ranks import dealing, from_first, mean_over_all, process_count, process_rank, settings_for_all, sum_over_all
 from .settings import TrainingSettings
-from .trackers import tracker_callbacks, tracker_scope
 from .storage import storage_error
 
 # %% ../nbs/36_trainer.ipynb #998b3918

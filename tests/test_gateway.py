@@ -11,7 +11,7 @@ from jupyter_client.jsonutil import json_default
 from jupyter_client.session import Session
 
 import ftnb
-from ftnb.checkpoints import checkpoint_problem
+from ftnb.manifest import checkpoint_problem
 from ftnb.demo.project import make_demo_project
 from ftnb.jobargs import parse_job_arguments
 

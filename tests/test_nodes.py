@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import ftnb
-from ftnb.checkpoints import checkpoint_problem
+from ftnb.manifest import checkpoint_problem
 from ftnb.demo.project import demo_data, make_demo_project
 
 pytestmark = [pytest.mark.slow, pytest.mark.root]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil, pytest
 
-import ftnb, ftnb.checkpoints, ftnb.demo.project, ftnb.finetune, ftnb.jobargs, ftnb.preflight, ftnb.tiny, ftnb.trainer
+import ftnb, ftnb.checkpoints, ftnb.demo.project, ftnb.finetune, ftnb.jobargs, ftnb.manifest, ftnb.preflight, ftnb.tiny, ftnb.trainer
 from forks import import_all, in_fork
 
 pytestmark = pytest.mark.slow
@@ -166,7 +166,7 @@ def same_as_one(place, right, processes, shared):
 def left_checkpoint(place, step, stopped):
     "What is wrong with a run that was asked to stop."
     found = [] if stopped.status and f"at step {step} of {STEPS}; a checkpoint is in" in stopped.printed else [f"stopped, it ends with {stopped.status}:\n{stopped.printed[-4000:]}"]
-    if why := ftnb.checkpoints.checkpoint_problem(str(place.project.train_out_dir/f"checkpoint-{step}")): found.append(why)
+    if why := ftnb.manifest.checkpoint_problem(str(place.project.train_out_dir/f"checkpoint-{step}")): found.append(why)
     return found
 
 def resumed(place, right, first, then, step, shared):
