@@ -1,5 +1,5 @@
 "House rules that a machine can check, in notebooks and in the modules they export: `python .ci/checks.py`."
-import ast, configparser, re, sys
+import ast, configparser, json, re, subprocess, sys
 from importlib.metadata import metadata
 from pathlib import Path
 
@@ -199,6 +199,24 @@ def check_modules():
     for name, tree in trees.items():
         for rule in MODULE_RULES: yield [f"ftnb/{name.replace('.', '/')}.py: {m}" for m in rule(name, tree, numbers, libraries)]
 
+def quoted_annotations(tree):
+    "(line, first column, last column) of each annotation that is a text, such as `path: \"str | Path\"`: its names needn't be known."
+    for n in ast.walk(tree):
+        for kind in ("annotation", "returns"):
+            found = getattr(n, kind, None)
+            for o in ast.walk(found) if found else ():
+                if isinstance(o, ast.Constant) and isinstance(o.value, str): yield o.lineno, o.col_offset, o.end_col_offset
+
+def check_names():
+    "Names that a module uses and doesn't know, as ruff finds them. In a notebook any name might come of its `import *`."
+    ruff = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821", "--output-format", "json", "ftnb"]
+    found = json.loads(subprocess.run(ruff, cwd=ROOT, capture_output=True, text=True, check=False).stdout)
+    for path in sorted({Path(o["filename"]) for o in found}):
+        quoted = [*quoted_annotations(ast.parse(path.read_text(encoding="utf-8")))]
+        places = [(o["message"], o["location"]["row"], o["location"]["column"]) for o in found if Path(o["filename"]) == path]
+        yield [f"{path.relative_to(ROOT)}:{row}: {message}" for message, row, column in places
+               if not any(row == line and first < column <= last for line, first, last in quoted)]
+
 def check_notebooks():
     for path in sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts):
         nb, where, size = nbformat.read(path, 4), path.relative_to(ROOT), path.stat().st_size
@@ -225,8 +243,15 @@ def check_pythons():
     yield [] if runs[:1] == [least] and len(runs) > 2 else [f"ci.yml: runs {runs}: {least} first, and those after it"]
     yield [*requirements_of(least)]
 
+def check_tests():
+    "Every file of tests is run."
+    run = (ROOT/".ci"/"run").read_text(encoding="utf-8")
+    names = [p.stem.removeprefix("test_") for p in sorted((ROOT/"tests").glob("test_*.py"))]
+    yield [f"tests/test_{name}.py: .ci/run doesn't run it" for name in names
+           if not re.search(rf"^\d+ {name} |tests/test_{name}\.py", run, re.M)]
+
 def main():
-    results = [*check_modules(), *check_numbers(), *check_notebooks(), *check_pythons()]
+    results = [*check_modules(), *check_names(), *check_numbers(), *check_notebooks(), *check_pythons(), *check_tests()]
     for line in sum(results, []): print(line)
     failed = sum(map(bool, results))
     print(f"{len(results) - failed} passed, {failed} failed")

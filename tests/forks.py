@@ -1,5 +1,9 @@
 "What the tests share that run jobs in forks of a process which has imported everything."
-import gc, importlib, resource, time
+
+import gc
+import importlib
+import resource
+import time
 from contextlib import suppress
 from multiprocessing import get_context
 
@@ -12,11 +16,14 @@ def in_fork(work):
     child.join()
     return result
 
+
 def import_all(names):
     "Import what a run has imported, so that later runs begin with it; the collector leaves it alone."
     for name in names:
-        with suppress(Exception): importlib.import_module(name)
+        with suppress(Exception):
+            importlib.import_module(name)
     gc.freeze()
+
 
 def time_used(began):
     "Since a moment of the monotonic clock, children included."

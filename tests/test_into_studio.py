@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from kernels import run_cell
+from cells import run_cell
 from waiting import wait_for
 
 from ftnb.cluster.stand_in import StandIn

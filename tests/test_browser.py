@@ -1,0 +1,279 @@
+"""A newcomer's first hour in JupyterLab, in headless Chromium.
+
+The first tutorial from top to bottom; then the form: a wrong field, a run that is watched, stopped, resumed and left alone,
+base against adapter. `--pictures nbs/images` also writes the README's pictures.
+"""
+import json
+import os
+import re
+import shutil
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import nbformat
+import pytest
+from lab import Notebook, chromium, end_all, find_chromium, held, jobs, jupyter_lab, until
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from pictures import animation, part, png
+
+
+pytestmark = [pytest.mark.slow, pytest.mark.browser, pytest.mark.skipif(find_chromium() is None, reason="no Chromium")]
+
+ROOT = Path(__file__).resolve().parent.parent
+TUTORIAL = "1_first_run.ipynb"
+EPOCHS = 20  # of the form's run
+STEPS = 18 * EPOCHS
+MOVES, MOVES_OF_PICTURES = 3, 9  # changes of a run's picture that are waited for
+FORM = [new_markdown_cell("# A form"), new_code_cell("""\
+import pandas as pd
+from ftnb.all import *
+
+quiet_libraries()
+messages = pd.read_csv(demo_data())
+four = ["gift_card", "invoice_request", "newsletter_stop", "reset_password"]
+messages[messages.intent.isin(four)].to_csv("messages.csv", index=False)
+base = save_tiny("base", kind="qwen", initializer_range=0.2, seed=1)
+project = make_demo_project(".", base, "messages.csv", training=DEMO_TRAINING | {"eval_strategy": "epoch"})"""),
+        new_code_cell("form = Form(project.db)\nform")]
+
+
+@pytest.fixture(scope="module")
+def keep(request):
+    "Keep a picture of the README, where pictures are asked for."
+    folder = request.config.getoption("--pictures")
+
+    def write(name, data):
+        if folder:
+            Path(folder, name).write_bytes(data)
+    write.asked = bool(folder)
+    return write
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    "A notebook in a browser; at the end no process is left, and the browser has reported no error."
+    work, errors = tmp_path_factory.mktemp("browser").resolve(), []
+    try:
+        with jupyter_lab(work) as address, chromium() as context:
+            yield Notebook(context, address, work/"nb", errors)
+    finally:
+        left = end_all()
+    assert not left
+    assert not errors
+
+
+@pytest.fixture
+def notebook(opened, request, tmp_path):
+    "A picture of the page is kept where a test fails."
+    failed = request.session.testsfailed
+    yield opened
+    if request.session.testsfailed > failed and opened.page:
+        opened.page.screenshot(path=tmp_path/"page.png")
+        print(f"the page as it was: {tmp_path/'page.png'}")
+
+
+def test_the_first_tutorial(notebook, keep):
+    shutil.copy(ROOT/"nbs"/"tutorials"/TUTORIAL, notebook.folder/TUTORIAL)
+    notebook.open(TUTORIAL)
+    notebook.run_all()
+    seen = set()
+
+    def over():
+        if picture := notebook.picture():
+            seen.add(picture)
+        s = notebook.state()
+        return s and (s["errors"] or all(s["counts"]) and s["kernel"] == "idle") and s
+    assert not notebook.until("the tutorial has run", over)["errors"]
+    notebook.until("the picture says that the run is finished", lambda: notebook.step()[0] == "finished")
+    assert len(seen) > 2  # it moves while its kernel trains
+    shown = notebook.output("preview(rows.train")
+    assert "tokens carry loss" in shown.inner_text()
+    keep("preview.png", png(part(notebook, shown, shown, above=0)))
+    compared = notebook.output("compare(base").inner_text()
+    assert all(word in compared for word in ("perplexity", "base", "adapter"))
+    outputs_without_errors(notebook)
+    left_alone(notebook, "finished")
+
+
+def outputs_without_errors(notebook):
+    "The outputs of the saved notebook: none is an error, nothing was written to stderr."
+    outputs = [o for c in notebook.saved().cells for o in c.get("outputs", ())]
+    bad = [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+    assert not bad
+    return outputs
+
+
+SEEN = """() => [...document.querySelectorAll('.jp-NotebookPanel:not(.lm-mod-hidden) .jp-OutputArea-child')]
+    .filter(o => o.offsetParent !== null)
+    .map(o => ({text: o.innerText, still: !!o.querySelector('.ftnb-still'), picture: !!o.querySelector('.ftnb-still img')}))"""
+
+
+def left_alone(notebook, words):
+    "Save, end the kernel, load the page again: a still stands where the widgets were, and no error."
+    assert not any(o["still"] for o in notebook.page.evaluate(SEEN))  # while the widgets live
+    notebook.saved()
+    notebook.end_kernel()
+    notebook.open(notebook.name)
+    notebook.until("JupyterLab has given up on the widgets", lambda: "model not found" in notebook.root.inner_html())
+    seen = notebook.page.evaluate(SEEN)
+    stills = [o for o in seen if o["still"]]
+    assert any(words in o["text"] for o in stills), stills
+    assert any(o["picture"] for o in stills)
+    assert not any("Error displaying widget" in o["text"] for o in seen)
+    notebook.errors[:] = [e for e in notebook.errors if "widget model not found" not in e]  # only a developer looks there
+
+
+def test_the_form(notebook, keep):
+    "From an empty form to an adapter; the steps are below, in their order."
+    shots = []
+    open_form(notebook)
+    a_wrong_field_is_marked(notebook, keep)
+    fill_form(notebook)
+    train_and_stop(notebook, MOVES_OF_PICTURES if keep.asked else MOVES, shots)
+    resume_and_close_the_tab(notebook, shots)
+    adapters = adapter_rows(notebook)
+    assert [name for name, place in adapters if Path(place, "adapter_model.safetensors").exists()] == ["shop-intents"]
+    keep("run_live.gif", animation(shots[:-1:2] + shots[-1:]))
+    base_against_adapter(notebook)
+    left_alone(notebook, "run this cell again")
+
+
+def open_form(notebook):
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(new_notebook(cells=FORM, metadata={"kernelspec": kernel}), notebook.folder/"form.ipynb")
+    notebook.open("form.ipynb")
+    notebook.run_all()
+    notebook.finished()
+    notebook.until("the form has checked its job", lambda: notebook.widgets_say("the job can run|to put right"))
+    notebook.row("Quantisation").locator("select").select_option(label="none")
+    for label in ("Base model", "Data set", "Prompt"):
+        notebook.row(label).locator("select").select_option(index=1)
+    notebook.until("a time is told", lambda: notebook.widgets_say(r"time\s+about"))
+
+
+def a_wrong_field_is_marked(notebook, keep):
+    "A remark stands beside its field while it is wrong, and the run can't be started."
+    rank, dropout = (notebook.row(label).get_by_role("alert") for label in ("Rank", "Dropout"))
+    assert rank.count() == 0 and notebook.can("Train here")
+    notebook.fill(Rank=-1, Dropout=0.5)
+    rank.wait_for()
+    dropout.wait_for()
+    assert "r is -1" in rank.inner_text()
+    notebook.until("the button is off", lambda: not notebook.can("Train here"))
+    assert not notebook.can("Resume")
+    notebook.until("the panel tells of it", lambda: notebook.widgets_say("^Put right what is marked"))
+    top = notebook.root.locator(".widget-hbox:has(> .widget-vbox)").first
+    keep("form_error.png", png(part(notebook, top, notebook.row("Quantisation"))))
+    notebook.fill(Rank=8, Dropout=0)
+    rank.wait_for(state="detached")
+    dropout.wait_for(state="detached")
+    notebook.until("the button is on", lambda: notebook.can("Train here"))
+
+
+def fill_form(notebook):
+    "The rest of the fields."
+    for number in (0, 1):
+        notebook.row("Begin with", number).locator("select").select_option(index=1)  # the project's own settings
+    notebook.until("their values are in the fields",
+                   lambda: notebook.number("Rank") == 16 and notebook.number("Learning rate") == 1e-3)
+    notebook.fill(Learning_rate=5e-3, Share_to_train_on=0.8, Epochs=EPOCHS, Batch=8, Accumulation=1,
+                  **{"Adapter's_name": "shop-intents"})
+    notebook.row("Register it in the Studio").locator("input[type=checkbox]").check()
+    notebook.until("the job is checked again", lambda: notebook.widgets_say(rf"steps\s+{STEPS:,} of 8 rows"))
+    notebook.until("the run can be started", lambda: notebook.can("Train here"))
+    assert notebook.widgets_say("the job can run")
+    notebook.until("its time is told", lambda: notebook.widgets_say(r"time\s+about"))
+
+
+def shot_of_run(notebook):
+    "The picture of the run, and what stands above it."
+    parts = notebook.root.locator(".widget-vbox:has(> img.widget-image)").last.locator("> *")
+    return part(notebook, parts.first, parts.nth(1), margin=0, above=0)
+
+
+def run_folder(notebook):
+    return max(notebook.folder.glob("runs/*"), key=os.path.getmtime)
+
+
+def last_step(notebook):
+    "Of the whole lines of metrics.jsonl."
+    lines = (run_folder(notebook)/"metrics.jsonl").read_text().rpartition("\n")[0].splitlines()
+    return json.loads(lines[-1])["step"]
+
+
+def watch(notebook, job, moves, shots):
+    "Look on until step and picture have changed so many times; the job waits where it is far ahead of what is shown."
+    steps, seen = set(), set()
+
+    def moved():
+        if last_step(notebook) > notebook.step()[1] + 20:
+            job.suspend()
+        else:
+            job.resume()
+        (state, step), new = notebook.step(), notebook.picture()
+        if state != "running" or not new:
+            return False
+        if new not in seen:
+            shots.append(shot_of_run(notebook))
+        steps.add(step)
+        seen.add(new)
+        return len(steps) > moves and len(seen) > moves
+    try:
+        notebook.until("the curve moves", moved)
+    finally:
+        job.resume()
+
+
+def train_and_stop(notebook, moves, shots):
+    "Start a run, watch it, use the notebook meanwhile, stop it."
+    notebook.press("Train here")
+    notebook.until("the run has begun", lambda: notebook.step()[0] == "running")
+    job, = jobs()
+    watch(notebook, job, moves, shots)
+    with held(job):
+        notebook.run("6 * 7")
+        notebook.finished()
+        assert notebook.output("6 * 7").inner_text() == "42"
+        notebook.press("Stop")
+        notebook.until("what will happen is said", lambda: notebook.widgets_say("will stop after this step"))
+    notebook.until("the form says that the run has stopped", lambda: notebook.widgets_say("not running any more"))
+    notebook.until("the picture says so, too", lambda: notebook.step()[0] in ("stopped", "finished"))
+    assert notebook.step()[0] == "stopped"  # before its end
+    assert not jobs()
+    notebook.until("Resume is on", lambda: notebook.can("Resume"))
+
+
+def resume_and_close_the_tab(notebook, shots):
+    "Go on, close the tab, come back, and see the run end."
+    before = last_step(notebook)
+    notebook.press("Resume")
+    notebook.until("the run goes on", lambda: last_step(notebook) > before)
+    job, = jobs()
+    with held(job):
+        folder = run_folder(notebook)
+        assert f"going on from {folder/f'checkpoint-{before}'}" in (folder/"output.log").read_text()
+        notebook.saved()
+        notebook.close()
+    until("the run goes on without its tab", lambda: not jobs() or last_step(notebook) > before + 40)
+    notebook.open("form.ipynb")
+    notebook.button("Train here").wait_for()
+    notebook.until("the form, opened again, says that the run is done", lambda: notebook.widgets_say(r"^trained$"))
+    notebook.until("the picture says so, too", lambda: notebook.step() == ("finished", STEPS))
+    assert not jobs() and not notebook.can("Resume") and not notebook.can("Stop")
+    shots.append(shot_of_run(notebook))
+
+
+def adapter_rows(notebook):
+    with closing(sqlite3.connect(notebook.folder/".app"/"state.db")) as con:
+        return con.execute("SELECT name, location FROM adapters").fetchall()
+
+
+def base_against_adapter(notebook):
+    "In a new cell: the adapter has learnt."
+    notebook.run("form.compare()")
+    notebook.finished()
+    texts = [o.get("data", {}).get("text/plain", "") for o in outputs_without_errors(notebook)]
+    compared = "\n".join(text for text in texts if "perplexity" in text)
+    loss = {m[1]: float(m[2]) for m in re.finditer(r"^(base|shop-intents) +([\d.]+)", compared, re.M)}
+    assert loss["shop-intents"] < loss["base"] / 2, compared
