@@ -135,8 +135,8 @@ def target_problems(
     if problems := _token_problems(config, lora): return problems
     try:
         model = models.shape_model(config)
-        if problem := targets.pattern_problem(lora, [name for name, _ in model.named_modules()]):
-            return [Problem("target_modules", problem)]
+        names = [name for name, _ in model.named_modules()]
+        if slow := targets.slow_pattern(targets.name_patterns(lora), names): return [Problem("target_modules", slow)]
         try:
             with models.on_meta(): tried = apply_lora(model, lora)
             return _head_problems(tried) + _start_problems(tried, lora.get("init_lora_weights", True))
