@@ -20,7 +20,7 @@ import ftnb.ranks as ranks
 import ftnb.trainer as trainer
 from .rows import JobRows, RowCounts
 from .runrecord import Job
-from .settings import TrainingSettings
+from .settings import TrainingSettings, steps_of
 from .storage import in_units
 
 # %% ../nbs/40_estimate.ipynb #f83582af
@@ -146,10 +146,10 @@ def plan_steps(
     from math import ceil
     n, size, config = len(counts.lengths), settings.rows_per_step, settings.config
     once = max(1, ceil(n / (size * processes)))
-    steps = config["max_steps"] if config.get("max_steps", -1) > 0 else ceil(config.get("num_train_epochs", 3) * once)
+    steps = steps_of(config, once)
     lengths, prefix, epochs = counts.lengths.astype(np.int64), counts.prefix, steps / once
     if not budget:
-        each = config.get("per_device_train_batch_size", 8)
+        each = ranks.batch_size(config)
         longest = np.maximum.reduceat(lengths, np.arange(0, n, each))
         computed, largest = int((longest * each).sum()), int(longest.max()) * min(each, n)
     else:

@@ -12,7 +12,7 @@ import contextlib, json, os, re, shutil
 
 from .package import library_version
 from .problems import raise_problems
-from .ranks import process_count
+from .ranks import process_count, rows_per_step
 from .storage import clear_folder, file_hash, flush, open_plain, read_json, set_aside, write_json
 
 # %% ../nbs/32_manifest.ipynb #fa550b7f
@@ -189,7 +189,7 @@ def run_identity(
     free = ("output_dir", "logging_dir", "report_to", "run_name", "disable_tqdm", "per_device_train_batch_size", "gradient_accumulation_steps")
     lora = {k: sorted(v) if isinstance(v, (set, frozenset)) else v for k, v in model.peft_config[model.active_adapters[0]].to_dict().items()}
     lora = {k: v for k, v in lora.items() if v is not None and k not in ("base_model_name_or_path", "revision", "inference_mode")}
-    rows = int(config.get("per_device_train_batch_size", 8)) * int(config.get("gradient_accumulation_steps", 1)) * process_count()
+    rows = rows_per_step(config) * process_count()
     mine = {"training": {k: v for k, v in config.items() if k not in free}, "rows_per_step": rows, "lora": lora,
             "rows": {"train": rows_fingerprint(train), "test": rows_fingerprint(test)},
             "versions": {n: library_version(n) for n in ("torch", "transformers", "trl", "peft", "accelerate")}}

@@ -11,7 +11,7 @@ import contextlib
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
-from .loss import output_logits, output_loss, packing_obstacles
+from .loss import chunk_positions, output_logits, output_loss, packing_obstacles
 from .prefix import PackedBatch, Packing, lift_prefix, make_packing, pack_rows
 from .ranks import process_count
 
@@ -272,7 +272,7 @@ def _pass_loss(
     batch, head = batch.to(model.get_input_embeddings().weight.device), model.get_output_embeddings()
     batch = replace(batch, packing=replace(batch.packing, frugal=not model.is_activation_checkpointing))
     hidden = _flat_hidden(model, batch).index_select(0, batch.positions)
-    step = max(32, 2**23 // model.config.get_text_config().vocab_size)  # logits of a chunk stay below 32 MB
+    step = chunk_positions(model.config.get_text_config().vocab_size)
     layer, seen = _called_once(head, hidden)
     loss = output_loss()(hidden, batch.pair, batch.targets, batch.weights, lambda h: output_logits(model, h, layer), step, *head.parameters()) + seen
     return loss / torch.as_tensor(batch.num_items if num_items is None else num_items, device=loss.device).clamp(min=1)

@@ -38,7 +38,8 @@ from .places import place_problems
 from .rows import describe_ledger, prepare_rows, read_rows, some_texts
 from .fields import in_argument
 from .runrecord import Job, base_fingerprint
-from .settings import current_names, held_out_problems, kernel_notes, model_problems, settle_training, training_problems
+from .loss import chunk_positions
+from .settings import current_names, held_out_problems, kernel_notes, model_problems, settle_training, training_problems, warmup_notes
 from .storage import disk_problems, folder_problem, in_units, nearest_folder
 from .problems import Problem, printable, problems_of, raise_problems
 
@@ -368,9 +369,10 @@ def _check_memory(p: Preflight):
     keeps = processes == 1 and precision.device == "cpu" and not precision.gradient_checkpointing
     steps = p.known["steps"] = estimate.plan_steps(counts, job.settings, budget, processes, keeps)
     vocabulary = p.known["config"].vocab_size
-    positions = max(32, 2**23 // vocabulary) if p.known["shares"] else steps.largest
+    positions = chunk_positions(vocabulary) if p.known["shares"] else steps.largest
     need = p.known["memory"] = replace(fixed, activations=steps.largest * estimate.token_bytes(plan, job.precision), logits=3 * 4 * vocabulary * min(positions, steps.largest))
     p.add("ok", "steps", str(steps))
+    p.add("warning", "settings", *warmup_notes(job.settings, steps.steps))
     words = f"{need} of {in_units(free)} free on {job.precision.device}"
     if fixed.total > free: p.add("error", "memory", f"{words}: the model alone doesn't fit; quantise it, take a smaller one, or a machine with more memory")
     elif need.total > free: p.add("warning", "memory", f"{words}: this may not fit; set gradient_checkpointing, a smaller max_length, tokens_per_pass or batch")
@@ -398,7 +400,7 @@ def _check_fit(p: Preflight):
     "What the settings ask of this model, and of these rows."
     settings, config, rows = (p.known.get(k) for k in ("settings", "config", "rows"))
     if settings is None or config is None: return
-    problems = model_problems(settings, config)
+    problems = model_problems(settings, config, p.known.get("plan"))
     p.add("warning", "settings", *kernel_notes(settings, config))
     if rows is not None: problems += held_out_problems(settings, len(rows.counts["test"].lengths))
     p.add("error", "settings", *map(str, in_argument("training_arguments_config", problems)))

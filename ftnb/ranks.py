@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['process_rank', 'process_count', 'deal_rows', 'leading', 'hear', 'from_first', 'alone', 'shards_model', 'is_echo',
            'told_to_launcher', 'share_of', 'sum_over_all', 'mean_over_all', 'whole_tensor', 'spread_like',
-           'whole_weights', 'whole_state', 'take_state', 'save_whole', 'dealing', 'settings_for_all']
+           'whole_weights', 'whole_state', 'take_state', 'save_whole', 'dealing', 'batch_size', 'rows_per_step',
+           'settings_for_all']
 
 # %% ../nbs/28_ranks.ipynb #ac3957a8
 import contextlib, json, os, time
@@ -262,6 +263,21 @@ def dealing(
             return done
     return Dealing
 
+# %% ../nbs/28_ranks.ipynb #fb1d1efe
+def batch_size(
+    config: dict,  # training arguments, by the names of today
+    kind: str = "train",  # or "eval"
+) -> int:  # rows of a padded batch, on each process
+    "Rows of a batch; TRL's own number where nothing is said."
+    return int(config.get(f"per_device_{kind}_batch_size", 8))
+
+# %% ../nbs/28_ranks.ipynb #237833ee
+def rows_per_step(
+    config: dict,  # training arguments, by the names of today
+) -> int:  # on each process
+    "Rows that make an optimizer step."
+    return batch_size(config) * int(config.get("gradient_accumulation_steps", 1))
+
 # %% ../nbs/28_ranks.ipynb #5859abd6
 def settings_for_all(
     config: dict,  # keyword arguments of TRL's SFTConfig, as of one process
@@ -270,4 +286,4 @@ def settings_for_all(
     "What several processes need: whole batches, and buffers left alone."
     if processes == 1: return config
     if config.get("train_sampling_strategy") == "batch_rebalance": raise ValueError("train_sampling_strategy batch_rebalance deals rows in its own way: leave it out on several processes")
-    return config | {"per_device_train_batch_size": config.get("per_device_train_batch_size", 8) * processes, "ddp_broadcast_buffers": False, "average_tokens_across_devices": True}
+    return config | {"per_device_train_batch_size": batch_size(config) * processes, "ddp_broadcast_buffers": False, "average_tokens_across_devices": True}

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RENAMED', 'REFUSED', 'TRAINING_FIELDS', 'JOB_KEYS', 'IGNORED', 'MOST_WORKERS', 'SAVE_SECONDS', 'NO_NEWS',
-           'current_names', 'training_problems', 'TrainingSettings', 'batch_size', 'rows_per_step', 'steps_of',
-           'settle_training', 'model_problems', 'kernel_notes', 'held_out_problems', 'warmup_notes']
+           'current_names', 'training_problems', 'TrainingSettings', 'steps_of', 'settle_training', 'model_problems',
+           'kernel_notes', 'held_out_problems', 'warmup_notes']
 
-# %% ../nbs/35_settings.ipynb #56e596bc
+# %% ../nbs/35_settings.ipynb #2122e0ea
 from dataclasses import dataclass, replace
 
 import ftnb.fields as fields
@@ -17,7 +17,7 @@ from .loss import ANOTHER_LOSS, packing_obstacles, router_coefficient
 from .models import Precision
 from .optimizers import FOLLOW_LOSS, layer_problems, optimizer_problems, unread_by_optimizer, unread_by_schedule
 from .problems import Problem, nearest, raise_problems
-from .ranks import alone, process_count
+from .ranks import alone, process_count, rows_per_step
 
 # %% ../nbs/35_settings.ipynb #b12dc012
 RENAMED = {  # old name -> name in TRL's SFTConfig
@@ -341,21 +341,6 @@ class TrainingSettings:
         silent = _silent_keys(self, shared, held_out)
         return {k: v for k, v in self.config.items() if k not in silent}
 
-# %% ../nbs/35_settings.ipynb #fb1d1efe
-def batch_size(
-    config: dict,  # training arguments, by the names of today
-    kind: str = "train",  # or "eval"
-) -> int:  # rows of a padded batch, on each process
-    "Rows of a batch; TRL's own number where nothing is said."
-    return int(config.get(f"per_device_{kind}_batch_size", 8))
-
-# %% ../nbs/35_settings.ipynb #237833ee
-def rows_per_step(
-    config: dict,  # training arguments, by the names of today
-) -> int:  # on each process
-    "Rows that make an optimizer step."
-    return batch_size(config) * int(config.get("gradient_accumulation_steps", 1))
-
 # %% ../nbs/35_settings.ipynb #f5c85017
 def steps_of(
     config: dict,  # training arguments, by the names of today
@@ -582,7 +567,14 @@ def _when_to_save(
     if "eval_steps" in config: follow["save_steps"] = config["eval_steps"]
     return config | follow, SAVE_SECONDS
 
-# %% ../nbs/35_settings.ipynb #fefc75e5
+# %% ../nbs/35_settings.ipynb #d3418fc1
+def _as_float(
+    value: float | int | None,
+) -> float | None:
+    "A number as a float."
+    return None if value is None else float(value)
+
+# %% ../nbs/35_settings.ipynb #3f83453a
 def _for_this_machine(
     asked: dict,  # training arguments, as in the Studio's config
     precision: Precision,  # from `choose_precision`
@@ -595,6 +587,7 @@ def _for_this_machine(
     notes = [f"{key} {config.pop(key)!r} has no effect: {why}" for key, why in missing.items()]
     config["optim"], optimizer_notes = _usable_optimizer(config.get("optim", "adamw_torch"), device)
     config["report_to"], tracker_notes = _usable_trackers(config.get("report_to", "none"))
+    if "router_aux_loss_coef" in config: config["router_aux_loss_coef"] = _as_float(config["router_aux_loss_coef"])
     config, seconds = _when_to_save(config)
     usual = {"eval_on_start": True, "logging_steps": 1, "save_total_limit": 2, "seed": 42, "dataloader_pin_memory": not cpu}
     config = usual | config | dict(

@@ -18,7 +18,7 @@ from .metrics import RunState, RunTotals, append_metrics
 from .packing import KeptPrefix, causal_model, keeps_prefix, packed_loss, packing_attention, shares_exactly
 from .prefix import common_prefix, lift_prefix, pack_rows, split_passes
 from .progress import progress_bar, wants_bar
-from .ranks import dealing, from_first, mean_over_all, process_count, process_rank, settings_for_all, sum_over_all
+from .ranks import batch_size, dealing, from_first, mean_over_all, process_count, process_rank, settings_for_all, sum_over_all
 from .settings import TrainingSettings
 from .storage import storage_error
 
@@ -394,7 +394,7 @@ def _whole_steps(
     budget: int,  # computed tokens of a flat pass; 0 for padded batches
 ) -> dict:  # keyword arguments of TRL's SFTConfig
     "All rows of an optimizer step come to one call; each row is used, and memory that runs out is seen to here."
-    eval_rows = 64 if budget else settings.config.get("per_device_eval_batch_size", 8)
+    eval_rows = 64 if budget else batch_size(settings.config, "eval")
     return settings.config | {
         "per_device_train_batch_size": settings.rows_per_step, "gradient_accumulation_steps": 1,
         "per_device_eval_batch_size": eval_rows, "dataloader_drop_last": False, "auto_find_batch_size": False,
