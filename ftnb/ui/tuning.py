@@ -235,6 +235,7 @@ def _complete(
     data = corpus.read_corpus(studio.fetch(engine, "datasets", records["dataset_id"]), given["job"].get("hf_token"))
     share = given["job"].get("dataset_fraction", 1.0) * given["job"].get("train_test_split", 0.9)
     advised = default_training(_width(model), int(len(data.splits["train"]) * share))
+    if "max_steps" in given["training"]: del advised["num_train_epochs"]
     bnb = given["bnb"] or {"load_in_4bit": False}
     return given | {"training": advised | given["training"], "lora": DEFAULT_LORA | given["lora"], "bnb": bnb}
 
