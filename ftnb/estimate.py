@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['plan_model', 'weight_bytes', 'optimizer_bytes', 'MemoryNeed', 'token_bytes', 'pass_budget', 'StepPlan',
-           'computed_tokens', 'plan_steps', 'largest_pass', 'probe_pass', 'estimate_time']
+           'computed_tokens', 'plan_steps', 'largest_pass', 'probe_pass', 'run_seconds', 'estimate_time']
 
 # %% ../nbs/40_estimate.ipynb #80ec9fb0
 from contextlib import contextmanager
@@ -16,6 +16,7 @@ import ftnb.models as models
 import ftnb.packing as packing
 import ftnb.quantisation as quantisation
 import ftnb.prefix as prefix
+import ftnb.progress as progress
 import ftnb.ranks as ranks
 import ftnb.trainer as trainer
 from .rows import JobRows, RowCounts
@@ -211,6 +212,18 @@ def probe_pass(
             if seconds > 2: break
     return batch.tokens_computed, seconds
 
+# %% ../nbs/40_estimate.ipynb #cc4655e2
+def run_seconds(
+    each: float,  # seconds for a computed token
+    steps: StepPlan,  # of the run
+    tests: RowCounts,  # of the rows held out
+    budget: int,  # computed tokens of a flat pass
+    keeps: bool = False,  # is the prefix computed once a batch?
+) -> float:  # of training
+    "About how long a run will train."
+    held_out = 2 * computed_tokens(tests, 64, budget, keeps)  # before and after, in batches of 64
+    return each * (steps.computed + held_out / 3)
+
 # %% ../nbs/40_estimate.ipynb #27aac968
 def estimate_time(
     job: Job,  # from `check_job`
@@ -230,6 +243,5 @@ def estimate_time(
         return f"memory ran out on a pass of {len(chosen)} rows; training takes smaller ones"
     keeps = packing.keeps_prefix(model)
     steps = plan_steps(counts, job.settings, budget, ranks.process_count(), keeps)
-    evaluated = 2 * computed_tokens(rows.counts["test"], 64, budget, keeps)  # before and after, in batches of 64
-    seconds = took / computed * (steps.computed + evaluated / 3)  # forward only
-    return f"a pass of {computed:,} computed tokens takes {took:.2g} s: about {int(seconds // 60)}:{int(seconds % 60):02d} for {steps.steps:,} steps"
+    seconds = run_seconds(took / computed, steps, rows.counts["test"], budget, keeps)
+    return f"a pass of {computed:,} computed tokens takes {took:.2g} s: about {progress.clock_time(seconds)} for {steps.steps:,} steps"
