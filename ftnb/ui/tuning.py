@@ -24,7 +24,7 @@ import ftnb.quantisation as quantisation
 import ftnb.storage as storage
 import ftnb.studio as studio
 import ftnb.ui.chats as chats
-import ftnb.ui.draft as draft
+import ftnb.ui.additions as additions
 import ftnb.weights as weights
 from ..adapters import publish_folder
 from ..lora_settings import LORA_RULES
@@ -131,11 +131,11 @@ def _records(
 ) -> dict:  # argument of a job -> id of a row
     "The rows that a job names."
     place = "location" if os.path.isdir(model) else "huggingface_model_name"
-    model_id = _same_row(engine, "models", lambda: draft.add_model(engine, model), **{place: model})
+    model_id = _same_row(engine, "models", lambda: additions.add_model(engine, model), **{place: model})
     column = "location" if os.path.exists(data) else "huggingface_name"
-    dataset_id = _same_row(engine, "datasets", lambda: draft.add_dataset(engine, data), **{column: data})
+    dataset_id = _same_row(engine, "datasets", lambda: additions.add_dataset(engine, data), **{column: data})
     dataset = studio.fetch(engine, "datasets", dataset_id)
-    def add_prompt(): return draft.add_prompt(engine, "prompt", dataset, prompt, completion)
+    def add_prompt(): return additions.add_prompt(engine, "prompt", dataset, prompt, completion)
     prompt_id = _same_row(engine, "prompts", add_prompt, dataset_id=dataset_id, input_template=prompt, completion_template=completion)
     return {"base_model_id": model_id, "dataset_id": dataset_id, "prompt_id": prompt_id}
 
