@@ -38,7 +38,7 @@ from .places import place_problems
 from .rows import describe_ledger, prepare_rows, read_rows, some_texts
 from .fields import in_argument
 from .runrecord import Job, base_fingerprint
-from .loss import chunk_positions
+from .packing import chunk_positions
 from .settings import current_names, held_out_problems, kernel_notes, model_problems, settle_training, training_problems, warmup_notes
 from .storage import disk_problems, folder_problem, in_units, nearest_folder
 from .problems import Problem, printable, problems_of, raise_problems

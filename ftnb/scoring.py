@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from .generation import answer_text, evaluation_mode, generate_answers
 from .packing import packed_loss, packing_attention, shares_exactly
-from .prefix import common_prefix, pack_rows, split_passes
+from .prefix import common_prefix, tree_passes
 from .problems import raise_problems
 from .questions import Questions
 
@@ -87,11 +87,8 @@ def held_out_loss(
     with evaluation_mode(model):
         rows = [f["input_ids"] for f in features]
         if not shares_exactly(model, list(features)): return tuple(map(sum, zip(*(_row_loss(model, f) for f in features))))
-        prefix, found = common_prefix(rows), []
-        with packing_attention(model):
-            for part in split_passes(list(map(len, rows)), prefix, prefix + tokens_per_pass):
-                batch = pack_rows([features[i] for i in part])
-                found.append((packed_loss(model, batch, 1).item(), batch.num_items))
+        passes = tree_passes(features, common_prefix(rows) + tokens_per_pass)
+        with packing_attention(model): found = [(packed_loss(model, batch, 1).item(), batch.num_items) for batch in passes]
     return tuple(map(sum, zip(*found)))
 
 # %% ../nbs/43_scoring.ipynb #043cda1d

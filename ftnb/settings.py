@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import ftnb.fields as fields
 from .consts import TRAINING_DATA_TEXT_FIELD
 from .fields import FieldRule, Number, ValueRule, decide, idle_notes, in_argument, library_defaults, one_of
-from .loss import ANOTHER_LOSS, packing_obstacles, router_coefficient
+from .packing import ANOTHER_LOSS, packing_obstacles, router_coefficient
 from .models import Precision
 from .optimizers import FOLLOW_LOSS, layer_problems, optimizer_problems, unread_by_optimizer, unread_by_schedule
 from .problems import Problem, nearest, raise_problems
