@@ -562,7 +562,7 @@ def _with_train(
     names = list(found.splits)
     if "train" not in names and len(names) == 1:
         only = names[0]
-        note = f"its only split is {only!r}, and its rows are trained on; to say so yourself, write {place}[{only}]"
+        note = f"the data set's only split is {only!r}, and its rows are trained on; to say so yourself, write {place}[{only}]"
         found = replace(found, splits=datasets.DatasetDict(train=found.splits[only]), unread={"train": found.unread.get(only, {})},
                         notes=(*found.notes, note))
     if "train" not in found.splits:

@@ -256,7 +256,7 @@ def finetune(
             runrecord.check_checkpoints(job, rows)
             told = {"arguments": jobargs.format_job_arguments(args), "started": round(times["started"], 3)}
             storage.write_json(os.path.join(args.train_out_dir, "job.json"), told)
-            storage.write_json(os.path.join(args.train_out_dir, "ledger.json"), rows.ledger)
+            storage.write_json(os.path.join(args.train_out_dir, "ledger.json"), rows.ledger.as_dict())
             with _prepared(job, rows) as told:
                 tell(told)
                 saved = train_and_save(job, tokenizer, rows, bar)

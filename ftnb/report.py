@@ -14,7 +14,7 @@ import ftnb.curves as curves
 import ftnb.plots as plots
 import ftnb.progress as progress
 import ftnb.storage as storage
-from .rows import describe_ledger
+from .rows import RowLedger, describe_ledger
 
 # %% ../nbs/49_report.ipynb #8cfef343
 def record_part(
@@ -132,7 +132,7 @@ def _ledger_lines(
 ) -> list:  # sentences
     "What became of the rows."
     ledger = record_part(record, "rows") or curves.read_object(train_out_dir/"ledger.json")
-    try: return describe_ledger(ledger, 20).splitlines()
+    try: return describe_ledger(RowLedger.from_dict(ledger), 20).splitlines()
     except (KeyError, TypeError, ValueError, AttributeError): return []
 
 # %% ../nbs/49_report.ipynb #89250caa

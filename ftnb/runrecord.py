@@ -163,7 +163,7 @@ def describe_run(
               "adapter_sha256": file_hash(os.path.join(saved.folder, "adapter_model.safetensors"))}
     parts = {"records": records, "used": lambda: _used(job, rows, saved), "versions": library_versions, "processes": ranks.process_count}
     told = {k: best_effort(f"{k} of run.json", part, {}, notes) for k, part in parts.items()}
-    return needed | told | {"asked": asked, "notes": notes, "rows": rows.ledger, "rows_sha256": rows.hashes,
+    return needed | told | {"asked": asked, "notes": notes, "rows": rows.ledger.as_dict(), "rows_sha256": rows.hashes,
                             "metrics": saved.metrics, "comparison": saved.comparison}
 
 # %% ../nbs/38_runrecord.ipynb #a33bf191

@@ -278,7 +278,7 @@ def outcome(job, tokenizer, kind, place):
     except ValueError as e:
         return str(e)
     made = map_dataset_with_prompt_template(data.splits, job.template, tokenizer.eos_token)["train"]["prediction"][:]
-    return made, dict(rows.ledger), rows.train.dataset[:], rows.test.dataset[:], rows.numbers
+    return made, rows.ledger.as_dict(), rows.train.dataset[:], rows.test.dataset[:], rows.numbers
 
 
 def groups(table, folder):
