@@ -35,7 +35,7 @@ from .tokenizer import asked_otherwise, end_note, prompt_notes
 
 # %% ../nbs/46_preflight.ipynb #1bc27f97
 from .places import place_problems
-from .rows import describe_ledger, prepare_rows, read_rows, some_texts
+from .rows import ledger_notes, prepare_rows, read_rows, some_texts
 from .fields import in_argument
 from .runrecord import Job, base_fingerprint
 from .packing import chunk_positions
@@ -342,9 +342,9 @@ def _check_rows(p: Preflight, keep: bool):
     rows = p.attempt("rows", prepare_rows, p.job, p.known["tokenizer"], p.known["config"], data, keep)
     if rows is None: return
     p.known["rows"], counts = rows, rows.counts["train"]
-    first, *drops = describe_ledger(rows.ledger).splitlines()
-    p.add("ok", "rows", first.removeprefix("rows: "))
-    p.add("warning", "rows", *(o.strip() for o in drops), *prompts.conversation_warnings(data.splits["train"], p.job.template))
+    p.add("ok", "rows", rows.ledger.summary)
+    p.add("warning", "rows", *ledger_notes(rows.ledger), *corpus.corpus_notes(data, p.job.template.fields),
+          *prompts.conversation_warnings(data.splits["train"], p.job.template))
     p.add("ok", "rows", *prompts.empty_text_notes(data.splits["train"], p.job.template))
     ids = rows.train.dataset["input_ids"] if keep else ()
     note = tokens.boundary_note(rows.train.joined + rows.test.joined, len(rows.train) + len(rows.test), p.known["template"])

@@ -98,8 +98,8 @@ def _row_words(
 ) -> dict:  # what -> words
     "What a run's rows come to."
     ledger, lengths = rows.ledger, rows.counts["train"].lengths
-    counts = f"{ledger['trained']:,} to train on, {ledger['held_out']:,} held out"
-    if dropped := len(ledger["dropped"]): counts += f", {dropped:,} dropped"
+    counts = f"{ledger.trained:,} to train on, {ledger.held_out:,} held out"
+    if dropped := len(ledger.dropped): counts += f", {dropped:,} dropped"
     return {"rows": counts, "tokens": f"{int(lengths.sum()):,} an epoch, {int(lengths.max(initial=0)):,} in the longest row"}
 
 # %% ../../nbs/ui/9_local_runs.ipynb #d6dd697d
