@@ -80,9 +80,48 @@ def api_page(path):
     more = f"\n\nHow it works, and its tests: [{source[1]}](../{source[1]}.ipynb)." if source else ""
     parts = [part for node in public for part in described(node, lines)]
     place = PAGES/"api"/f"{module}.md"
-    place.parent.mkdir(exist_ok=True)
     place.write_text(f"# {module}\n\n{ast.get_docstring(tree) or ''}{more}\n\n" + "\n".join(parts), encoding="utf-8")
     return place
+
+
+def names_page(path):
+    "What a star brings, each name with a link to where it is described."
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    lines = []
+    for node in tree.body:
+        if not isinstance(node, ast.ImportFrom): continue
+        names = ", ".join(f"`{alias.name}`" for alias in node.names)
+        lines.append(f"- [ftnb.{node.module}](ftnb.{node.module}.md): {names}")
+    place = PAGES/"api"/"ftnb.all.md"
+    place.write_text(f"# ftnb.all\n\n{ast.get_docstring(tree)}\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    return place
+
+
+# The table of contents
+
+GROUPS = {".": "The job", "ui": "What you see", "cluster": "On a cluster", "demo": "To try it on"}  # folder of nbs/ and of ftnb/ -> heading
+
+def number(path): return int(path.name.split("_")[0])
+
+def listed(pages): return [{title(p): str(p.relative_to(PAGES))} for p in pages]
+
+def room_pages(notebooks):
+    "Rooms under the headings of their folders, in the order of their numbers; the list of all names comes last."
+    sections, last = [], []
+    for folder, heading in GROUPS.items():
+        rooms = [p for p in notebooks if re.match(r"\d", p.name) and p.parent == PAGES/folder]
+        rooms.sort(key=number)
+        last += [p for p in rooms if number(p) == 99]
+        sections.append({heading: listed(p for p in rooms if number(p) < 99)})
+    return sections + listed(last)
+
+def api_pages():
+    "A page a module, under the same headings."
+    sections = []
+    for folder, heading in GROUPS.items():
+        modules = sorted((ROOT/"ftnb"/folder).glob("[a-z]*.py"))
+        sections.append({heading: listed(page for path in modules if (page := api_page(path)))})
+    return [*listed([names_page(ROOT/"ftnb"/"all.py")]), *sections]
 
 
 # mkdocs
@@ -94,11 +133,10 @@ def on_config(config):
     shutil.copytree(NBS/"images", PAGES/"images")
     shutil.copy(Path(__file__).parent/"extra.css", PAGES)
     guides = [Path(shutil.copy(p, PAGES)) for p in sorted((Path(__file__).parent/"guides").glob("*.md"))]  # its links are the site's
-    api = [page for p in sorted((ROOT/"ftnb").rglob("[a-z]*.py")) if (page := api_page(p))]
-    under = lambda folder: [p for p in notebooks if p.parent.name == folder]
-    rooms = [p for p in notebooks if re.match(r"\d", p.name) and p.parent.name not in ("tutorials", "benchmarks")]
-    listed = lambda pages: [{title(p): str(p.relative_to(PAGES))} for p in pages]
+    tutorials = [p for p in notebooks if p.parent.name == "tutorials"]
+    measured = [p for p in notebooks if p.parent.name == "benchmarks"]
+    (PAGES/"api").mkdir()
     config.docs_dir = str(PAGES)
-    config.nav = [{"Home": "index.ipynb"}, {"Tutorials": listed(under("tutorials"))}, {"Guides": listed(guides)},
-                  {"Rooms": listed(rooms)}, {"Measured": listed(under("benchmarks"))}, {"API": listed(api)}]
+    config.nav = [{"Home": "index.ipynb"}, {"Tutorials": listed(tutorials)}, {"Guides": listed(guides)},
+                  {"Rooms": room_pages(notebooks)}, {"Measured": listed(measured)}, {"API": api_pages()}]
     return config
