@@ -6,7 +6,8 @@
 __all__ = ['STOP_SECONDS', 'NODE_RANK', 'MASTER_IP', 'MASTER_PORT', 'JOIN_SECONDS', 'JOIN_SECONDS_NAME', 'is_launched',
            'processes_per_node', 'wanted', 'Rendezvous', 'interface_to', 'RankFailure', 'root_failure', 'raise_failure',
            'run_ranks', 'workers_api', 'worker_code', 'node_resources', 'start_worker', 'worker_statuses',
-           'await_nodes', 'watched', 'end_workers', 'started_workers', 'all_failures', 'raise_end', 'launch']
+           'await_nodes', 'watched', 'end_workers', 'started_workers', 'all_failures', 'raise_end', 'launch',
+           'run_without_token', 'run_job']
 
 # %% ../nbs/47_launch.ipynb #0d8b438e
 import contextlib, json, os, sys, time
@@ -17,6 +18,7 @@ import ftnb.consts as consts
 import ftnb.jobargs as jobargs
 import ftnb.package as package
 import ftnb.preflight as preflight
+import ftnb.progress as progress
 import ftnb.ranks as ranks
 import ftnb.studio as studio
 import ftnb.trainer as trainer
@@ -517,3 +519,33 @@ def launch(
             return _first_node(args, workers_api(), seconds)
         store = _open_store(Rendezvous())
         raise_failure(run_ranks(_job_command(), Rendezvous(port=store.port, run=args.experimentid), processes_per_node(), _rank_env(args)))
+
+# %% ../nbs/47_launch.ipynb #5a421c02
+def run_without_token(
+    run,  # a function of the arguments
+    args: jobargs.JobArgs,  # that may hold a token
+):
+    "Run it; a library's error that shows the token is told without it."
+    import traceback
+    token = args.hf_token.reveal() if args.hf_token else os.environ.get(consts.HF_TOKEN)
+    try: run(args)
+    except Exception as e:
+        said = "".join(traceback.format_exception(e))
+        if not token or token not in said: raise
+        raise RuntimeError(said.replace(token, "***")) from None
+
+# %% ../nbs/47_launch.ipynb #15c23163
+def run_job(
+    work,  # runs a job in this process: a function of its arguments
+    argv: list | None = None,  # default: the command line, unless this is a kernel
+):
+    "Run the job that the environment or the command line describes: in this process, or in as many as it needs."
+    if argv is None: argv = [] if progress.in_notebook() else sys.argv[1:]
+    if "--help" in argv or "-h" in argv: return print(jobargs.job_arguments_help())
+    try: args = jobargs.parse_job_arguments(os.environ.get(consts.JOB_ARGUMENTS) or " ".join(argv))
+    except ValueError:
+        if ranks.process_rank(): return  # the first process says it
+        raise
+    preflight.quiet_libraries()
+    run = launch if wanted(args) else work
+    ranks.told_to_launcher(lambda: run_without_token(run, args))

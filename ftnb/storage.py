@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['nearest_folder', 'folder_problem', 'in_units', 'disk_problems', 'storage_error', 'file_kind', 'open_plain',
            'set_aside', 'clear_way', 'clear_folder', 'flush', 'file_hash', 'whole_file', 'write_json', 'read_json',
-           'only_one']
+           'only_one', 'only_one_at']
 
 # %% ../nbs/06_storage.ipynb #ea23e6c4
 import contextlib, errno, json, os, shutil, stat
@@ -129,11 +129,11 @@ def clear_folder(
 def flush(
     path: str,  # file or folder
 ):
-    "Have a file, or the names in a folder, on the disk."
+    "Have a file, or the names in a folder, on the disk; some network drives can't be asked for that."
     handle = os.open(path, os.O_RDONLY)
     try: os.fsync(handle)
     except OSError as e:
-        if not (os.path.isdir(path) and e.errno in (errno.EINVAL, errno.ENOTSUP)): raise  # some network drives can't flush a folder
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS): raise
     finally: os.close(handle)
 
 # %% ../nbs/06_storage.ipynb #a16dca00
@@ -236,3 +236,13 @@ def only_one(
         try: yield
         finally:
             if name: clear_way(path)
+
+# %% ../nbs/06_storage.ipynb #82fb2521
+@contextlib.contextmanager
+def only_one_at(
+    place: "str | Path",  # a folder, there or not
+    key: str,  # the argument that names it
+):
+    "Within this, no other process works at a place, which is locked by a file beside it; raises where one does."
+    beside, name = os.path.split(os.path.realpath(place))
+    with only_one(beside, key, name): yield
