@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['get_model_parameters', 'vocabulary_problems', 'without_peft_warnings', 'apply_lora', 'as_base', 'target_problems',
            'opened_by', 'plan_warnings', 'link_problem', 'plain_matrices', 'plain_settings', 'save_adapter',
-           'NotProven', 'as_loaded', 'probe_logits', 'prove_adapter', 'publish_folder', 'clear_leftovers']
+           'used_settings', 'NotProven', 'as_loaded', 'probe_logits', 'prove_adapter', 'publish_folder',
+           'keep_unpublished', 'clear_leftovers']
 
 # %% ../nbs/23_adapters.ipynb #66941386
 import contextlib
@@ -16,6 +17,7 @@ import ftnb.targets as targets
 from .fields import in_argument
 from .problems import Problem, raise_problems
 from .lora_settings import LORA_RULES, explicit_patterns, explicit_targets, lora_problems, moves_base, saved_settings
+from .storage import file_hash, flush
 from .tokenizer_files import save_tokenizer, tokenizer_problems
 
 # %% ../nbs/23_adapters.ipynb #68fb30bd
@@ -351,6 +353,16 @@ def save_adapter(
         raise
     return folder
 
+# %% ../nbs/23_adapters.ipynb #9bb01791
+def used_settings(
+    model,  # a `PeftModel`
+    asked: dict,  # LoRA settings, as asked for
+) -> dict:  # name -> value, of those that were asked for and of `target_modules`
+    "LoRA settings as PEFT completed them."
+    config = model.peft_config["default"].to_dict()
+    names = [name for name in sorted({"target_modules", *asked}) if name in config]
+    return {name: sorted(config[name]) if isinstance(config[name], set) else config[name] for name in names}
+
 # %% ../nbs/23_adapters.ipynb #55412f34
 class NotProven(RuntimeError):
     "A saved adapter that doesn't give what was trained."
@@ -418,16 +430,6 @@ def _take_over(
     for name in set(os.listdir(old)) - set(os.listdir(out)): os.rename(os.path.join(old, name), os.path.join(out, name))
     shutil.rmtree(old)
 
-# %% ../nbs/23_adapters.ipynb #756763ab
-def _flush(
-    path: str,  # file or folder
-):
-    "Have it on the disk, where the drive can do that."
-    handle = os.open(path, os.O_RDONLY)
-    try: os.fsync(handle)
-    except OSError: pass
-    finally: os.close(handle)
-
 # %% ../nbs/23_adapters.ipynb #eee06f3c
 def publish_folder(
     folder: str,  # a whole and proven one, beside its place
@@ -436,7 +438,7 @@ def publish_folder(
     "Rename a folder to its place, so that it is there whole or not at all."
     if problem := link_problem(out_dir): raise ValueError(problem)
     out = os.path.realpath(out_dir)
-    for name in [*os.listdir(folder), "."]: _flush(os.path.join(folder, name))
+    for name in [*os.listdir(folder), "."]: flush(os.path.join(folder, name))
     try: os.rename(folder, out)  # also replaces an empty folder
     except OSError:
         if not os.path.isdir(out): raise
@@ -447,6 +449,32 @@ def publish_folder(
             os.rename(old, out)
             raise
         _take_over(old, out)
+
+# %% ../nbs/23_adapters.ipynb #7a4f9272
+def _same_weights(
+    folder: str,  # with an adapter
+    other: str,  # a folder, maybe with one
+) -> bool:
+    "Do two folders hold the same adapter's weights?"
+    mine, theirs = (os.path.join(o, "adapter_model.safetensors") for o in (folder, other))
+    return os.path.isfile(theirs) and file_hash(theirs) == file_hash(mine)
+
+# %% ../nbs/23_adapters.ipynb #2416df2b
+def keep_unpublished(
+    folder: str,  # of a trained adapter that can't take its place
+    out_dir: str,  # that place
+) -> str:  # where it is kept
+    "Give a trained adapter a name beside its place."
+    import shutil
+    out = os.path.realpath(out_dir)
+    for i in range(1, 10**6):
+        place = f"{out}.not-published" if i == 1 else f"{out}.not-published-{i}"
+        if not os.path.lexists(place): break
+        if _same_weights(folder, place):  # as an earlier run has left it
+            shutil.rmtree(folder)
+            return place
+    os.rename(folder, place)
+    return place
 
 # %% ../nbs/23_adapters.ipynb #735aa4e5
 def clear_leftovers(

@@ -149,7 +149,7 @@ def test_stopped_by_sigterm_and_gone_on_with(project):
 def test_a_job_that_fails_after_training(project, monkeypatch):
     def refuse(*args, **kwargs):
         raise RuntimeError("the proof fails")
-    monkeypatch.setattr(ftnb.finetune, "_prove", refuse)
+    monkeypatch.setattr(ftnb.finetune, "prove", refuse)
     args = job(project)
     assert "the proof fails" in str(run_here(args))
     check_one_run(args.experimentid, "FAILED")
