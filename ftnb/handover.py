@@ -16,6 +16,7 @@ import ftnb.settings as settings
 import ftnb.storage as storage
 import ftnb.studio as studio
 import ftnb.tokens as tokens
+from .rows import RowLedger
 
 # %% ../nbs/51_handover.ipynb #9788c712
 @dataclass(frozen=True)
@@ -52,10 +53,12 @@ def _told_rows(
     folder: str,  # that the first process has written
     limit: int,  # tokens a row may have
 ) -> runrecord.JobRows:
-    "The rows of a run, without their ledger."
+    "The rows of a run; of those that aren't trained the first process has the ledger."
     import datasets
     train, test = (tokens.TokenizedRows(datasets.load_from_disk(os.path.join(folder, name)), ()) for name in ("train", "test"))
-    return runrecord.JobRows(train, test, {}, {}, limit, numbers=storage.read_json(os.path.join(folder, "numbers.json"), 2**40))
+    ledger = RowLedger(len(train.dataset) + len(test.dataset), len(train.dataset), len(test.dataset), 0)
+    numbers = storage.read_json(os.path.join(folder, "numbers.json"), 2**40)
+    return runrecord.JobRows(train, test, ledger, {}, limit, numbers=numbers)
 
 # %% ../nbs/51_handover.ipynb #682fdaba
 def take_over(

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'BLOCK', 'MOST', 'Job', 'SavedAdapter', 'sampled_hash', 'base_fingerprint', 'job_identity',
-           'library_versions', 'describe_run', 'finished_run', 'check_checkpoints', 'saved_arguments']
+           'library_versions', 'Stopwatch', 'describe_run', 'finished_run', 'check_checkpoints', 'note_job',
+           'describe_proof', 'saved_arguments']
 
 # %% ../nbs/38_runrecord.ipynb #bf16aa8f
-import json, os
-from dataclasses import dataclass, field
+import json, os, time
+from dataclasses import dataclass, field, replace
 
 import ftnb.manifest as manifest
 import ftnb.jobargs as jobargs
@@ -20,7 +21,7 @@ import ftnb.studio as studio
 from .guards import best_effort
 from .rows import JobRows
 from .settings import TrainingSettings
-from .storage import file_hash, read_json
+from .storage import file_hash, read_json, write_json
 from .problems import raise_problems
 
 # %% ../nbs/38_runrecord.ipynb #bdeae01f
@@ -45,6 +46,11 @@ class Job:
     def notes(self) -> tuple:
         "Where the run isn't what was asked for."
         return (*self.precision.notes, *self.settings.notes)
+
+    @property
+    def loading(self) -> models.Precision:
+        "How one process loads the whole base: under FSDP from the CPU, since it may not fit into one GPU."
+        return replace(self.precision, device="cpu") if ranks.shards_model() else self.precision
 
 # %% ../nbs/38_runrecord.ipynb #edeb3235
 @dataclass(frozen=True)
@@ -146,6 +152,17 @@ def _used(
     return {"precision": {"device": job.precision.device, "dtype": job.precision.dtype}, "bnb": job.precision.bnb or {},
             "lora": saved.used, "training": job.settings.used(not saved.unshared, len(rows.test.dataset) > 0) | mine}
 
+# %% ../nbs/38_runrecord.ipynb #ccb5878e
+@dataclass(frozen=True)
+class Stopwatch:
+    "When a job began: by the clock on the wall, and by one that nobody sets back."
+    started: float = field(default_factory=time.time)  # seconds since 1970
+    began: float = field(default_factory=time.monotonic)
+
+    def took(self) -> dict:  # as in run.json: "started", and "seconds" since then
+        "What the job took so far."
+        return {"started": round(self.started, 3), "seconds": round(time.monotonic() - self.began, 3)}
+
 # %% ../nbs/38_runrecord.ipynb #c9d0c1a1
 def describe_run(
     job: Job,  # from `preflight.check_job`
@@ -191,6 +208,25 @@ def check_checkpoints(
         except (OSError, ValueError): continue  # the trainer sets it aside
         raise_problems(manifest.identity_differences({k: then[k] for k in now if k in then}, now),
                               f"{folder} is from another run, so this one can't go on from it. Give another train_out_dir, or delete that folder to begin anew. The differences")
+
+# %% ../nbs/38_runrecord.ipynb #dd43802f
+def note_job(
+    job: Job,  # that will train
+    rows: JobRows,  # from `prepare_rows`
+    watch: Stopwatch,  # since the job began
+):
+    "Write job.json and ledger.json."
+    told = {"arguments": jobargs.format_job_arguments(job.args), "started": watch.took()["started"]}
+    write_json(os.path.join(job.args.train_out_dir, "job.json"), told)
+    write_json(os.path.join(job.args.train_out_dir, "ledger.json"), rows.ledger.as_dict())
+
+# %% ../nbs/38_runrecord.ipynb #cd57941f
+def describe_proof(
+    proof: dict,  # as in run.json
+) -> str:  # for a log
+    "What is known of an adapter in its place."
+    if "not_made" in proof: return f"not proven: {proof['not_made']}"
+    return f"loaded back: its logits are within {proof['largest_logit_difference']:.1g} of the trained model's"
 
 # %% ../nbs/38_runrecord.ipynb #25098c30
 def saved_arguments(
