@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from fastcore.basics import patch
 
 from .models import Precision, choose_precision, load_base_model, load_tokenizer
-from .problems import raise_problems
+from .problems import Problem, raise_problems
 from .progress import wants_bar
 from .questions import Questions, make_questions
 from .scoring import Scores, comparable, is_match, score_model
@@ -36,17 +36,31 @@ class AnswerTable:
     ) -> list:  # of str: a mark for each answer
         "How good each answer of a row is."
         scores = [self.metric(a.strip(), row[1].strip()) for a in row[2:]]
-        return [right if s == 1 else wrong if s == 0 else f"{s:.2g}" for s in scores]
+        return [{1: right, 0: wrong}.get(s, f"{s:.2g}") for s in scores]
 
-    def __str__(self):
-        def plain(text): return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))  # nothing that moves a terminal
-        def fit(text): return text if len(text := plain(text)) <= 44 else text[:41] + "..."
-        lines = [("message", "expected", *("  " + name for name in self.models))]
-        lines += [(fit(row[0]), fit(row[1]), *(fit(f"{m} {a.strip()}") for m, a in zip(self.marks(row), row[2:]))) for row in self.rows]
-        widths = [max(map(len, column)) for column in zip(*lines)]
-        return "\n".join("  ".join(t.ljust(w) for t, w in zip(line, widths)).rstrip() for line in lines)
+# %% ../nbs/44_evaluate.ipynb #fc5eba44
+def _cell(
+    text: str,  # of a model, or of the data
+    width: int = 44,  # characters at most
+) -> str:  # one line, and nothing in it that moves a terminal
+    "A text, short enough for a cell."
+    line = " ".join(text.split())
+    line = "".join(c if c.isprintable() else "\ufffd" for c in line)
+    return line if len(line) <= width else line[:width - 3] + "..."
 
-    __repr__ = __str__
+# %% ../nbs/44_evaluate.ipynb #c743392d
+@patch
+def __str__(self: AnswerTable):
+    lines = [("message", "expected", *("  " + name for name in self.models))]
+    for row in self.rows:
+        answers = [_cell(f"{mark} {answer.strip()}") for mark, answer in zip(self.marks(row), row[2:])]
+        lines.append((_cell(row[0]), _cell(row[1]), *answers))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(t.ljust(w) for t, w in zip(line, widths)).rstrip() for line in lines)
+
+# %% ../nbs/44_evaluate.ipynb #86704877
+@patch
+def __repr__(self: AnswerTable): return str(self)
 
 # %% ../nbs/44_evaluate.ipynb #a6cd47e4
 def answer_table(
@@ -59,28 +73,40 @@ def answer_table(
     "Put the answers of base and adapter side by side."
     sizes = {name: len(v) for name, v in dict(prompts=prompts, references=references, before=before, after=after).items()}
     if len(set(sizes.values())) > 1:
-        raise_problems([f"the lists differ in length ({', '.join(f'{k} {v}' for k, v in sizes.items())}): "
-                        "each needs one entry per row"], "No table can be made")
-    rows = list(zip(prompts, references, before, after))
-    rows.sort(key=lambda row: comparable(row[2], row[1]) == comparable(row[3], row[1]))
+        found = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise_problems([Problem("", f"the lists differ in length ({found}): each needs one entry per row")], "No table can be made")
+    def same(row): return comparable(row[2], row[1]) == comparable(row[3], row[1])
+    rows = sorted(zip(prompts, references, before, after), key=same)
     return AnswerTable(tuple(rows[:n]), len(prompts))
 
 # %% ../nbs/44_evaluate.ipynb #ed0fbbcb
+def _html_row(
+    cells: list,  # texts, or (text, style)
+    tag: str = "td",  # or "th"
+) -> str:  # HTML, with everything escaped
+    "A row of a table."
+    from html import escape
+    made = []
+    for cell in cells:
+        text, style = cell if isinstance(cell, tuple) else (cell, "")
+        made.append(f'<{tag} style="text-align:left;{style}">{escape(text.strip())}</{tag}>')
+    return f"<tr>{''.join(made)}</tr>"
+
+# %% ../nbs/44_evaluate.ipynb #cbf75692
 @patch
 def _repr_html_(
     self: AnswerTable,  # shown by Jupyter
 ) -> str:  # HTML, with everything that a model said escaped
     "A table whose marks say which answers are right and which changed; the colours only repeat them."
-    from html import escape
-    left, looks = "text-align:left;", {"✓": "background:rgba(46,160,67,.25)", "✗": "background:rgba(248,81,73,.2)"}
-    def cell(text, look=""): return f'<td style="{left}{look}">{escape(text.strip())}</td>'
-    def line(row):
-        changed, marks = len({comparable(a, row[1]) for a in row[2:]}) > 1, self.marks(row, "✓", "✗")
-        answers = "".join(cell(f"{m}\N{NO-BREAK SPACE}{a.strip()}", looks.get(m, "")) for m, a in zip(marks, row[2:]))
-        return f"<tr>{cell('≠' if changed else '')}{cell(row[0])}{cell(row[1])}{answers}</tr>"
-    head = "".join(f'<th style="{left}">{escape(o)}</th>' for o in ("", "message", "expected", *self.models))
+    colours = {"✓": "background:rgba(46,160,67,.25)", "✗": "background:rgba(248,81,73,.2)"}
+    lines = [_html_row(["", "message", "expected", *self.models], "th")]
+    for row in self.rows:
+        changed = len({comparable(a, row[1]) for a in row[2:]}) > 1
+        marks = self.marks(row, "✓", "✗")
+        answers = [(f"{m}\N{NO-BREAK SPACE}{a.strip()}", colours.get(m, "")) for m, a in zip(marks, row[2:])]
+        lines.append(_html_row(["≠" if changed else "", row[0], row[1], *answers]))
     note = f"{len(self.rows)} of {self.total} rows; ≠ the answers differ, ✓ right, ✗ wrong"
-    return f"<table><tr>{head}</tr>{''.join(map(line, self.rows))}</table><small>{note}</small>"
+    return f"<table>{''.join(lines)}</table><small>{note}</small>"
 
 # %% ../nbs/44_evaluate.ipynb #980453ae
 @dataclass(frozen=True)
@@ -93,30 +119,38 @@ class Comparison:
     @property
     def changed(self) -> list:
         "Rows whose answers aren't the same for all models."
-        answers = zip(*(s.answers for s in self.models.values()))
-        return [i for i, (row, want) in enumerate(zip(answers, self.questions.references)) if len({comparable(a, want) for a in row}) > 1]
+        rows = zip(self.questions.references, *(s.answers for s in self.models.values()))
+        return [i for i, (right, *answers) in enumerate(rows) if len({comparable(a, right) for a in answers}) > 1]
 
     def table(
         self,
         n: int = 6,  # rows at most
     ) -> AnswerTable:  # the rows where the answers differ first
         "Answers side by side."
-        q, changed = self.questions, self.changed
-        order = changed + [i for i in range(len(q.references)) if i not in set(changed)]
-        rows = (("" if not q.shown else q.shown[i], q.references[i], *(s.answers[i] for s in self.models.values())) for i in order[:n])
-        return AnswerTable(tuple(rows), len(q.references), tuple(self.models), self.metric)
+        asked, right, changed = self.questions.shown, self.questions.references, self.changed
+        order = changed + [i for i in range(len(right)) if i not in set(changed)]
+        rows = [(asked[i] if asked else "", right[i], *(s.answers[i] for s in self.models.values())) for i in order[:n]]
+        return AnswerTable(tuple(rows), len(right), tuple(self.models), self.metric)
 
 # %% ../nbs/44_evaluate.ipynb #3f1fb9ae
+def _score_text(
+    scores: Scores,  # of a model
+) -> str:  # "75.0% (3 of 4)"; "-" where nothing was asked
+    "The metric of a model, to be read."
+    if scores.score is None: return "-"
+    if set(scores.scores) <= {0.0, 1.0}: return f"{scores.score:.1%} ({int(sum(scores.scores))} of {len(scores.scores)})"
+    return f"{scores.score:.4g}"
+
+# %% ../nbs/44_evaluate.ipynb #a9eea358
 @patch
 def figures(self: Comparison) -> list:  # a tuple a model: name, loss, perplexity, metric; the names of the columns first
     "The table of losses, as text."
-    name = "exact match" if self.metric is is_match else getattr(self.metric, "__name__", "metric").replace("<lambda>", "metric")
-    def score(s):
-        if s.score is None: return "-"
-        right = f" ({int(sum(s.scores))} of {len(s.scores)})" if set(s.scores) <= {0.0, 1.0} else ""
-        return f"{s.score:.1%}{right}" if right else f"{s.score:.4g}"
-    rows = [(model, f"{s.loss:.4f}", f"{s.perplexity:,.{3 if s.perplexity < 100 else 0}f}", score(s)) for model, s in self.models.items()]
-    return [("", "loss", "perplexity", name), *rows]
+    metric = getattr(self.metric, "__name__", "metric").replace("<lambda>", "metric")
+    rows = [("", "loss", "perplexity", "exact match" if self.metric is is_match else metric)]
+    for model, scores in self.models.items():
+        digits = 3 if scores.perplexity < 100 else 0
+        rows.append((model, f"{scores.loss:.4f}", f"{scores.perplexity:,.{digits}f}", _score_text(scores)))
+    return rows
 
 # %% ../nbs/44_evaluate.ipynb #1f8cdcd3
 @patch
@@ -131,8 +165,9 @@ def notes(self: Comparison) -> list:  # sentences
 @patch
 def __str__(self: Comparison):
     rows = self.figures()
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join([r[0].ljust(widths[0]), *(t.rjust(w) for t, w in zip(r[1:], widths[1:]))]) for r in rows]
+    first, *widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for name, *figures in rows: lines.append("  ".join([name.ljust(first), *(t.rjust(w) for t, w in zip(figures, widths))]))
     table = ["", str(self.table())] if self.questions.references else []
     return "\n".join([*lines, *self.notes(), *table])
 
@@ -148,9 +183,11 @@ def _repr_html_(
     "The figures, then the answers."
     from html import escape
     head, *rows = self.figures()
-    def line(row, tag): return "<tr>" + "".join(f'<{tag} style="text-align:{"right" if i else "left"}">{escape(t)}</{tag}>' for i, t in enumerate(row)) + "</tr>"
-    table = f"<table>{line(head, 'th')}{''.join(line(r, 'td') for r in rows)}</table>"
-    return table + f"<p>{escape('; '.join(self.notes()))}</p>" + (self.table()._repr_html_() if self.questions.references else "")
+    right = "text-align:right"
+    lines = [_html_row([head[0], *((text, right) for text in head[1:])], "th")]
+    for name, *figures in rows: lines.append(_html_row([name, *((text, right) for text in figures)]))
+    answers = self.table()._repr_html_() if self.questions.references else ""
+    return f"<table>{''.join(lines)}</table><p>{escape('; '.join(self.notes()))}</p>{answers}"
 
 # %% ../nbs/44_evaluate.ipynb #705a4bd1
 @patch
@@ -159,41 +196,56 @@ def as_dict(
     n: int = 5,  # changed answers at most
 ) -> dict:  # for JSON
     "The figures of each model, and some answers that changed."
-    def one(s): return {"loss": s.loss, "perplexity": s.perplexity, "score": s.score}
-    q, names = self.questions, list(self.models)
-    some = [{"asked": q.shown[i], "expected": q.references[i], **{m: self.models[m].answers[i] for m in names}} for i in self.changed[:n]]
-    return {"rows": len(q), "rows_held_out": q.total, "loss_tokens": next(iter(self.models.values())).tokens,
-            "metric": self.figures()[0][3], "models": {m: one(s) for m, s in self.models.items()},
-            "answers_changed": len(self.changed), "changed": some}
+    asked, models = self.questions, self.models
+    figures = {name: {"loss": s.loss, "perplexity": s.perplexity, "score": s.score} for name, s in models.items()}
+    some = []
+    for i in self.changed[:n]:
+        answers = {name: s.answers[i] for name, s in models.items()}
+        some.append({"asked": asked.shown[i], "expected": asked.references[i], **answers})
+    return {"rows": len(asked), "rows_held_out": asked.total, "loss_tokens": next(iter(models.values())).tokens,
+            "metric": self.figures()[0][3], "models": figures, "answers_changed": len(self.changed), "changed": some}
 
 # %% ../nbs/44_evaluate.ipynb #88cda202
 def _adapter_problem(
     name: str,  # that it was given
     folder: "str|Path",  # where it should be
-) -> str | None:  # a sentence
+) -> Problem | None:
     "What is wrong with an adapter's folder."
+    def wrong(text): return Problem(name, f"{name}: {text}")
     path = os.path.join(folder, "adapter_config.json")
-    if not os.path.isfile(path): return f"{name}: {folder} has no adapter_config.json; name the folder of a saved adapter"
-    if not os.path.isfile(os.path.join(folder, "adapter_model.safetensors")): return f"{name}: {folder} has no adapter_model.safetensors; nothing else is loaded"
+    if not os.path.isfile(path): return wrong(f"{folder} has no adapter_config.json; name the folder of a saved adapter")
+    if not os.path.isfile(os.path.join(folder, "adapter_model.safetensors")):
+        return wrong(f"{folder} has no adapter_model.safetensors; nothing else is loaded")
     try:
         with open(path, encoding="utf-8") as f: config = json.load(f)
         kind, bias = config.get("peft_type"), config.get("bias", "none")
-    except (ValueError, AttributeError): return f"{name}: {path} isn't a JSON object"
-    if kind != "LORA": return f"{name}: {folder} holds an adapter of type {kind}; LORA can be compared"
-    if bias != "none": return f"{name}: it has trained biases (bias is {bias!r}), which PEFT writes into the base, so there is no base beside it"
+    except (ValueError, AttributeError): return wrong(f"{path} isn't a JSON object")
+    if kind != "LORA": return wrong(f"{folder} holds an adapter of type {kind}; LORA can be compared")
+    if bias != "none": return wrong(f"it has trained biases (bias is {bias!r}), which PEFT writes into the base, so there is no base beside it")
 
 # %% ../nbs/44_evaluate.ipynb #ff8ab638
+def _names(
+    folders: list,  # of adapters
+) -> dict:  # name -> folder
+    "A name for each folder: its own, with a number where that isn't one of a kind."
+    names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
+    found = {}
+    for i, (name, folder) in enumerate(zip(names, folders), 1):
+        alone = names.count(name) == 1 and name != "base"
+        found[name if alone else f"{name} {i}"] = folder
+    return found
+
+# %% ../nbs/44_evaluate.ipynb #90715b88
 def _named(
     adapters,  # folder, list of folders, or name -> folder
 ) -> dict:  # name -> folder; raises where one can't be used
-    "A name for each adapter."
-    given = adapters if isinstance(adapters, dict) else [adapters] if isinstance(adapters, (str, os.PathLike)) else list(adapters)
-    if not isinstance(given, dict):
-        names = [os.path.basename(os.path.abspath(o)) for o in given]
-        given = {n if names.count(n) == 1 and n != "base" else f"{n} {i}": o for i, (n, o) in enumerate(zip(names, given), 1)}
-    problems = ["base: this name is taken; give the adapter another"] if "base" in given else []
-    raise_problems(problems + list(filter(None, (_adapter_problem(n, o) for n, o in given.items()))), "These adapters can't be loaded")
-    return dict(given)
+    "The adapters to compare, by name."
+    if isinstance(adapters, (str, os.PathLike)): adapters = [adapters]
+    named = dict(adapters) if isinstance(adapters, dict) else _names(list(adapters))
+    problems = [Problem("base", "base: this name is taken; give the adapter another")] if "base" in named else []
+    found = [_adapter_problem(name, folder) for name, folder in named.items()]
+    raise_problems(problems + [p for p in found if p], "These adapters can't be loaded")
+    return named
 
 # %% ../nbs/44_evaluate.ipynb #aff7ea6d
 @dataclass(frozen=True)
@@ -214,10 +266,29 @@ class LoadedModels:
         name: str,  # one of `names`
     ):  # the model
         "Within this, the model is the base, or the base with one adapter."
-        if name != "base" and self.model.active_adapter != self.adapters[name]: self.model.set_adapter(self.adapters[name])
-        with self.model.disable_adapter() if name == "base" and self.adapters else nullcontext(): yield self.model
+        if name == "base":
+            with self.model.disable_adapter() if self.adapters else nullcontext(): yield self.model
+            return
+        inside = self.adapters[name]
+        if self.model.active_adapter != inside: self.model.set_adapter(inside)
+        yield self.model
 
 # %% ../nbs/44_evaluate.ipynb #7b10cebc
+def _check_in_memory(
+    model: "PreTrainedModel|PeftModel",  # given as the base
+    tokenizer,  # given with it
+    folders: dict,  # name -> folder of the adapters to put on it
+):
+    "Raise where a model in memory can't be compared."
+    problems = []
+    if getattr(model, "lora_start", None):
+        problems.append(Problem("base", "this model in memory began with a part of its base (init_lora_weights): save it, and name its folder"))
+    if hasattr(model, "peft_config") and folders:
+        problems.append(Problem("base", "the model in memory has adapters already; give its base by its folder or hub name"))
+    if tokenizer is None: problems.append(Problem("tokenizer", "a model in memory needs its tokenizer: tokenizer=…"))
+    raise_problems(problems, "The models can't be compared")
+
+# %% ../nbs/44_evaluate.ipynb #49607149
 def load_models(
     base,  # hub name or folder of the base model; or a model in memory, with its adapters if it is a `PeftModel`
     adapters=(),  # folder, list of folders, or name -> folder
@@ -226,18 +297,32 @@ def load_models(
 ) -> LoadedModels:  # with one base in memory
     "Load a base model and put adapters on it; a plain model in memory gets them too."
     from peft import PeftModel
-    there, folders = getattr(base, "peft_config", {}), _named(adapters)
-    if getattr(base, "lora_start", None): raise ValueError("this model in memory began with a part of its base (init_lora_weights): save it, and name its folder")
-    if there and folders: raise ValueError("the model in memory has adapters already; give its base by its folder or hub name")
-    if hasattr(base, "forward") and tokenizer is None: raise ValueError("a model in memory needs its tokenizer: tokenizer=…")
-    model, tokenizer = (base if hasattr(base, "forward") else load_base_model(str(base), precision or choose_precision({}, None)),
-                        load_tokenizer(str(base)) if tokenizer is None else tokenizer)
-    if there: return LoadedModels(model, tokenizer, {"adapter" if n == "default" else n: n for n in there})
+    folders, model = _named(adapters), base
+    if hasattr(base, "forward"): _check_in_memory(base, tokenizer, folders)
+    else: model = load_base_model(str(base), precision or choose_precision({}, None))
+    if tokenizer is None: tokenizer = load_tokenizer(str(base))
+    if hasattr(base, "peft_config"):
+        return LoadedModels(model, tokenizer, {"adapter" if name == "default" else name: name for name in base.peft_config})
     inside = {name: f"adapter_{i}" for i, name in enumerate(folders)}  # PEFT takes no dots in names
     for name, folder in folders.items():
-        if hasattr(model, "peft_config"): model.load_adapter(str(folder), inside[name], torch_device=str(model.device))
-        else: model = PeftModel.from_pretrained(model, str(folder), inside[name], torch_device=str(model.device))
+        there = dict(adapter_name=inside[name], torch_device=str(model.device))
+        if hasattr(model, "peft_config"): model.load_adapter(str(folder), **there)
+        else: model = PeftModel.from_pretrained(model, str(folder), **there)
     return LoadedModels(model, tokenizer, inside)
+
+# %% ../nbs/44_evaluate.ipynb #ca439d35
+def _score_each(
+    models: LoadedModels,  # from `load_models`
+    questions: Questions,  # the same for all
+    metric: "Callable",  # (answer, reference) -> number
+    *args,  # passed to `score_model`
+) -> Comparison:
+    "Score the base and each adapter."
+    found = {}
+    for name in models.names:
+        with models.using(name) as model:
+            found[name] = score_model(model, models.tokenizer, questions, metric, *args)
+    return Comparison(questions, found, metric)
 
 # %% ../nbs/44_evaluate.ipynb #26871904
 def compare(
@@ -257,16 +342,25 @@ def compare(
 ) -> Comparison:  # shows as a table
     "Score a base model and its adapters on the same held-out rows."
     models = load_models(base, adapters, tokenizer, precision)
-    questions, found, bars = make_questions(rows, models.tokenizer, template, n, completion_only), {}, wants_bar() if progress is None else progress
+    if progress is None: progress = wants_bar()
     try:
-        for name in models.names:
-            with models.using(name) as model:
-                found[name] = score_model(model, models.tokenizer, questions, metric, max_new_tokens, batch_size, stop, bars)
+        questions = make_questions(rows, models.tokenizer, template, n, completion_only)
+        return _score_each(models, questions, metric, max_new_tokens, batch_size, stop, progress)
     finally:
-        if hasattr(base, "forward") and models.model is not base: models.model.unload()  # a model in memory is found again without adapters
-    return Comparison(questions, found, metric)
+        plain = hasattr(base, "forward") and models.model is not base
+        if plain: models.model.unload()  # a model in memory is found again without adapters
 
 # %% ../nbs/44_evaluate.ipynb #86e2f469
+def _or_say(
+    f: "Callable",  # what may fail
+    *args,  # passed to it
+    **kwargs,  # passed to it
+):  # its result, or None
+    "Call a function; where it fails, say that nothing is compared, and go on."
+    try: return f(*args, **kwargs)
+    except Exception as e: print(f"base and adapter aren't compared: {' '.join(str(e).split())[:300]}", flush=True)
+
+# %% ../nbs/44_evaluate.ipynb #959cfc40
 def make_scorer(
     rows,  # a `Dataset` of held-out rows; may be empty
     tokenizer,  # the base model's
@@ -276,11 +370,11 @@ def make_scorer(
     n: int = 32,  # rows at most, the first ones
 ) -> tuple:  # (`Questions` or None, function of a model that gives its `Scores`, or None where it can't)
     "What base and adapter are asked."
-    def told(f, *args, **kwargs):
-        try: return f(*args, **kwargs)
-        except Exception as e: print(f"base and adapter aren't compared: {' '.join(str(e).split())[:300]}", flush=True)
-    questions = told(make_questions, rows, tokenizer, template, n, completion_only, max_length) if len(rows) else None
-    return questions, lambda model: questions and told(score_model, model, tokenizer, questions, batch_size=8)
+    questions = None
+    if len(rows): questions = _or_say(make_questions, rows, tokenizer, template, n, completion_only, max_length)
+    def score(model):
+        if questions is not None: return _or_say(score_model, model, tokenizer, questions, batch_size=8)
+    return questions, score
 
 # %% ../nbs/44_evaluate.ipynb #3b937961
 def describe_scores(
@@ -291,6 +385,7 @@ def describe_scores(
     "Print base and adapter side by side, for a log."
     if before is None or after is None: return {}
     found = Comparison(questions, {"base": before, "adapter": after})
-    head, *rows = found.figures()
-    for name, *figures in rows: print(f"{name + ':':<9}" + ", ".join(f"{k} {v}" for k, v in zip(head[1:], figures)), flush=True)
+    (_, *columns), *rows = found.figures()
+    for name, *figures in rows:
+        print(f"{name + ':':<9}" + ", ".join(f"{column} {figure}" for column, figure in zip(columns, figures)), flush=True)
     return found.as_dict()

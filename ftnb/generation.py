@@ -7,8 +7,9 @@ __all__ = ['answer_text', 'evaluation_mode', 'generate_answers']
 
 # %% ../nbs/42_generation.ipynb #df32574f
 from contextlib import contextmanager
+from dataclasses import dataclass
 
-from .problems import raise_problems
+from .problems import Problem, raise_problems
 from .prefix import common_prefix
 from .progress import progress_bar
 from .tokenizer import encode_prompts
@@ -22,8 +23,9 @@ def _prompt_ids(
     texts = [p for p in prompts if isinstance(p, str)]
     made = iter(encode_prompts(tokenizer, texts))
     rows = [next(made) if isinstance(p, str) else list(p) for p in prompts]
-    raise_problems([f"prompt {i} has no tokens: {prompts[i]!r}; a model needs at least one to go on from"
-                    for i, ids in enumerate(rows) if not ids], "No answers can be made")
+    empty = [i for i, ids in enumerate(rows) if not ids]
+    problems = [Problem("", f"prompt {i} has no tokens: {prompts[i]!r}; a model needs at least one to go on from") for i in empty]
+    raise_problems(problems, "No answers can be made")
     return rows
 
 # %% ../nbs/42_generation.ipynb #1c117d52
@@ -35,9 +37,9 @@ def _last_logits(
     "What the model expects after the last token of each row."
     import inspect, torch
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
-    return model(input_ids=torch.tensor(ids, device=model.device), past_key_values=cache, use_cache=True,
-                 **last).logits[:, -1]
+    asked = {"past_key_values": cache, "use_cache": True}
+    if "logits_to_keep" in inspect.signature(base.forward).parameters: asked["logits_to_keep"] = 1
+    return model(input_ids=torch.tensor(ids, device=model.device), **asked).logits[:, -1]
 
 # %% ../nbs/42_generation.ipynb #0b5ec8cf
 def _answer_batch(
@@ -49,17 +51,21 @@ def _answer_batch(
 ) -> list:  # of lists of token ids: the answers
     "Walk through a batch of prompts and on through its answers."
     import copy
-    rows, cache = [list(p) for p in prompts], copy.deepcopy(cache)
+    if max_new_tokens < 1: return [[] for _ in prompts]
+    rows = [list(p) for p in prompts]
+    cache = copy.deepcopy(cache)
     cache.batch_repeat_interleave(len(rows))
-    open_rows, at = set(range(len(rows) if max_new_tokens > 0 else 0)), min(map(len, rows))
+    at = min(map(len, rows))  # tokens of each row that the model has seen
     new = [row[cache.get_seq_length():at] for row in rows]
-    while open_rows:
+    unfinished = set(range(len(rows)))
+    while unfinished:
         best = _last_logits(model, new, cache).argmax(-1).tolist()
-        for i in sorted(open_rows):
+        for i in sorted(unfinished):
             if len(rows[i]) == at: rows[i].append(best[i])
             answer = rows[i][len(prompts[i]):]
-            if len(answer) >= max_new_tokens or ended(i, answer): open_rows.remove(i)
-        new, at = [[row[min(at, len(row) - 1)]] for row in rows], at + 1
+            if len(answer) >= max_new_tokens or ended(i, answer): unfinished.remove(i)
+        new = [[row[min(at, len(row) - 1)]] for row in rows]
+        at += 1
     return [row[len(p):] for row, p in zip(rows, prompts)]
 
 # %% ../nbs/42_generation.ipynb #a53751c0
@@ -76,11 +82,33 @@ def _end_ids(
 def answer_text(
     tokenizer: "PreTrainedTokenizerBase",  # the model's
     ids: list,  # token ids of an answer
-    stops: tuple,  # texts that end an answer
+    stops: tuple = (),  # texts that end an answer
 ) -> str:  # up to the first of them
     "An answer without special tokens and without what follows a stop text."
     text = tokenizer.decode(ids, skip_special_tokens=True)
-    return text[:min((text.find(s) for s in stops if s in text), default=len(text))]
+    ends = [text.find(stop) for stop in stops if stop in text]
+    return text[:min(ends, default=len(text))]
+
+# %% ../nbs/42_generation.ipynb #bc408ed2
+@dataclass(frozen=True)
+class _Ending:
+    "When an answer ends, and its text then."
+    tokenizer: object  # the model's
+    ends: set  # ids of tokens that end a text
+    stops: tuple = ()  # texts that end an answer
+    enough: object = None  # number of a prompt, token ids so far -> whether no more is needed; None: the model decides
+
+    def __call__(self, i, ids):
+        if not ids: return False
+        if ids[-1] in self.ends: return True
+        if self.stops:
+            text = self.tokenizer.decode(ids)
+            if any(stop in text for stop in self.stops): return True
+        return bool(self.enough and self.enough(i, ids))
+
+    def text(self, ids):
+        "The answer, as text."
+        return answer_text(self.tokenizer, [t for t in ids if t not in self.ends], self.stops)
 
 # %% ../nbs/42_generation.ipynb #3ff6a200
 @contextmanager
@@ -89,7 +117,8 @@ def evaluation_mode(
 ):
     "Evaluation mode without gradients inside; modes and random state from before outside."
     import torch
-    modes, gpus = [(m, m.training) for m in model.modules()], {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
+    modes = [(module, module.training) for module in model.modules()]
+    gpus = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices=sorted(gpus)), torch.no_grad(): yield model.eval()
     finally:
@@ -102,7 +131,8 @@ def _shared_cache(
 ) -> "transformers.DynamicCache":  # empty where the rows share nothing
     "Keys and values of the tokens that all rows begin with."
     from transformers import DynamicCache
-    cache, prefix = DynamicCache(config=model.config), rows[0][:common_prefix(rows)] if rows else []
+    cache = DynamicCache(config=model.config)
+    prefix = rows[0][:common_prefix(rows)] if rows else []
     if prefix: _last_logits(model, [prefix], cache)
     return cache
 
@@ -118,16 +148,15 @@ def generate_answers(
     enough: "Callable|None" = None,  # number of a prompt, token ids of its answer so far -> whether no more is needed
 ) -> list:  # of str: an answer for each prompt, in order
     "The most likely answer to each prompt, token by token."
-    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
-    rows, ends, answers = _prompt_ids(tokenizer, prompts), _end_ids(model, tokenizer), {}
-    def ended(i, ids):
-        if ids[-1:] and ids[-1] in ends or any(s in tokenizer.decode(ids) for s in stops): return True
-        return bool(enough and enough(i, ids))
+    rows, ends = _prompt_ids(tokenizer, prompts), _end_ids(model, tokenizer)
+    ended = _Ending(tokenizer, ends, (stop,) if isinstance(stop, str) else tuple(stop or ()), enough)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    answers = {}
     with evaluation_mode(model), progress_bar(total=len(rows), disable=not progress, desc="answers", unit="prompt") as bar:
         shared = _shared_cache(model, rows)
-        for batch in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
+        for at in range(0, len(order), batch_size):
+            batch = order[at:at + batch_size]
             made = _answer_batch(model, [rows[i] for i in batch], shared, max_new_tokens, lambda i, ids: ended(batch[i], ids))
             answers.update(zip(batch, made))
             bar.update(len(batch))
-    return [answer_text(tokenizer, [t for t in answers[i] if t not in ends], stops) for i in range(len(rows))]
+    return [ended.text(answers[i]) for i in range(len(rows))]

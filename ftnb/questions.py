@@ -8,7 +8,7 @@ __all__ = ['Questions', 'make_questions']
 # %% ../nbs/41_questions.ipynb #c62fd476
 from dataclasses import dataclass, field
 
-from .problems import raise_problems
+from .problems import Problem, raise_problems
 from .prompts import PromptTemplate, format_row, map_dataset_with_prompt_template, read_template, value_column
 from .tokens import tokenize_rows
 
@@ -30,9 +30,11 @@ def _shown(
     row: dict,  # column -> value
 ) -> str:  # the value, or a line a column where there are more
     "What a row puts into the prompt."
-    asked = list(dict.fromkeys(f for _, f in template.pieces[:template.completion] if f is not None))
+    columns = [f for _, f in template.pieces[:template.completion] if f is not None]
+    asked = list(dict.fromkeys(columns))
     values = [format_row(PromptTemplate((("", f),)), row) for f in asked]
-    return values[0] if len(asked) == 1 else "\n".join(f"{f}: {v}" for f, v in zip(asked, values))
+    if len(asked) == 1: return values[0]
+    return "\n".join(f"{f}: {v}" for f, v in zip(asked, values))
 
 # %% ../nbs/41_questions.ipynb #0e0d5484
 def _halves(
@@ -42,14 +44,28 @@ def _halves(
     eos: str = "",  # that ends a row
 ) -> tuple:  # (prompt, completion), as texts
     "A row as it is asked, and what is right."
-    def heard(literal):
-        for token in silent: literal = literal.replace(token, "")
-        return literal
     at = template.completion
-    right = PromptTemplate(tuple((heard(literal), f) for literal, f in template.pieces[at:]))
-    return format_row(PromptTemplate(template.pieces[:at]), row), format_row(right, row, eos).removesuffix(eos)
+    pieces = []
+    for literal, column in template.pieces[at:]:
+        for token in silent: literal = literal.replace(token, "")
+        pieces.append((literal, column))
+    asked = format_row(PromptTemplate(template.pieces[:at]), row)
+    right = format_row(PromptTemplate(tuple(pieces)), row, eos)
+    return asked, right.removesuffix(eos)
 
 # %% ../nbs/41_questions.ipynb #b1590c71
+def _first_rows(
+    rows,  # a `Dataset`, a `DatasetDict` (its `test` is used), or a list of dicts
+    n: int | None,  # rows at most; None for all
+) -> tuple:  # (a `Dataset` of the first rows, rows there were)
+    "The rows to ask about."
+    from datasets import Dataset, DatasetDict
+    if isinstance(rows, DatasetDict): rows = rows["test"]
+    if isinstance(rows, (list, tuple)): rows = Dataset.from_list(rows)
+    first = len(rows) if n is None else min(n, len(rows))
+    return rows.select(range(first)), len(rows)
+
+# %% ../nbs/41_questions.ipynb #af299f67
 def make_questions(
     rows,  # a `Dataset`, a `DatasetDict` (its `test` is used), or a list of dicts
     tokenizer,  # a fast one: the base model's
@@ -59,15 +75,17 @@ def make_questions(
     max_length: int = 2048,  # tokens; a longer row is left out
 ) -> Questions:  # raises where no row can be used
     "Format and tokenize rows as training does; rows that training would drop are left out."
-    from datasets import Dataset, DatasetDict
-    template, rows = read_template(template, strict=False), rows["test"] if isinstance(rows, DatasetDict) else rows
-    data = Dataset.from_list(rows) if isinstance(rows, (list, tuple)) else rows
-    text = map_dataset_with_prompt_template(data.select(range(len(data) if n is None else min(n, len(data)))), template, tokenizer.eos_token)
+    template = read_template(template, strict=False)
     asks = template.completion is not None
+    data, total = _first_rows(rows, n)
+    text = map_dataset_with_prompt_template(data, template, tokenizer.eos_token)
     used = tokenize_rows(text, tokenizer, template, asks if completion_only is None else completion_only, max_length)
-    if not len(used): raise_problems([f"row {i}: {why}" for i, why in used.dropped.items()] or ["there are no rows"], "There is nothing to compare on")
+    if not len(used):
+        problems = [Problem("", f"row {i}: {why}") for i, why in used.dropped.items()]
+        raise_problems(problems or [Problem("", "there are no rows")], "There is nothing to compare on")
     values = [{f: text[i][value_column(f)] for f in template.fields} for i in used.kept]
     silent = tuple(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
     halves = [_halves(template, row, silent, tokenizer.eos_token) for row in values] if asks else []
-    return Questions(tuple(used.dataset), tuple(asked for asked, _ in halves), tuple(right.strip() for _, right in halves),
-                     tuple(_shown(template, row) for row in values), len(data))
+    prompts = tuple(asked for asked, _ in halves)
+    references = tuple(right.strip() for _, right in halves)
+    return Questions(tuple(used.dataset), prompts, references, tuple(_shown(template, row) for row in values), total)

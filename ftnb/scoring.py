@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from .generation import answer_text, evaluation_mode, generate_answers
 from .packing import packed_loss, packing_attention, shares_exactly
 from .prefix import common_prefix, tree_passes
-from .problems import raise_problems
+from .problems import Problem, raise_problems
 from .questions import Questions
 
 # %% ../nbs/43_scoring.ipynb #19c57a2c
@@ -20,8 +20,9 @@ def comparable(
     reference: str,  # the right one
 ) -> tuple:  # both, ready to be compared
     "The answer cut to as many lines as the reference has; no outer white space, no case."
-    want = reference.strip().casefold().splitlines()
-    return "\n".join(answer.strip().casefold().splitlines()[:len(want)]).strip(), "\n".join(want)
+    wanted = reference.strip().casefold().splitlines()
+    given = answer.strip().casefold().splitlines()[:len(wanted)]
+    return "\n".join(given).strip(), "\n".join(wanted)
 
 # %% ../nbs/43_scoring.ipynb #c500fd6c
 def is_match(
@@ -29,7 +30,8 @@ def is_match(
     reference: str,  # the right one
 ) -> float:  # 1.0 where they are equal, else 0.0
     "Whether an answer, read as far as the reference goes, equals it."
-    return float(len(set(comparable(answer, reference))) == 1)
+    given, wanted = comparable(answer, reference)
+    return float(given == wanted)
 
 # %% ../nbs/43_scoring.ipynb #94938cbe
 def _is_decided(
@@ -37,8 +39,8 @@ def _is_decided(
     reference: str,  # the right one
 ) -> bool:  # True where nothing that follows changes `is_match`
     "Whether an answer that goes on is right or wrong already."
-    answer, want = (text.strip().casefold() for text in (answer, reference))
-    return not want.startswith(answer)
+    given, wanted = answer.strip().casefold(), reference.strip().casefold()
+    return not wanted.startswith(given)
 
 # %% ../nbs/43_scoring.ipynb #a5f6d7d9
 def answers_to_match(
@@ -50,8 +52,9 @@ def answers_to_match(
     **kwargs,  # passed to `generate_answers`
 ) -> list:  # of str, in order
     "Answers for `is_match`: a wrong one ends where the longest right one would have ended."
-    longest = max((len(ids) for ids in tokenizer(references, add_special_tokens=False)["input_ids"]), default=0) + 2 if references else 0
-    def enough(i, ids): return len(ids) >= longest and _is_decided(answer_text(tokenizer, ids, ()), references[i])
+    if not references: return generate_answers(model, tokenizer, prompts, max_new_tokens, **kwargs)
+    longest = max(map(len, tokenizer(references, add_special_tokens=False)["input_ids"])) + 2
+    def enough(i, ids): return len(ids) >= longest and _is_decided(answer_text(tokenizer, ids), references[i])
     return generate_answers(model, tokenizer, prompts, max_new_tokens, enough=enough, **kwargs)
 
 # %% ../nbs/43_scoring.ipynb #7977956d
@@ -61,8 +64,8 @@ def exact_match(
 ) -> float:  # 0 to 1
     "Share of answers that are right."
     if len(answers) != len(references) or not answers:
-        raise_problems([f"there are {len(answers)} answers and {len(references)} references: "
-                        "there must be as many of one as of the other, and at least one"], "Nothing to compare")
+        raise_problems([Problem("references", f"there are {len(answers)} answers and {len(references)} references: "
+                                "there must be as many of one as of the other, and at least one")], "Nothing to compare")
     return sum(map(is_match, answers, references)) / len(answers)
 
 # %% ../nbs/43_scoring.ipynb #c895b3f1
@@ -73,9 +76,23 @@ def _row_loss(
     "The loss of one row on its own."
     import torch
     ids, labels = (torch.tensor(feature[k], device=model.device) for k in ("input_ids", "labels"))
-    logits, labels = model(input_ids=ids[None], use_cache=False).logits[0, :-1], labels[1:]
-    at = labels != -100
-    return torch.nn.functional.cross_entropy(logits[at].float(), labels[at], reduction="sum").item(), int(at.sum())
+    logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+    labels = labels[1:]
+    counts = labels != -100
+    loss = torch.nn.functional.cross_entropy(logits[counts].float(), labels[counts], reduction="sum")
+    return loss.item(), int(counts.sum())
+
+# %% ../nbs/43_scoring.ipynb #ee55c8ae
+def _shared_losses(
+    model: "PreTrainedModel|PeftModel",  # in evaluation mode, and able to share
+    features: list,  # {"input_ids", "labels"} of each row
+    tokens_per_pass: int,  # computed at a time, besides those that all rows share
+) -> list:  # (summed loss, tokens that carry it) of each pass
+    "The loss of rows whose common beginnings are computed once."
+    prefix = common_prefix([f["input_ids"] for f in features])
+    passes = tree_passes(features, prefix + tokens_per_pass)
+    with packing_attention(model):
+        return [(packed_loss(model, batch, 1).item(), batch.num_items) for batch in passes]
 
 # %% ../nbs/43_scoring.ipynb #237be41e
 def held_out_loss(
@@ -85,10 +102,8 @@ def held_out_loss(
 ) -> tuple:  # (loss summed over the tokens that carry it, their number)
     "Negative log-likelihood of the tokens that carry loss."
     with evaluation_mode(model):
-        rows = [f["input_ids"] for f in features]
-        if not shares_exactly(model, list(features)): return tuple(map(sum, zip(*(_row_loss(model, f) for f in features))))
-        passes = tree_passes(features, common_prefix(rows) + tokens_per_pass)
-        with packing_attention(model): found = [(packed_loss(model, batch, 1).item(), batch.num_items) for batch in passes]
+        if shares_exactly(model, list(features)): found = _shared_losses(model, features, tokens_per_pass)
+        else: found = [_row_loss(model, f) for f in features]
     return tuple(map(sum, zip(*found)))
 
 # %% ../nbs/43_scoring.ipynb #043cda1d
@@ -117,6 +132,18 @@ class Scores:
         return sum(self.scores) / len(self.scores) if self.scores else None
 
 # %% ../nbs/43_scoring.ipynb #a88af2bb
+def _metric_scores(
+    metric: "Callable",  # (answer, reference) -> number
+    answers: list,  # texts from the model
+    references: list,  # the right ones
+) -> tuple:  # of float
+    "The metric of each answer; raises where it gives no number."
+    scores = [metric(a.strip(), r.strip()) for a, r in zip(answers, references)]
+    odd = [s for s in scores if not isinstance(s, (int, float))]
+    if odd: raise TypeError(f"the metric {getattr(metric, '__name__', metric)} gave {odd[0]!r}; it must give a number")
+    return tuple(map(float, scores))
+
+# %% ../nbs/43_scoring.ipynb #88f02bc3
 def score_model(
     model: "PreTrainedModel|PeftModel",  # a causal language model; found again as it was
     tokenizer: "PreTrainedTokenizerBase",  # its tokenizer
@@ -129,10 +156,8 @@ def score_model(
 ) -> Scores:  # of one model
     "Held-out loss and answers of a model."
     nll, tokens = held_out_loss(model, questions.features)
-    asked, right, how = list(questions.prompts), questions.references, dict(batch_size=batch_size, stop=stop, progress=progress)
-    if metric is is_match: answers = answers_to_match(model, tokenizer, asked, list(right), max_new_tokens, **how)
+    asked, right = list(questions.prompts), list(questions.references)
+    how = dict(batch_size=batch_size, stop=stop, progress=progress)
+    if metric is is_match: answers = answers_to_match(model, tokenizer, asked, right, max_new_tokens, **how)
     else: answers = generate_answers(model, tokenizer, asked, max_new_tokens, **how)
-    scores = [metric(a.strip(), r.strip()) for a, r in zip(answers, right)]
-    odd = next((s for s in scores if not isinstance(s, (int, float))), None)
-    if odd is not None: raise TypeError(f"the metric {getattr(metric, '__name__', metric)} gave {odd!r}; it must give a number")
-    return Scores(nll, tokens, tuple(answers), tuple(map(float, scores)))
+    return Scores(nll, tokens, tuple(answers), _metric_scores(metric, answers, right))
