@@ -372,6 +372,9 @@ def _check_memory(p: Preflight):
     positions = chunk_positions(vocabulary) if p.known["shares"] else steps.largest
     need = p.known["memory"] = replace(fixed, activations=steps.largest * estimate.token_bytes(plan, job.precision), logits=3 * 4 * vocabulary * min(positions, steps.largest))
     p.add("ok", "steps", str(steps))
+    if p.known["shares"] and rows.train.dataset is not None:  # the tokens are kept where a job begins
+        note = estimate.grouping_note(rows.train.dataset["input_ids"][:], job.settings, processes)
+        p.add("ok", "steps", *[note] * bool(note))
     p.add("warning", "settings", *warmup_notes(job.settings, steps.steps))
     words = f"{need} of {in_units(free)} free on {job.precision.device}"
     if fixed.total > free: p.add("error", "memory", f"{words}: the model alone doesn't fit; quantise it, take a smaller one, or a machine with more memory")

@@ -121,12 +121,14 @@ _GONE = {
 
 # %% ../nbs/35_settings.ipynb #e872ba94
 JOB_KEYS = {  # key -> its default
-    "completion_only_loss": False, "max_length": None, "shared_prefix": "auto", "tokens_per_pass": None}
+    "completion_only_loss": False, "max_length": None, "shared_prefix": "auto", "tokens_per_pass": None,
+    "group_rows_by_prefix": False}
 
 # %% ../nbs/35_settings.ipynb #6e71461b
 _KNOWN = {
     **TRAINING_FIELDS, **_GONE,
-    **decide("used", "", "warmup_ratio", "group_by_length", "shared_prefix", "tokens_per_pass", *RENAMED),
+    **decide("used", "", "warmup_ratio", "group_by_length", "shared_prefix", "tokens_per_pass",
+             "group_rows_by_prefix", *RENAMED),
 }  # all that training arguments may hold
 
 # %% ../nbs/35_settings.ipynb #fb60db1d
@@ -191,6 +193,7 @@ def _value_rules() -> dict:  # key -> `ValueRule` or `Number`
     length = Number(whole=True, least=2)
     rules["max_length"] = ValueRule(length.words, lambda v: v is None or not length.wrong(v))
     rules["shared_prefix"] = ValueRule("auto, true or false", lambda v: v in (True, False, "auto"))
+    rules["group_rows_by_prefix"] = ValueRule("true or false", lambda v: isinstance(v, bool))
     return rules | _name_rules()
 
 # %% ../nbs/35_settings.ipynb #cbbf9750
@@ -323,6 +326,7 @@ class TrainingSettings:
     max_length: int | None = None  # tokens a row may have, as asked for
     shared_prefix: object = "auto"  # compute shared tokens once: "auto", True (or an error) or False
     tokens_per_pass: int | None = None  # computed tokens of a flat pass, as asked for; None: by free memory
+    group_rows_by_prefix: bool = False  # deal rows that share a long prefix into the same step
     save_seconds: float | None = None  # a checkpoint after so long, too; None: as `save_strategy` says
     notes: tuple = ()  # where it isn't what was asked for, in plain words
     unread: tuple = ()  # keys of `config` that nothing reads
@@ -535,6 +539,9 @@ def _own_problems(
     if padded and settings.shared_prefix is True:
         problems.append(Problem("shared_prefix", "shared_prefix is true, but the prefix can't be shared: "
                                 f"{'; '.join(padded)}; use auto"))
+    if settings.group_rows_by_prefix and args.train_sampling_strategy != "random":
+        problems.append(Problem("group_rows_by_prefix", "group_rows_by_prefix deals rows in its own way: leave it out, or "
+                                f"train_sampling_strategy {args.train_sampling_strategy}"))
     if process_count() > 1 and args.train_sampling_strategy == "batch_rebalance":
         problems.append(Problem("train_sampling_strategy", "train_sampling_strategy batch_rebalance deals rows in its own way: "
                                 "leave it out on several processes"))

@@ -16,7 +16,7 @@ from .guards import RunStopped, best_effort, one_line, stop_on_signals, tracker_
 from .manifest import run_identity
 from .metrics import RunState, RunTotals, append_metrics
 from .packing import KeptPrefix, causal_model, keeps_prefix, packed_loss, packing_attention, shares_exactly
-from .prefix import LEAST, common_prefix, pack_rows, tree_passes
+from .prefix import LEAST, PrefixSampler, common_prefix, pack_rows, tree_passes
 from .progress import progress_bar, wants_bar
 from .ranks import batch_size, dealing, from_first, mean_over_all, process_count, process_rank, settings_for_all, sum_over_all
 from .settings import TrainingSettings
@@ -371,11 +371,25 @@ def _in_passes(
             return _held_out(self, metric_key_prefix, done)
     return InPasses
 
+# %% ../nbs/36_trainer.ipynb #ff92591a
+def _grouping(
+    base,  # TRL's `SFTTrainer`
+    grouped: bool,  # are rows dealt by what they share?
+):  # a class of trainers
+    "A trainer with that order of rows."
+    class Grouping(base):
+        def _get_train_sampler(self, *args, **kwargs):
+            if not grouped: return super()._get_train_sampler(*args, **kwargs)
+            return PrefixSampler(self.train_dataset["input_ids"][:], self._train_batch_size)
+    return Grouping
+
 # %% ../nbs/36_trainer.ipynb #2be57333
-def _trainer_class():
+def _trainer_class(
+    grouped: bool = False,  # are rows dealt by what they share?
+):  # a class of trainers
     "TRL's `SFTTrainer` with passes, a meter and checkpoints to go on from; made here, since importing TRL takes seconds."
     from trl import SFTTrainer
-    class RowTrainer(_in_passes(dealing(resumable(SFTTrainer)))):
+    class RowTrainer(_in_passes(dealing(resumable(_grouping(SFTTrainer, grouped))))):
         def training_step(self, model, inputs, num_items_in_batch=None):
             mine, rows = self.share(inputs)
             _begin_step(self, model)
@@ -453,7 +467,7 @@ def _make_trainer(
     out = settings.config["output_dir"]
     try: os.makedirs(out, exist_ok=True)
     except OSError as e: raise storage_error(e, out, "train_out_dir") from e
-    trainer = _trainer_class()(model, args=_trl_config(config), train_dataset=train, eval_dataset=test if len(test) else None,
+    trainer = _trainer_class(settings.group_rows_by_prefix and budget > 0)(model, args=_trl_config(config), train_dataset=train, eval_dataset=test if len(test) else None,
                                processing_class=tokenizer, callbacks=tracker_callbacks(settings.config.get("report_to")), run=run)
     trainer.model_accepts_loss_kwargs = True  # TRL's loss takes the label tokens of a step, whatever the model's own takes
     _train_in_float32(model)
@@ -535,6 +549,16 @@ def _say_how_it_ends(
         raise
     best_effort("the last line of metrics.jsonl", lambda: say("finished"))
 
+# %% ../nbs/36_trainer.ipynb #ea49abd7
+def _asked_settings(
+    settings: TrainingSettings,  # of the run
+    unshared: str,  # why rows are trained in padded batches; "" where they share
+) -> dict:  # key -> value
+    "The settings that a checkpoint must agree with."
+    asked = settings.config | {"tokens_per_pass": settings.tokens_per_pass, "shared_prefix": not unshared}
+    if settings.group_rows_by_prefix: asked["group_rows_by_prefix"] = True  # earlier checkpoints don't have it
+    return asked
+
 # %% ../nbs/36_trainer.ipynb #d0097feb
 def train_adapter(
     model,  # a `PeftModel`
@@ -553,8 +577,7 @@ def train_adapter(
     budget, why = _settle_budget(model, train, settings)
     trainer = _make_trainer(model, tokenizer, train, test, settings, budget, wants_bar() if bar is None else bar)
     trainer.run.row_numbers = row_numbers
-    asked = settings.config | {"tokens_per_pass": settings.tokens_per_pass, "shared_prefix": not why}
-    checkpoint = begin_or_resume(trainer, run_identity(asked, model, train, test, identity))
+    checkpoint = begin_or_resume(trainer, run_identity(_asked_settings(settings, why), model, train, test, identity))
     attention = contextlib.nullcontext() if why else packing_attention(model)
     with attention, stop_on_signals(trainer.run), tracker_scope(), _say_how_it_ends(trainer):
         done = trainer.train(resume_from_checkpoint=checkpoint)
