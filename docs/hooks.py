@@ -85,13 +85,11 @@ def api_page(path):
 
 
 def names_page(path):
-    "What a star brings, each name with a link to where it is described."
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    lines = []
+    "What a star brings, by the module where each name is described."
+    tree, found = ast.parse(path.read_text(encoding="utf-8")), {}
     for node in tree.body:
-        if not isinstance(node, ast.ImportFrom): continue
-        names = ", ".join(f"`{alias.name}`" for alias in node.names)
-        lines.append(f"- [ftnb.{node.module}](ftnb.{node.module}.md): {names}")
+        if isinstance(node, ast.ImportFrom): found.setdefault(f"ftnb.{node.module}", []).extend(alias.name for alias in node.names)
+    lines = [f"- [{module}]({module}.md): " + ", ".join(f"`{name}`" for name in names) for module, names in found.items()]
     place = PAGES/"api"/"ftnb.all.md"
     place.write_text(f"# ftnb.all\n\n{ast.get_docstring(tree)}\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
     return place
