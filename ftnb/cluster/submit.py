@@ -67,6 +67,17 @@ def _unknown_problems(
     else: why = f"the project has no job {TEMPLATE_JOB} to copy it from; install the project as an AMP, or give"
     return [Problem(name, f"no {name} is known: {why} {name}=") for name, value in known.items() if not value]
 
+# %% ../../nbs/cluster/4_submit.ipynb #4a8d0e61
+def _resources(
+    args: jobargs.JobArgs,  # of the job
+    template: dict,  # the template job
+) -> dict:  # fields of CreateJobRequest
+    "Cores, memory and GPUs: as asked, else the template's."
+    asked = {"cpu": args.dist_cpu, "memory": args.dist_mem, "nvidia_gpu": args.dist_gpu}
+    found = {name: template.get(name) if value is None else value for name, value in asked.items()}
+    if args.gpu_label_id not in (None, -1): found["accelerator_label_id"] = str(args.gpu_label_id)
+    return found
+
 # %% ../../nbs/cluster/4_submit.ipynb #e791f75e
 def job_request(
     args: jobargs.JobArgs,  # of the job
@@ -80,14 +91,11 @@ def job_request(
     script = script or template.get("script") or _own_script()
     runtime, kernel = runtime or template.get("runtime_identifier"), template.get("kernel")
     raise_problems(_unknown_problems(template, script=script, runtime=runtime or kernel), "The job can't be sent")
-    def choose(asked, name): return template.get(name) if asked is None else asked
-    label = "" if args.gpu_label_id in (None, -1) else str(args.gpu_label_id)
     environment = _sent_environment(template, given, os.environ if env is None else env)
     body = {"name": args.experimentid, "script": script, "arguments": given, "environment": environment,
             "runtime_identifier": runtime, "runtime_addon_identifiers": template.get("runtime_addon_identifiers"),
-            "kernel": None if runtime else kernel, "cpu": choose(args.dist_cpu, "cpu"), "memory": choose(args.dist_mem, "memory"),
-            "nvidia_gpu": choose(args.dist_gpu, "nvidia_gpu"), "accelerator_label_id": label}
-    return {k: v for k, v in body.items() if v not in (None, "", [])}
+            "kernel": None if runtime else kernel, **_resources(args, template)}
+    return {name: value for name, value in body.items() if value not in (None, "", [])}
 
 # %% ../../nbs/cluster/4_submit.ipynb #1b8e5d40
 def _whole(
@@ -125,27 +133,23 @@ def job_row(
     row |= _config_columns("model_bnb_config", args.bnb_config)
     return row | _config_columns("adapter_bnb_config", args.bnb_config)
 
-# %% ../../nbs/cluster/4_submit.ipynb #10a74df8
-def _put_row(
-    engine: "Engine",  # of the Studio database
+# %% ../../nbs/cluster/4_submit.ipynb #2e7b0c95
+def _row_before(
+    con: "Connection",  # in a transaction
     id: str,  # of the job
-    row: dict,  # from `job_row`
-) -> dict | None:  # the row as it was; None where there was none
-    "Write a job's row, unless it was sent already."
+    place: str,  # of the database, for a message
+) -> dict | None:  # None: there is no row
+    "A job's row before it is sent; raises where it was sent already."
     import sqlalchemy as sa
-    def put(con):
-        known = studio.known_columns(con, "fine_tuning_jobs")
-        if not {"id", "cml_job_id"} <= set(known):
-            raise ValueError(f"{studio.studio_place(engine)} has no table fine_tuning_jobs with id and cml_job_id: "
-                             f"{consts.STUDIO_DB} must name the Studio's database")
-        jobs = sa.table("fine_tuning_jobs", *map(sa.column, known))
-        found = con.execute(sa.select(jobs).where(jobs.c.id == id)).mappings().first()
-        if found and found["cml_job_id"]: raise ValueError(_sent_already(id, found["cml_job_id"], "run that one again from its page"))
-        studio.upsert(con, "fine_tuning_jobs", id, **row)
-        return dict(found) if found else None
-    try: return studio.write_studio(engine, put, 60)
-    except sa.exc.DBAPIError as e: why = e.orig
-    raise ValueError(f"fine_tuning_jobs {id}: the row can't be written to {studio.studio_place(engine)}: {why}")
+    known = studio.known_columns(con, "fine_tuning_jobs")
+    if not {"id", "cml_job_id"} <= set(known):
+        raise ValueError(f"{place} has no table fine_tuning_jobs with id and cml_job_id: {consts.STUDIO_DB} must name the Studio's database")
+    jobs = sa.table("fine_tuning_jobs", *map(sa.column, known))
+    row = con.execute(sa.select(jobs).where(jobs.c.id == id)).mappings().first()
+    if row is None: return None
+    sent = row["cml_job_id"]
+    if sent: raise ValueError(_sent_already(id, sent, "run that one again from its page"))
+    return dict(row)
 
 # %% ../../nbs/cluster/4_submit.ipynb #3c7f9e05
 def _sent_already(
@@ -155,6 +159,23 @@ def _sent_already(
 ) -> str:  # a sentence
     "A job is sent once."
     return f"job {id} was sent already, as Cloudera ML job {job_id}: {what}, or give a new --experimentid"
+
+# %% ../../nbs/cluster/4_submit.ipynb #10a74df8
+def _put_row(
+    engine: "Engine",  # of the Studio database
+    id: str,  # of the job
+    row: dict,  # from `job_row`
+) -> dict | None:  # the row as it was; None where there was none
+    "Write a job's row, unless it was sent already."
+    import sqlalchemy as sa
+    place = studio.studio_place(engine)
+    def put(con):
+        before = _row_before(con, id, place)
+        studio.upsert(con, "fine_tuning_jobs", id, **row)
+        return before
+    try: return studio.write_studio(engine, put, 60)
+    except sa.exc.DBAPIError as e: why = e.orig
+    raise ValueError(f"fine_tuning_jobs {id}: the row can't be written to {place}: {why}")
 
 # %% ../../nbs/cluster/4_submit.ipynb #da2c4e8b
 def _take_back_row(
