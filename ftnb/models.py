@@ -32,8 +32,10 @@ def bf16_speedup(
         start = time.perf_counter()
         (a @ b).backward(torch.ones(n, n, dtype=dtype))
         return time.perf_counter() - start
-    once(torch.float32), once(torch.bfloat16)
-    fp32, bf16 = (min(o) for o in zip(*[(once(torch.float32), once(torch.bfloat16)) for _ in range(repeats)]))
+    types = (torch.float32, torch.bfloat16)
+    for dtype in types: once(dtype)  # the first call is slow
+    seconds = [[once(dtype) for dtype in types] for _ in range(repeats)]  # in turn, so that both meet the same load
+    fp32, bf16 = (min(each) for each in zip(*seconds))
     return fp32 / bf16
 
 # %% ../nbs/21_models.ipynb #bd92cbe3
@@ -68,15 +70,17 @@ def held_as(
 def _dtype(
     asked: str,  # "float32", "bfloat16" or "float16"
     device: str,  # where the model will be
-) -> tuple:  # (dtype used, note or None)
+) -> tuple:  # (dtype used, notes)
     "The nearest precision that this device runs fast."
     import torch
-    if asked == "float32" or device != "cpu" and (asked == "float16" or torch.cuda.is_bf16_supported()): return asked, None
-    if device != "cpu": return "float16", "bf16 was asked for; this GPU has no bf16, so fp16 is used"
-    if asked == "float16": return "float32", "fp16 was asked for; on a CPU it is far slower than fp32, so fp32 is used"
+    if asked == "float32": return asked, []
+    if device != "cpu":
+        if asked == "float16" or torch.cuda.is_bf16_supported(): return asked, []
+        return "float16", ["bf16 was asked for; this GPU has no bf16, so fp16 is used"]
+    if asked == "float16": return "float32", ["fp16 was asked for; on a CPU it is far slower than fp32, so fp32 is used"]
     speedup = bf16_speedup()
-    if speedup >= 1.5: return "bfloat16", None
-    return "float32", f"bf16 was asked for; this CPU multiplies it at {speedup:.2g} times the speed of fp32, so fp32 is used"
+    if speedup >= 1.5: return "bfloat16", []
+    return "float32", [f"bf16 was asked for; this CPU multiplies it at {speedup:.2g} times the speed of fp32, so fp32 is used"]
 
 # %% ../nbs/21_models.ipynb #ea6eca04
 def made_in(
@@ -135,6 +139,15 @@ def _type_notes(
                      "(in bnb_4bit_compute_dtype too) where the GPU has it")
     return notes
 
+# %% ../nbs/21_models.ipynb #d2466cdd
+def _packed_as(
+    bnb: dict,  # bitsandbytes settings as asked for
+    stored: dict,  # from `quantisation.stored_quantisation`
+) -> dict:  # bitsandbytes settings
+    "How the base will be quantised: as it is stored, or else as it was asked for."
+    if not stored: return bnb
+    return stored if quantisation.quantised_bits(stored) else {}
+
 # %% ../nbs/21_models.ipynb #34f6a236
 def choose_precision(
     training: dict,  # training arguments as asked for
@@ -145,15 +158,24 @@ def choose_precision(
     "Settle device, precision and quantisation from what was asked for, what the base is and what the machine has."
     device, bnb, config = device or local_device(), dict(bnb or {}), config or {}
     stored = quantisation.stored_quantisation(config)
-    packed = bnb if not stored else stored if quantisation.quantised_bits(stored) else {}
+    packed = _packed_as(bnb, stored)
     unpacks = stored.get("quant_method") == "mxfp4" and device != "cpu" and not training.get("fp16")
-    dtype, note = _dtype("bfloat16" if unpacks else _asked_type(training, packed), device)
-    notes = [*([note] if note else ()), *quantisation.bnb_notes(bnb), *_base_notes(bnb, stored, dtype), *_type_notes(training, bnb, config, dtype)]
+    dtype, notes = _dtype("bfloat16" if unpacks else _asked_type(training, packed), device)
+    notes = [*notes, *quantisation.bnb_notes(bnb), *_base_notes(bnb, stored, dtype), *_type_notes(training, bnb, config, dtype)]
     asked = training.get("gradient_checkpointing")
     checkpointing = device != "cpu" if asked is None else bool(asked)
     return Precision(device, dtype, quantisation.bnb_used(packed, dtype), checkpointing, tuple(notes))
 
 # %% ../nbs/21_models.ipynb #3992b6db
+def _asked_code(
+    config: dict,  # from `weights.read_config`
+) -> list:  # (key, value) of each setting that names code of the hub
+    "Kernels and the like: a setting of which implementation to use, with a name of the hub."
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    pairs = [pair for part in parts for pair in part.items()]
+    return [(key, value) for key, value in pairs if "implementation" in key and "/" in str(value)]
+
+# %% ../nbs/21_models.ipynb #cbfc6ef4
 def _code_problems(
     source: str,  # hub name or folder
     config: dict,  # from `weights.read_config`
@@ -161,18 +183,15 @@ def _code_problems(
     "What a base model brings that would be run."
     from transformers import CONFIG_MAPPING, __version__
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as known
-    kind, problems = config.get("model_type"), []
-    if kind and kind not in CONFIG_MAPPING and not config.get("auto_map"):
+    kind, has_code, problems = config.get("model_type"), bool(config.get("auto_map")), []
+    if kind and kind not in CONFIG_MAPPING and not has_code:
         problems.append(f"{source}: its model_type {kind!r} isn't known to transformers {__version__}: "
                         "install a newer one, or name another model")
-    if config.get("auto_map") and kind not in known:
+    if has_code and kind not in known:
         problems.append(f"{source}: its model_type {kind!r} needs code of its own (auto_map), which is never run; "
                         "name a model that transformers knows")
-    for part in (config, *config.values()):
-        for key, value in part.items() if isinstance(part, dict) else ():
-            if "implementation" not in key or "/" not in str(value): continue
-            problems.append(f"{source}: its config.json asks for code from the hub ({key} {value!r}), which is never run; "
-                            "take the line out")
+    problems += [f"{source}: its config.json asks for code from the hub ({key} {value!r}), which is never run; take the line out"
+                 for key, value in _asked_code(config)]
     return problems
 
 # %% ../nbs/21_models.ipynb #c0a6b3aa
@@ -181,7 +200,8 @@ def auto_class(
 ):  # the Auto class that loads it; None where it is no language model
     "The door of transformers through which a base model is loaded."
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-    return next((o for o in (AutoModelForCausalLM, AutoModelForImageTextToText) if type(config) in o._model_mapping), None)
+    doors = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    return next((door for door in doors if type(config) in door._model_mapping), None)
 
 # %% ../nbs/21_models.ipynb #e79576b8
 @contextmanager
@@ -232,6 +252,14 @@ def _quietly(
         if bars: logging.enable_progress_bar()
 
 # %% ../nbs/21_models.ipynb #09885132
+def _model_class(
+    config,  # of the base model, from transformers' `AutoConfig`
+) -> type:  # of transformers
+    "The class that a base model is loaded as."
+    found = auto_class(config)._model_mapping[type(config)]
+    return found[0] if isinstance(found, (tuple, list)) else found
+
+# %% ../nbs/21_models.ipynb #8ecf03d0
 def match_weights(
     config,  # of the base model, from transformers' `AutoConfig`
     headers: dict,  # name -> (type, shape), from `weights.read_headers`
@@ -239,10 +267,8 @@ def match_weights(
     "Load a base model without its weights."
     import torch
     from copy import deepcopy
-    auto, plain = auto_class(config), deepcopy(config)
+    model_class, plain = _model_class(config), deepcopy(config)
     for part in (plain, plain.get_text_config()): part.__dict__.pop("quantization_config", None)
-    model_class = auto._model_mapping[type(config)]
-    if isinstance(model_class, (tuple, list)): model_class = model_class[0]
     if config.sub_configs.get("text_config") is getattr(model_class, "config_class", 0): plain = plain.get_text_config()
     types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     tensors = {name: torch.empty(shape, dtype=types.get(dtype, torch.uint8), device="meta")
@@ -285,21 +311,31 @@ def _packed_right(
     return len(got) == 2 and got[1] == 1 and got[0] == -(-prod(want) // each)
 
 # %% ../nbs/21_models.ipynb #1c70fc74
+def _missing_because(
+    missing: set,  # names that the model has and its files haven't
+    unknown: set,  # names that the files have and the model hasn't
+) -> str:  # part of a sentence
+    "Why weights are missing, as the other names tell it."
+    if any(".lora_" in name or ".base_layer." in name for name in unknown):
+        return "; an adapter's layers are among them still: merge them (PEFT's merge_and_unload) and save the model again"
+    if begin := _prefix(missing, unknown):
+        return f"; they hold the names with {begin!r} in front: save the model itself, not its wrapper"
+    return f"; they hold {_some(unknown)}, which the model doesn't know" if unknown else ""
+
+# %% ../nbs/21_models.ipynb #0e873f51
 def _match_problems(
     source: str,  # hub name or folder
     info: dict,  # what transformers reports of loading it
     stored: dict,  # from `quantisation.stored_quantisation`
 ) -> list:  # sentences
     "What is wrong where names and shapes of a model and its files don't fit."
-    missing, unknown = set(info["missing_keys"]), set(info["unexpected_keys"])
-    storage = str(stored.get("bnb_4bit_quant_storage") or "uint8").removeprefix("torch.")
-    shapes = [o for o in sorted(info["mismatched_keys"]) if not (quantisation.quantised_bits(stored) == 4 and _packed_right(*o[1:], storage))]
+    missing, unknown, shapes = set(info["missing_keys"]), set(info["unexpected_keys"]), sorted(info["mismatched_keys"])
+    if quantisation.quantised_bits(stored) == 4:
+        storage = str(stored.get("bnb_4bit_quant_storage") or "uint8").removeprefix("torch.")
+        shapes = [(name, got, want) for name, got, want in shapes if not _packed_right(got, want, storage)]
     problems = []
     if missing:
-        begin, lora = _prefix(missing, unknown), any(".lora_" in o or ".base_layer." in o for o in unknown)
-        why = "; an adapter's layers are among them still: merge them (PEFT's merge_and_unload) and save the model again" if lora else (
-            f"; they hold the names with {begin!r} in front: save the model itself, not its wrapper" if begin else
-            f"; they hold {_some(unknown)}, which the model doesn't know" if unknown else "")
+        why = _missing_because(missing, unknown)
         problems.append(f"{source}: its files have no {_some(missing)}, which would be filled at random{why}")
     if shapes:
         name, got, want = shapes[0]
@@ -377,6 +413,20 @@ def _named(
     return text if type(e) in (ValueError, RuntimeError) else f"{type(e).__name__}: {text}"
 
 # %% ../nbs/21_models.ipynb #41ddd668
+def _unmatched_problems(
+    source: str,  # hub name or folder
+    config,  # of the base model, from transformers' `AutoConfig`
+    e: Exception,  # that `match_weights` raised
+) -> list:  # sentences
+    "Why a model can't be put together with its files at all."
+    names = [] if quantisation.stored_quantisation(config.to_dict()) else _unmerged(e)
+    if names: return [f"{source}: {_some(names)} can't be put together from its files: a part is missing, or has another shape"]
+    try: _quietly(lambda: shape_model(config))
+    except NotImplementedError: return []
+    except Exception: return [f"{source}: no model can be built from its config.json: {_named(e)}"]
+    return []  # it can be built; what its weights are can't be told without reading them
+
+# %% ../nbs/21_models.ipynb #a1e0d35c
 def fit_problems(
     source: str,  # hub name or folder
     headers: dict,  # name -> (type, shape), from `weights.read_headers`
@@ -391,16 +441,10 @@ def fit_problems(
         return [f"{source}: a {config.model_type} isn't a model that writes text token by token; name a causal language model"], []
     stored = quantisation.stored_quantisation(config.to_dict())
     try: model, info = match_weights(config, headers)
-    except Exception as e:
-        if not stored and (names := _unmerged(e)):
-            return [f"{source}: {_some(names)} can't be put together from its files: a part is missing, or has another shape"], []
-        try: _quietly(lambda: shape_model(config))
-        except NotImplementedError: return [], []
-        except Exception: return [f"{source}: no model can be built from its config.json: {_named(e)}"], []
-        return [], []  # it can be built; what its weights are can't be told without reading them
+    except Exception as e: return _unmatched_problems(source, config, e), []
     problems, notes = type_findings(source, headers, odd_types(headers, model, stored))
-    composite = type(model.config) is not type(config)  # only the text part of it is built
-    info = info | ({"unexpected_keys": set()} if composite else {})
+    text_alone = type(model.config) is not type(config)  # only the text part of it is built
+    info = info | ({"unexpected_keys": set()} if text_alone else {})
     return problems + _match_problems(source, info, stored), notes + _match_warnings(source, model, info)
 
 # %% ../nbs/21_models.ipynb #4904d37e
@@ -411,7 +455,8 @@ def check_base_model(
     "Look at a base model's files, without reading a weight."
     from transformers.utils import find_adapter_config_file
     local = os.path.isdir(source)
-    if local and (problems := weights.folder_problems(source)): return problems, []
+    problems = weights.folder_problems(source) if local else []
+    if problems: return problems, []
     try:
         if find_adapter_config_file(source, token=token):
             return [f"{source} is an adapter, with an adapter_config.json: name its base model, or a folder with the two merged"], []
@@ -419,10 +464,12 @@ def check_base_model(
     except OSError: return [], []  # the loader says why nothing is there
     except ValueError as e: return [str(e)], []
     if not config: return [], []
-    problems = _code_problems(source, config) + [o for o in [quantisation.stored_problem(source, config)] if o]
-    headers, more = weights.read_headers(source, config) if local else weights.hub_headers(source, token)
-    problems += more + weights.count_problems(config, len(headers or ()), f"{source}: config.json")
-    return (problems, []) if problems or headers is None else fit_problems(source, headers, token)
+    headers, problems = weights.read_headers(source, config) if local else weights.hub_headers(source, token)
+    found = [*_code_problems(source, config), quantisation.stored_problem(source, config), *problems,
+             *weights.count_problems(config, len(headers or ()), f"{source}: config.json")]
+    found = [problem for problem in found if problem]
+    if found or headers is None: return found, []
+    return fit_problems(source, headers, token)
 
 # %% ../nbs/21_models.ipynb #08827b02
 def base_model_problems(
@@ -489,28 +536,37 @@ def _as_stored(
     return replace(precision, bnb=quantisation.bnb_used(stored, precision.dtype)) if stored else precision
 
 # %% ../nbs/21_models.ipynb #a39947cf
+def _loading_options(
+    config,  # of the base model, from transformers' `AutoConfig`; it takes the quantisation, where that is stored
+    precision: Precision,  # from `choose_precision`
+) -> dict:  # keyword arguments of `from_pretrained`
+    "How transformers is asked to hold the weights."
+    import torch
+    from transformers import BitsAndBytesConfig, Mxfp4Config
+    stored = quantisation.stored_quantisation(config.to_dict())
+    held = _as_stored(precision, stored).bnb
+    options = dict(config=config, dtype=getattr(torch, precision.dtype), trust_remote_code=False, use_safetensors=True)
+    if held and stored: config.quantization_config = BitsAndBytesConfig(**held).to_dict()
+    elif held: options["quantization_config"] = BitsAndBytesConfig(**held)
+    elif stored: options["quantization_config"] = Mxfp4Config(dequantize=True)
+    if held or precision.device != "cpu": options["device_map"] = {"": precision.device}
+    return options
+
+# %% ../nbs/21_models.ipynb #5fb41b60
 def load_base_model(
     source: str,  # hub name or folder
     precision: Precision,  # from `choose_precision`
     token: str | None = None,  # for gated models
 ):  # the model, quantised if asked or stored so, ready for LoRA
     "Load a causal language model; a quantised one is prepared for training as PEFT advises."
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, Mxfp4Config
+    from transformers import AutoConfig, AutoModelForCausalLM
     raise_problems(base_model_problems(source, token), "The base model can't be loaded")
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # no service is asked to convert a model, with our token
     config = AutoConfig.from_pretrained(source, token=token, trust_remote_code=False)
-    stored = quantisation.stored_quantisation(config.to_dict())
-    held = _as_stored(precision, stored).bnb
-    bnb = held and BitsAndBytesConfig(**held)
-    if stored and bnb: config.quantization_config = bnb.to_dict()
-    kwargs = dict(config=config, dtype=getattr(torch, precision.dtype), token=token, trust_remote_code=False, use_safetensors=True)
-    if stored and not bnb: kwargs["quantization_config"] = Mxfp4Config(dequantize=True)
-    if bnb and not stored: kwargs["quantization_config"] = bnb
-    if bnb or precision.device != "cpu": kwargs["device_map"] = {"": precision.device}
+    held = _as_stored(precision, quantisation.stored_quantisation(config.to_dict())).bnb
     auto = auto_class(config) or AutoModelForCausalLM
-    with without_report(): model = auto.from_pretrained(source, **kwargs)
-    if not bnb: return model
+    with without_report(): model = auto.from_pretrained(source, token=token, **_loading_options(config, precision))
+    if not held: return model
     from peft import prepare_model_for_kbit_training
     return prepare_model_for_kbit_training(_keep_trainable(model), use_gradient_checkpointing=precision.gradient_checkpointing)
 
