@@ -10,10 +10,10 @@ __all__ = ['seeded_order', 'SavedCounts', 'check_weights', 'save_checkpoint', 'l
 import contextlib, json, os, shutil, time
 from dataclasses import asdict, astuple, dataclass
 
-from .guards import RunStopped, best_effort, check_finite, step_rows, weights_finite, what_helps
+from .guards import RunStopped, best_effort, check_finite, one_line, step_rows, weights_finite, what_helps
 from .manifest import drop_old_checkpoints, find_checkpoint, planned_tokens, seal_checkpoint, whole_checkpoint
 from .metrics import RunState, RunTotals, keep_metrics
-from .ranks import spread_like, sum_over_all, take_state, whole_state, whole_weights
+from .ranks import KnownToAll, failed_anywhere, raise_together, spread_like, sum_over_all, take_state, whole_state, whole_weights
 from .storage import clear_folder, open_plain, set_aside, storage_error
 
 # %% ../nbs/33_checkpoints.ipynb #50621ed8
@@ -66,7 +66,7 @@ def _run_state(
     since_log = accelerator.reduce(trainer._tr_loss.clone(), "mean")
     numbers = getattr(trainer, "_metrics", {}).get("train", {})
     return SavedCounts(
-        totals=sum_over_all(accelerator, astuple(run.mine)),
+        totals=list(astuple(run.totals)),
         loss_sum=trainer._total_loss_scalar,
         loss_since_log=since_log.item(),
         logged_step=trainer._globalstep_last_logged,
@@ -84,6 +84,7 @@ def _take_run_state(
 ):
     "Set the counts back to where they stood."
     run = trainer.run
+    run.totals = RunTotals(*saved.totals)
     run.mine = RunTotals(*saved.totals) if trainer.is_world_process_zero() else RunTotals()
     run.budget, run.seconds, run.saved_step = saved.tokens_per_pass, saved.seconds, trainer.state.global_step
     trainer._total_loss_scalar = saved.loss_sum
@@ -121,11 +122,7 @@ def _together(
     problem = None
     try: share()
     except Exception as e: problem = e
-    if accelerator.num_processes > 1:
-        from accelerate.utils import gather_object
-        reasons = [o for o in gather_object([str(problem) if problem else ""]) if o]
-        if reasons and not problem: problem = RuntimeError(f"another process: {reasons[0]}")
-    if problem: raise problem
+    raise_together(accelerator, problem)
 
 # %% ../nbs/33_checkpoints.ipynb #c5530ed3
 def check_weights(
@@ -191,13 +188,15 @@ def _load_optimizer(
 def _agree(
     trainer,  # at the end of a step; all processes call this together
 ) -> tuple:  # (is it time to save, is the run to stop)
-    "The first process looks at its clock and for a file `stop`; any may have been sent a signal."
+    "The first process looks at its clock and for a file `stop`; any may have been sent a signal. Rows and tokens are added up."
     run, due = trainer.run, False
     if trainer.is_world_process_zero():
         if run.save_seconds is not None: due = time.monotonic() - run.saved_at >= run.save_seconds
         asked = os.path.isfile(os.path.join(trainer.args.output_dir, "stop"))
         if asked and not run.stop_asked_by: run.stop_asked_by = "the file stop"
-    due, stop = sum_over_all(trainer.accelerator, [int(due), int(bool(run.stop_asked_by))])
+    mine = [int(due), int(bool(run.stop_asked_by)), *astuple(run.mine)]
+    due, stop, *totals = sum_over_all(trainer.accelerator, mine)
+    run.totals = RunTotals(*totals)
     return due > 0, stop > 0
 
 # %% ../nbs/33_checkpoints.ipynb #b981d5cb
@@ -262,6 +261,32 @@ def _save_or_stop(
     raise RunStopped(f"stopped by {run.stop_asked_by or 'another process'} at step {state.global_step} of {state.max_steps};"
                      f" a checkpoint is in {place}; run the job again with the same arguments to go on")
 
+# %% ../nbs/33_checkpoints.ipynb #a4258897
+def _evaluate_together(
+    trainer,  # before, in or after training
+    evaluate,  # the trainer's own, without arguments
+) -> dict:  # its metrics
+    "Evaluate; where that fails on one process, it fails on all."
+    metrics, problem = {}, None
+    try: metrics = evaluate()
+    except KnownToAll as e: raise e.__cause__
+    except Exception as e: problem = e
+    if failed_anywhere(trainer.accelerator, problem is not None): raise_together(trainer.accelerator, problem)
+    return metrics
+
+# %% ../nbs/33_checkpoints.ipynb #19b4c35c
+def _evaluate_sharded(
+    trainer,  # under FSDP
+    evaluate,  # the trainer's own, without arguments
+) -> dict:  # its metrics
+    "Evaluate where no process can go on without the others."
+    try: return evaluate()
+    except MemoryError: raise  # it says what to set
+    except Exception as e:
+        if not is_over(trainer): raise
+        raise RuntimeError(f"the last evaluation failed ({one_line(e)}), and under FSDP no process goes on without the others."
+                           f" Run the job again without FSDP: it goes on from its last checkpoint in {trainer.args.output_dir}") from e
+
 # %% ../nbs/33_checkpoints.ipynb #ee3ba710
 def _evaluate_apart(
     trainer,  # before, in or after training
@@ -270,16 +295,16 @@ def _evaluate_apart(
     "Evaluate without a trace in the random numbers; raises where the held-out loss isn't finite after training began."
     import torch
     from math import isfinite
+    shared = _evaluate_sharded if trainer.is_fsdp_enabled else _evaluate_together
     def apart():
-        with torch.random.fork_rng(devices=[]): return evaluate()
-    alone = trainer.accelerator.num_processes == 1  # of several, one that fails can't go on without the others
-    if alone and is_over(trainer): metrics = best_effort("the last evaluation", apart, {})
-    else: metrics = apart()
+        with torch.random.fork_rng(devices=[]): return shared(trainer, evaluate)
+    withholds = trainer.is_fsdp_enabled or not is_over(trainer)
+    metrics = apart() if withholds else best_effort("the last evaluation", apart, {})
     if trainer.is_in_train: trainer.model.train()  # as it was, and as it is in a run that goes on from here
     if not metrics: return {"eval_loss": float("nan")}
-    loss = metrics.get("eval_loss", 0.0)
-    if trainer.state.global_step and not isfinite(loss):
-        raise FloatingPointError(f"the held-out loss is {loss} after step {trainer.state.global_step}; nothing of it is saved. {what_helps(trainer.model, trainer.args)}")
+    loss, step = metrics.get("eval_loss", 0.0), trainer.state.global_step
+    if step and not isfinite(loss):
+        raise FloatingPointError(f"the held-out loss is {loss} after step {step}; nothing of it is saved. {what_helps(trainer.model, trainer.args)}")
     return metrics
 
 # %% ../nbs/33_checkpoints.ipynb #6506d92c

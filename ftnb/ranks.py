@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['process_rank', 'process_count', 'deal_rows', 'leading', 'hear', 'from_first', 'alone', 'shards_model', 'is_echo',
-           'told_to_launcher', 'share_of', 'sum_over_all', 'mean_over_all', 'whole_tensor', 'spread_like',
-           'whole_weights', 'whole_state', 'take_state', 'save_whole', 'dealing', 'batch_size', 'rows_per_step',
-           'settings_for_all']
+           'told_to_launcher', 'share_of', 'sum_over_all', 'failed_anywhere', 'raise_together', 'KnownToAll',
+           'mean_over_all', 'whole_tensor', 'spread_like', 'whole_weights', 'whole_state', 'take_state', 'save_whole',
+           'dealing', 'batch_size', 'rows_per_step', 'settings_for_all']
 
 # %% ../nbs/28_ranks.ipynb #ac3957a8
 import contextlib, json, os, time
@@ -170,6 +170,31 @@ def sum_over_all(
     import torch
     if accelerator.num_processes == 1: return list(numbers)
     return accelerator.reduce(torch.tensor(numbers, device=accelerator.device)).tolist()
+
+# %% ../nbs/28_ranks.ipynb #2a605feb
+def failed_anywhere(
+    accelerator,  # of the trainer
+    failed: bool,  # on this process; all processes call this together
+) -> bool:  # on any
+    "Whether something failed on any process."
+    return sum_over_all(accelerator, [int(failed)]) != [0]
+
+# %% ../nbs/28_ranks.ipynb #38a0ce2a
+def raise_together(
+    accelerator,  # of the trainer
+    problem: Exception | None,  # of this process; all processes call this together
+):
+    "Raise on all processes where one has a problem: its own there, word of it elsewhere."
+    if accelerator.num_processes > 1:
+        from accelerate.utils import gather_object
+        mine = f"{type(problem).__name__}: {problem}" if problem else ""
+        reasons = [reason for reason in gather_object([mine]) if reason]
+        if reasons and not problem: problem = RuntimeError(f"another process: {reasons[0]}")
+    if problem: raise problem
+
+# %% ../nbs/28_ranks.ipynb #55077dd8
+class KnownToAll(RuntimeError):
+    "What failed on one process, where all processes know of it; the error itself is its cause."
 
 # %% ../nbs/28_ranks.ipynb #5050a5cd
 def mean_over_all(

@@ -9,7 +9,7 @@ __all__ = ['LEAST_ON_GPU', 'progress_line', 'taken_memory', 'free_memory', 'toke
 # %% ../nbs/36_trainer.ipynb #4b5e6610
 import contextlib, os, time
 from collections import defaultdict
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
 
 from .checkpoints import begin_or_resume, flow_callback, resumable
 from .guards import RunStopped, best_effort, one_line, stop_on_signals, tracker_callbacks, tracker_scope
@@ -18,7 +18,8 @@ from .metrics import RunState, RunTotals, append_metrics
 from .packing import KeptPrefix, causal_model, keeps_prefix, packed_loss, packing_attention, shares_exactly
 from .prefix import LEAST, PrefixSampler, common_prefix, pack_rows, tree_passes
 from .progress import progress_bar, wants_bar
-from .ranks import batch_size, dealing, from_first, mean_over_all, process_count, process_rank, settings_for_all, sum_over_all
+from .ranks import KnownToAll, batch_size, dealing, failed_anywhere, from_first, mean_over_all, process_count, process_rank
+from .ranks import raise_together, settings_for_all
 from .settings import TrainingSettings
 from .storage import storage_error
 
@@ -258,14 +259,6 @@ def _out_of_memory(
     import torch
     return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e)
 
-# %% ../nbs/36_trainer.ipynb #3e293535
-def _failed_anywhere(
-    trainer,  # a `RowTrainer`
-    failed: bool,  # on this process
-) -> bool:  # on any
-    "Ask the other processes; all call this together."
-    return sum_over_all(trainer.accelerator, [int(failed)]) != [0]
-
 # %% ../nbs/36_trainer.ipynb #79528462
 def _make_smaller(
     run: RunState,  # whose passes are too large
@@ -298,6 +291,42 @@ def _average_gradients(
     *whole, have = trainer.accelerator.reduce(torch.cat([*own, have]), "mean").split([*map(len, own), len(have)])
     for p, grad, there in zip(weights, whole, have.tolist()): p.grad = grad.view_as(p).to(p.dtype) if there else None
 
+# %% ../nbs/36_trainer.ipynb #cbf646b7
+def _sharded_memory(
+    run: RunState,  # under FSDP
+    longest: int,  # tokens of the longest row
+    train: bool,  # or evaluate
+) -> str:  # a sentence
+    "What to set where memory ran out and the step can't be taken again."
+    said = "memory ran out under FSDP, where passes aren't made smaller in a run: set"
+    if run.budget > longest: return f"{said} tokens_per_pass to {max(longest, run.budget // 2)} or less, or gradient_checkpointing"
+    rows, kind = (run.pass_rows, "train") if train else (run.eval_rows, "eval")
+    if run.budget or rows <= 1: return f"{said} gradient_checkpointing, or a smaller max_length, which drops rows longer than that"
+    more = ", and gradient_accumulation_steps so much higher; then the job goes on from its last checkpoint" if train else ""
+    return f"{said} per_device_{kind}_batch_size to {rows // 2}{more}"
+
+# %% ../nbs/36_trainer.ipynb #b7157b94
+def _word_of(
+    trainer,  # a `RowTrainer`
+    e: Exception,  # raised by the passes of a step
+    longest: int,  # tokens of the longest row
+    train: bool,  # or evaluate
+) -> Exception | None:  # what the other processes must know; None where memory ran out, and passes get smaller
+    "See to an error of this process; raises where it ends the run."
+    memory = _out_of_memory(e)
+    if memory and trainer.is_fsdp_enabled: raise MemoryError(_sharded_memory(trainer.run, longest, train)) from e
+    if not memory and (train or trainer.is_fsdp_enabled): raise e
+    return None if memory else e
+
+# %% ../nbs/36_trainer.ipynb #951b77c7
+def _tell_all(
+    accelerator,  # of the trainer
+    problem: Exception | None,  # of this process, in an evaluation
+):
+    "Raise on all processes what isn't seen to by smaller passes."
+    try: raise_together(accelerator, problem)
+    except Exception as e: raise KnownToAll(str(e)) from e
+
 # %% ../nbs/36_trainer.ipynb #3ef84336
 def _run_step(
     trainer,  # a `RowTrainer`
@@ -307,16 +336,15 @@ def _run_step(
     train: bool = True,  # with gradients
 ) -> tuple:  # (this process's loss, a scalar tensor; tokens computed)
     "All passes of a step; smaller ones on all processes, where memory runs out on one."
-    passes = _flat_passes if trainer.run.budget else _padded_passes
+    passes, longest = _flat_passes if trainer.run.budget else _padded_passes, inputs["input_ids"].shape[1]
     while True:
-        done = None
+        done, problem = None, None
         try: done = passes(trainer, model, inputs, num_items, train)
-        except (RuntimeError, MemoryError) as e:
-            if not _out_of_memory(e): raise
-            if trainer.is_fsdp_enabled: raise MemoryError("memory ran out under FSDP, where passes aren't made smaller in a run: set tokens_per_pass, or a smaller batch") from e
-        if not _failed_anywhere(trainer, done is None): break
+        except Exception as e: problem = _word_of(trainer, e, longest, train)
+        if not failed_anywhere(trainer.accelerator, done is None): break
+        if not train: _tell_all(trainer.accelerator, problem)
         model.zero_grad()
-        size = _make_smaller(trainer.run, inputs["input_ids"].shape[1], train)
+        size = _make_smaller(trainer.run, longest, train)
         if trainer.is_world_process_zero(): print(f"memory ran out: passes are of {size} from here on", flush=True)
     loss, computed, numbers = done
     _merge_numbers(trainer, "train" if train else "eval", numbers)
@@ -397,9 +425,6 @@ def _trainer_class(
             self.run.step_loss += loss
             self.run.mine.add(rows, int(mine["attention_mask"].sum()) if rows else 0, computed)
             return loss
-        def log(self, logs, *args, **kwargs):
-            self.run.totals = RunTotals(*sum_over_all(self.accelerator, astuple(self.run.mine)))
-            super().log(logs, *args, **kwargs)
     return RowTrainer
 
 # %% ../nbs/36_trainer.ipynb #756e457d

@@ -374,6 +374,42 @@ def refused(place, arguments, words, limit=60):
     ]
 
 
+def last_evaluation(rank, where):
+    "Have one process fail in the last evaluation: before it, or in its passes."
+    import transformers
+
+    def prepare(own):
+        if own != rank:
+            return
+        place = transformers.Trainer if where == "evaluate" else ftnb.trainer
+        real = getattr(place, where)
+
+        def around(*args, **kwargs):
+            trainer, train = args[0], args[-1] is True and where != "evaluate"
+            if trainer.state.global_step == trainer.state.max_steps and not train:
+                raise RuntimeError("the third law of thermodynamics")
+            return real(*args, **kwargs)
+
+        setattr(place, where, around)
+
+    return prepare
+
+
+def keeps_what_was_trained(place, right, rank, where, shared):
+    "The last evaluation fails on one of two processes: that is said, and nothing is lost."
+    place.renew()
+    done = run(place, 2, last_evaluation(rank, where), shared_prefix=shared)
+    if done.status:
+        return [f"it ends with {done.status}:\n{done.printed[-6000:]}"]
+    weights = max((done.adapter[k] - v).abs().max().item() for k, v in right[shared].adapter.items())
+    found = [f"a number of the adapter differs by {weights:.2g}"] if not weights <= LIMIT else []
+    if "the last evaluation: failed (RuntimeError: " not in done.printed:
+        found.append(f"it isn't said:\n{done.printed[-4000:]}")
+    if "eval_loss" in done.told.get("metrics", {"eval_loss": 0}):
+        found.append("run.json has a held-out loss, or isn't there")
+    return found
+
+
 def wrong_arguments(place):
     return refused(place, "--base_modl_id 1", ["--base_modl_id is no key"])
 
@@ -590,6 +626,13 @@ def test_one_is_killed(place, right, rank):
 
 def test_one_fails(place, right):
     fine(ends(place, 1, fail, ["RuntimeError: the third law of thermodynamics"]))
+
+
+@pytest.mark.parametrize(
+    "rank, where, shared", [(0, "evaluate", "auto"), (1, "evaluate", "auto"), (1, "_flat_passes", "auto"), (1, "_padded_passes", False)]
+)
+def test_last_evaluation_fails_on_one(place, right, rank, where, shared):
+    fine(keeps_what_was_trained(place, right, rank, where, shared))
 
 
 def test_wrong_arguments(place):
