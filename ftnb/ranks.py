@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['process_rank', 'process_count', 'deal_rows', 'leading', 'hear', 'from_first', 'alone', 'shards_model', 'is_echo',
-           'told_to_launcher', 'share_of', 'sum_over_all', 'failed_anywhere', 'raise_together', 'KnownToAll',
-           'mean_over_all', 'whole_tensor', 'spread_like', 'whole_weights', 'whole_state', 'take_state', 'save_whole',
-           'dealing', 'batch_size', 'rows_per_step', 'settings_for_all']
+           'told_to_launcher', 'free_memory', 'usable_cores', 'taken_memory', 'share_of', 'sum_over_all',
+           'failed_anywhere', 'raise_together', 'KnownToAll', 'mean_over_all', 'whole_tensor', 'spread_like',
+           'whole_weights', 'whole_state', 'take_state', 'save_whole', 'dealing', 'batch_size', 'rows_per_step',
+           'settings_for_all']
 
 # %% ../nbs/28_ranks.ipynb #ac3957a8
 import contextlib, json, os, time
@@ -122,6 +123,46 @@ def told_to_launcher(
             from torch.distributed.elastic.multiprocessing.errors import get_error_handler
             get_error_handler().record_exception(e)
         raise
+
+# %% ../nbs/28_ranks.ipynb #1697435c
+def _group_limits(
+    *files: str,  # of a control group, below /sys/fs/cgroup
+) -> list:  # their numbers; none where there is no such file, or no limit
+    "What the container allows."
+    numbers = []
+    for name in files:
+        try:
+            with open(f"/sys/fs/cgroup/{name}") as f: numbers += [int(word) for word in f.read().split()]
+        except (OSError, ValueError): return []
+    return numbers
+
+# %% ../nbs/28_ranks.ipynb #f746a7c5
+def free_memory(
+    device: str,  # "cpu" or "cuda:N"
+) -> int:  # bytes that this process can still take
+    "Free memory of a GPU, or of this machine within the limits of its container; processes on one machine share it."
+    import psutil, torch
+    if device != "cpu": return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
+    for files in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        if found := _group_limits(*files): free = min(free, found[0] - found[1])
+    return max(free, 0) // process_count(local=True)
+
+# %% ../nbs/28_ranks.ipynb #7ab25e9d
+def usable_cores() -> int:  # 1 or more
+    "Cores that this process may use, within the limits of its container; processes on one machine share them."
+    cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        found = _group_limits(*files)
+        if found and found[0] > 0: cores = min(cores, found[0] / found[1])
+    return max(1, round(cores / process_count(local=True)))
+
+# %% ../nbs/28_ranks.ipynb #37f3a92d
+def taken_memory() -> int:  # bytes
+    "Memory that this process holds, of the GPU where it uses one."
+    import psutil, torch
+    if torch.cuda.is_available() and torch.cuda.is_initialized(): return torch.cuda.max_memory_reserved()
+    return psutil.Process().memory_info().rss
 
 # %% ../nbs/28_ranks.ipynb #571a8fa3
 def share_of(
