@@ -141,22 +141,37 @@ _DATA = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".t
 _ASIDE = ("readme", "license", "licence", "notice", "changelog", "citation", "requirements", "config.json", "dataset_info",
           "dataset_dict", "state.json")  # beginnings of names of files that stand beside data
 
+# %% ../nbs/10_corpus.ipynb #996c7f3a
+def _looks_like_data(
+    name: str,  # of a file
+) -> bool:  # False for what stands beside data, such as a licence
+    "Whether a file is one of rows, by its name."
+    name = name.lower()
+    if name.startswith((".", *_ASIDE)): return False
+    return any(f".{part}" in _DATA for part in name.split(".")[1:])
+
+# %% ../nbs/10_corpus.ipynb #932c0704
+def _card_names_files(
+    folder: str,  # a folder with data files
+) -> bool:  # does its README.md say which files to take?
+    "Whether a folder's card names its files."
+    card = os.path.join(folder, "README.md")
+    if not os.path.isfile(card): return False
+    with open(card, encoding="utf-8", errors="replace") as f: text = f.read()
+    return bool(re.search(r"^(configs|data_files):", text, flags=re.M))
+
 # %% ../nbs/10_corpus.ipynb #6ea23056
 def _left_out(
     folder: str,  # a folder with data files
     used: "Iterable",  # the files that will be read
 ) -> list:  # the data files that would not be, relative to the folder
     "Data files of a folder that the library passes over."
+    if _card_names_files(folder): return []
     used, found = {os.path.realpath(path) for path in used}, []
-    if os.path.isfile(card := os.path.join(folder, "README.md")):
-        with open(card, encoding="utf-8", errors="replace") as f:
-            if re.search(r"^(configs|data_files):", f.read(), flags=re.M): return []
     for root, folders, names in os.walk(folder):
         folders[:] = sorted(d for d in folders if not d.startswith((".", "__")))
-        for name in sorted(names):
-            data = any(f".{part}" in _DATA for part in name.lower().split(".")[1:])
-            if data and not name.lower().startswith((".", *_ASIDE)) and os.path.realpath(os.path.join(root, name)) not in used:
-                found.append(os.path.relpath(os.path.join(root, name), folder))
+        for path in (os.path.join(root, name) for name in sorted(names) if _looks_like_data(name)):
+            if os.path.realpath(path) not in used: found.append(os.path.relpath(path, folder))
     return found
 
 # %% ../nbs/10_corpus.ipynb #270ad6e9
@@ -165,17 +180,18 @@ def _file_problems(
     files: dict,  # split -> the files that the library would read for it
     faults: Faults,  # takes the problems
 ):
-    "Note files that are in two splits, in a folder those that are in none, and those that a data set of the hub may not name."
-    splits = {}
+    "Note files in two splits, files of a folder in none, and files that a data set of the hub may not name."
+    splits, folder = {}, os.path.isdir(source)
     for split, names in files.items():
         for name in dict.fromkeys(names): splits.setdefault(name, []).append(str(split))
     for name, found in splits.items():
-        if not os.path.isdir(source) and not re.match(r"(hf|https?)://", str(name)): faults.add(source, f"its card names {name}, which is on this machine")
-        if len(found) > 1: faults.add(_file_name(source, name), f"by its name it is part of {' and '.join(found)}: rename it")
-    if os.path.isdir(source):
-        for name in _left_out(source, splits):
-            faults.add(os.path.join(source, name), "it would not be read, for its format or its name differs from the others': "
-                       "convert it, move it out, or name every file after its split (train, validation, test)")
+        if not folder and not re.match(r"(hf|https?)://", str(name)):
+            faults.add(source, f"its card names {name}, which is on this machine")
+        if len(found) > 1:
+            faults.add(_file_name(source, name), f"by its name it is part of {' and '.join(found)}: rename it")
+    for name in _left_out(source, splits) if folder else ():
+        faults.add(os.path.join(source, name), "it would not be read, for its format or its name differs from the others': "
+                   "convert it, move it out, or name every file after its split (train, validation, test)")
 
 # %% ../nbs/10_corpus.ipynb #5ea4790d
 def _file_name(
@@ -196,9 +212,10 @@ def _joined(
     import datasets, pyarrow as pa
     if None in tables.values() or not tables: return None
     (first, table), *others = tables.items()
-    for file, other in others:
-        if strict and set(other.column_names) != set(table.column_names):
-            faults.add(file, f"its columns are {other.column_names[:20]}, but those of {first} are {table.column_names[:20]}: they must be the same")
+    for file, other in others if strict else ():
+        if set(other.column_names) == set(table.column_names): continue
+        faults.add(file, f"its columns are {other.column_names[:20]}, but those of {first} are {table.column_names[:20]}: "
+                   "they must be the same")
     return datasets.Dataset(pa.concat_tables(tables.values(), promote_options="default").combine_chunks())
 
 # %% ../nbs/10_corpus.ipynb #4fadcc95
@@ -252,29 +269,43 @@ def _saved(
     found = datasets.load_from_disk(folder, keep_in_memory=True).with_format(None)
     return found if isinstance(found, datasets.DatasetDict) else datasets.DatasetDict(train=found)
 
-# %% ../nbs/10_corpus.ipynb #ca5d8cc9
-def _named(
-    folder: str,  # of a data set
-) -> "Iterator":  # (list, name) of each file or folder
-    "The files that the lists in a folder name."
-    import yaml
-    from huggingface_hub.repocard import metadata_load
-    for root, _, there in os.walk(folder):
-        for name in sorted({"state.json", "dataset_dict.json"} & set(there)):
-            with open(os.path.join(root, name), encoding="utf-8") as f: listed = json.load(f)
-            yield from ((name, o["filename"]) for o in listed.get("_data_files") or [])
-            yield from ((name, o) for o in listed.get("splits") or [])
-    for name, read in (("README.md", metadata_load), (".huggingface.yaml", lambda path: yaml.safe_load(open(path, encoding="utf-8")))):
-        settings = read(os.path.join(folder, name)) if os.path.isfile(os.path.join(folder, name)) else None
-        for part in (settings or {}).get("configs") or []: yield from ((name, o) for k in ("data_files", "data_dir") for o in _leaves(part.get(k)))
-
 # %% ../nbs/10_corpus.ipynb #28a7281f
 def _leaves(
     value,  # of a card
 ) -> list:  # the texts in it
     "The texts in lists and dictionaries."
+    if isinstance(value, str): return [value]
     if isinstance(value, dict): value = list(value.values())
-    return [o for v in value for o in _leaves(v)] if isinstance(value, list) else [value] if isinstance(value, str) else []
+    if not isinstance(value, list): return []
+    return [text for part in value for text in _leaves(part)]
+
+# %% ../nbs/10_corpus.ipynb #795e3e9c
+def _cards(
+    folder: str,  # of a data set
+) -> dict:  # name of the file -> its settings
+    "What the cards of a folder say."
+    import yaml
+    from huggingface_hub.repocard import metadata_load
+    found = {}
+    card, hidden = os.path.join(folder, "README.md"), os.path.join(folder, ".huggingface.yaml")
+    if os.path.isfile(card): found["README.md"] = metadata_load(card) or {}
+    if os.path.isfile(hidden):
+        with open(hidden, encoding="utf-8") as f: found[".huggingface.yaml"] = yaml.safe_load(f) or {}
+    return found
+
+# %% ../nbs/10_corpus.ipynb #ca5d8cc9
+def _named(
+    folder: str,  # of a data set
+) -> "Iterator":  # (list, name) of each file or folder
+    "The files that the lists in a folder name."
+    for root, _, files in os.walk(folder):
+        for name in sorted({"state.json", "dataset_dict.json"} & set(files)):
+            with open(os.path.join(root, name), encoding="utf-8") as f: listed = json.load(f)
+            yield from ((name, part["filename"]) for part in listed.get("_data_files") or [])
+            yield from ((name, split) for split in listed.get("splits") or [])
+    for name, settings in _cards(folder).items():
+        for part in settings.get("configs") or []:
+            yield from ((name, text) for key in ("data_files", "data_dir") for text in _leaves(part.get(key)))
 
 # %% ../nbs/10_corpus.ipynb #80af014d
 def _is_inside(
@@ -421,7 +452,8 @@ def _type_problems(
     for path in dict.fromkeys(str(name) for names in files.values() for name in names):
         if not path.endswith((".parquet", ".arrow")) or not os.path.isfile(path): continue
         for column, kind in _unknown_types(_schema(path) or ()).items():
-            faults.add(f"{_file_name(source, path)}, column {column!r}", f"its type is {kind}, which the library datasets doesn't read: "
+            where = f"{_file_name(source, path)}, column {column!r}"
+            faults.add(where, f"its type is {kind}, which the library datasets doesn't read: "
                        "write it as a struct or a list, or as a text in JSON")
 
 # %% ../nbs/10_corpus.ipynb #d5f62c51
@@ -438,7 +470,8 @@ def _size_problems(
         found = pq.read_metadata(path)
         groups = sum(found.row_group(i).total_byte_size for i in range(found.num_row_groups))
         if max(groups, 4 * found.num_rows * found.num_columns) > most:
-            faults.add(_file_name(source, path), f"its {found.num_rows:,} rows don't fit into half of this machine's free memory: take fewer")
+            rows = f"{found.num_rows:,} rows"
+            faults.add(_file_name(source, path), f"its {rows} don't fit into half of this machine's free memory: take fewer")
 
 # %% ../nbs/10_corpus.ipynb #f239e4e2
 def _checked_files(

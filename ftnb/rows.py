@@ -406,10 +406,11 @@ def prepare_rows(
     read = data.splits if keep else {name: used_columns(ds, job.template) for name, ds in data.splits.items()}
     sides = _split_sides(read, job.args)
     limit = tokens.length_limit(job.settings.max_length, getattr(config, "max_position_embeddings", None))
-    done = {name: _tokenize_side(side, job, tokenizer, limit, keep, data.unread.get(side.source, {})) for name, side in sides.items()}
+    def tokenized(side): return _tokenize_side(side, job, tokenizer, limit, keep, data.unread.get(side.source, {}))
+    done = {name: tokenized(side) for name, side in sides.items()}
     raise_problems(_vocabulary_problems(config, tokenizer, done), f"The model {job.source} can't be used")
-    ledger = row_ledger({name: len(ds) for name, ds in read.items()}, {name: len(side.rows) for name, side in sides.items()},
-                        {name: len(side.rows) for name, side in done.items()}, done["train"].dropped + done["test"].dropped)
+    split, kept = ({name: len(side.rows) for name, side in some.items()} for some in (sides, done))
+    ledger = row_ledger({name: len(ds) for name, ds in read.items()}, split, kept, done["train"].dropped + done["test"].dropped)
     if not ledger.trained: raise ValueError(f"no row is left to train on\n{describe_ledger(ledger)}")
     numbers = [sides["train"].numbers[i] + 1 for i in done["train"].rows.kept]
     held_out = used_columns(sides["test"].rows, job.template).select(done["test"].rows.kept)
