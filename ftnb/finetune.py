@@ -158,7 +158,7 @@ def run_checked(
     bar: bool | None,  # a progress bar; None: where somebody is watching
 ) -> dict:  # the content of run.json
     "What comes after the check."
-    job, tokenizer, rows = check.job, check.known["tokenizer"], check.known["rows"]
+    job, tokenizer, rows = check.job, check.base.tokenizer, check.rows
     adapters.clear_leftovers(job.args.out_dir)
     if run := runrecord.finished_run(job, rows):
         announce(job, "is this job's already, whole; nothing is trained again")

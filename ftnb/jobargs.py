@@ -116,6 +116,11 @@ class JobArgs(_JobTarget):
     axolotl_config_id: str | None = _arg("id", "id of an axolotl config", None)
     user_config_id: str | None = _arg("id", "id of a config for a script of the user's", None)
 
+    @property
+    def token(self) -> str | None:
+        "The Hugging Face token itself, for whoever is to be told it."
+        return self.hf_token.reveal() if self.hf_token else None
+
     def __post_init__(self): _settle_args(self)
     def __repr__(self): return f"JobArgs({', '.join(f'{k}={v!r}' for k, v in _not_default(self).items())})"
     def _repr_markdown_(self): return _as_table(self)

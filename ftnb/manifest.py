@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MANIFEST', 'NEEDED', 'read_manifest', 'seal_checkpoint', 'checkpoint_problem', 'whole_checkpoint',
            'checkpoint_folders', 'identity_differences', 'find_checkpoint', 'drop_old_checkpoints', 'rows_fingerprint',
-           'run_identity', 'planned_tokens']
+           'trained_with', 'run_identity', 'planned_tokens']
 
 # %% ../nbs/32_manifest.ipynb #0c741b55
 import contextlib, json, os, re, shutil
@@ -177,6 +177,11 @@ def rows_fingerprint(
             digest.update(np.concatenate([np.asarray(r, np.int64) for r in rows]).tobytes())
     return digest.hexdigest()
 
+# %% ../nbs/32_manifest.ipynb #8e0d832c
+def trained_with() -> dict:  # name -> version
+    "The libraries that a checkpoint depends on."
+    return {name: library_version(name) for name in ("torch", "transformers", "trl", "peft", "accelerate")}
+
 # %% ../nbs/32_manifest.ipynb #1d6d0061
 def run_identity(
     config: dict,  # training arguments, as the trainer takes them
@@ -192,7 +197,7 @@ def run_identity(
     rows = rows_per_step(config) * process_count()
     mine = {"training": {k: v for k, v in config.items() if k not in free}, "rows_per_step": rows, "lora": lora,
             "rows": {"train": rows_fingerprint(train), "test": rows_fingerprint(test)},
-            "versions": {n: library_version(n) for n in ("torch", "transformers", "trl", "peft", "accelerate")}}
+            "versions": trained_with()}
     return json.loads(json.dumps({**mine, **(more or {})}, default=str))
 
 # %% ../nbs/32_manifest.ipynb #50c9401a

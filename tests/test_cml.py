@@ -114,7 +114,7 @@ class Sending:
             con.execute("DELETE FROM fine_tuning_jobs")
 
     def rows(self):
-        return studio.list_rows(self.report.known["engine"], "fine_tuning_jobs")
+        return studio.list_rows(self.report.engine, "fine_tuning_jobs")
 
     def send(self, server, **more):
         "(job or None, error or None, what was printed)."

@@ -266,7 +266,7 @@ def checked(work, base):
     project = make_demo_project(work/"project", base, fraction=0.05)
     args = parse_job_arguments(project.job_arguments)
     found = check_job(args, {"FINE_TUNING_STUDIO_SQLITE_DB": str(project.db)}, keep=False)
-    return found.job, found.known["tokenizer"]
+    return found.job, found.base.tokenizer
 
 
 def outcome(job, tokenizer, kind, place):

@@ -20,7 +20,7 @@ from forks import import_all, in_fork
 from peft import PeftModel
 from waiting import wait_for
 
-from ftnb import adapters, checkpoints, finetune, manifest, models, preflight, prompts, registry, studio, tiny, tokens, trainer
+from ftnb import adapters, checkpoints, finetune, manifest, models, preflight, prompts, registry, rows as job_rows, studio, tiny, tokens, trainer
 from ftnb.demo.project import demo_data, make_demo_project
 
 pytestmark = pytest.mark.slow
@@ -60,7 +60,7 @@ def killed(name, owner, function, steps, after=False, n=1, path="", earlier=Fals
 
 CASES = [
     killed("looking up the records", studio, "find_records", ALL),
-    killed("reading the rows", preflight, "read_rows", ALL, after=True),
+    killed("reading the rows", job_rows, "read_rows", ALL, after=True),
     killed("formatting", prompts, "map_dataset_with_prompt_template", ALL, after=True),
     killed("tokenizing", tokens, "tokenize_rows", ALL),
     killed("writing ledger.json", os, "replace", ALL, path="ledger.json"),

@@ -210,11 +210,12 @@ def check_sending(
 ) -> preflight.Preflight:  # a table in a notebook, lines in a log
     "Check a job that another machine will run."
     report = preflight.check_job(args, env, keep=False)
-    report.findings = [_elsewhere(f) for f in report.findings]
+    findings = [_elsewhere(finding) for finding in report.findings]
     known = (os.environ if env is None else env).get(consts.HF_TOKEN, "").strip()
     if args.hf_token and args.hf_token.reveal() != known:
-        report.add("warning", "token", f"the Hugging Face token isn't sent along: set {consts.HF_TOKEN} in the project's environment")
-    return report
+        text = f"the Hugging Face token isn't sent along: set {consts.HF_TOKEN} in the project's environment"
+        findings.append(preflight.Finding("warning", "token", Problem("hf_token", text)))
+    return replace(report, findings=tuple(findings))
 
 # %% ../../nbs/cluster/4_submit.ipynb #5cd79356
 @dataclass(repr=False)
@@ -339,8 +340,8 @@ def submit(
         raise ValueError(_sent_already(args.experimentid, others[0]["id"], "run that one again from its page, or delete it"))
     template = next(iter(api.jobs_named(workspace, TEMPLATE_JOB)), None)
     request = job_request(args, template, script, runtime, env)
-    start = _Start(workspace, report.known["engine"], args.experimentid)
-    try: run = _begin(start, request, lambda id: job_row(args, id, request, report.known["training"]))
+    start = _Start(workspace, report.engine, args.experimentid)
+    try: run = _begin(start, request, lambda id: job_row(args, id, request, report.records.training))
     except BaseException as e:
         _say_left(e, _take_back(start))
         raise

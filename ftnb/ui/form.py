@@ -260,9 +260,8 @@ def _estimate(
     check: preflight.Preflight,  # of the job
 ) -> float | None:  # seconds
     "About how long the run will train; nothing is measured while one trains here."
-    known = check.known
-    if check.lines("error") or known.get("precision") is None or known.get("steps") is None: return None
-    key = (check.args.base_model_id, str(known["lora"]), str(known["precision"]), known["steps"].largest)
+    if check.problems() or check.steps is None: return None
+    key = (check.args.base_model_id, str(check.records.lora), str(check.job.precision), check.steps.largest)
     if key not in self.measured and local_runs.running_process(self.values["train_out_dir"]) is None:
         self.measured[key] = local_runs.token_seconds(check)
     each = self.measured.get(key)
@@ -407,7 +406,7 @@ def compare(
         raise ValueError(f"there is no adapter in {args.out_dir} yet: train it first")
     check = self.check
     if check is None or check.args != args: check = preflight.check_job(args, self.draft.project.env, keep=False)
-    rows = check.known.get("rows")
+    rows = check.rows
     if rows is None: check.raise_errors()
     job, adapter = check.job, {args.adapter_name or "adapter": args.out_dir}
     return evaluate.compare(job.source, adapter, rows.held_out, job.template, n, completion_only=job.settings.completion_only, precision=job.precision)

@@ -41,11 +41,11 @@ def _time_layers(
     "Time a pass of a shallow model with random weights."
     import torch
     from transformers import AutoModelForCausalLM
-    precision = check.known["precision"]
-    config, dtype = _few_layers(check.known["config"], n), getattr(torch, precision.dtype)
+    precision = check.job.precision
+    config, dtype = _few_layers(check.base.config, n), getattr(torch, precision.dtype)
     with torch.random.fork_rng([] if precision.device == "cpu" else [precision.device]):
         base = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).to(precision.device)
-        return estimate.probe_pass(adapters.apply_lora(base, check.known["lora"]), rows, precision)
+        return estimate.probe_pass(adapters.apply_lora(base, check.records.lora), rows, precision)
 
 # %% ../../nbs/ui/9_local_runs.ipynb #99c643fe
 def _largest_rows(
@@ -53,12 +53,12 @@ def _largest_rows(
 ) -> list:  # of {"input_ids", "labels"}
     "Rows as long as those of the run's largest pass, of any tokens."
     import numpy as np
-    known, chance = check.known, np.random.default_rng(0)
-    counts, vocabulary = known["rows"].counts["train"], known["config"].vocab_size
-    free = max(0, trainer.free_memory(known["precision"].device) - known["memory"].total)
-    budget = estimate.pass_budget(known["plan"], known["precision"], known["settings"], counts.prefix, free)
+    chance, precision, settings = np.random.default_rng(0), check.job.precision, check.job.settings
+    counts, vocabulary = check.rows.counts["train"], check.base.config.vocab_size
+    free = max(0, trainer.free_memory(precision.device) - check.memory.total)
+    budget = estimate.pass_budget(check.plan.model, precision, settings, counts.prefix, free)
     head, rows = list(counts.head[:counts.prefix]), []
-    for n, i in enumerate(estimate.largest_pass(counts, known["settings"], budget)):
+    for n, i in enumerate(estimate.largest_pass(counts, settings, budget)):
         ids = chance.integers(0, vocabulary, int(counts.lengths[i]) - counts.prefix).tolist()
         ids[0] = n % vocabulary
         rows.append(dict(input_ids=head + ids, labels=[-100] * counts.prefix + ids))
@@ -70,9 +70,8 @@ def token_seconds(
 ) -> float | None:  # for a computed token; None where it can't be told yet
     "About how long this machine trains a token."
     import torch
-    known = check.known
-    if any(known.get(name) is None for name in ("plan", "rows", "steps", "memory")) or not known["shares"]: return None
-    rows, layers = _largest_rows(check), known["config"].num_hidden_layers
+    if check.steps is None or not check.plan.shares: return None
+    rows, layers = _largest_rows(check), check.base.config.num_hidden_layers
     try:
         computed, one = _time_layers(check, 1, rows)
         _, two = _time_layers(check, 2, rows)
@@ -80,7 +79,7 @@ def token_seconds(
         if not trainer._out_of_memory(e): raise
         return None
     finally:
-        if known["precision"].device != "cpu": torch.cuda.empty_cache()  # the run needs it
+        if check.job.precision.device != "cpu": torch.cuda.empty_cache()  # the run needs it
     return (one + max(0, two - one) * (layers - 1)) / computed
 
 # %% ../../nbs/ui/9_local_runs.ipynb #1c61344f
@@ -89,8 +88,8 @@ def train_seconds(
     each: float,  # seconds for a computed token
 ) -> float:  # of training
     "About how long a run will train."
-    steps = check.known["steps"]
-    return estimate.run_seconds(each, steps, check.known["rows"].counts["test"], steps.largest)
+    steps = check.steps
+    return estimate.run_seconds(each, steps, check.rows.counts["test"], steps.largest)
 
 # %% ../../nbs/ui/9_local_runs.ipynb #0b5e7a93
 def _row_words(
@@ -108,15 +107,14 @@ def expectations(
     seconds: float | None = None,  # from `train_seconds`
 ) -> dict:  # what -> words
     "What a run will come to, in a few lines."
-    known = check.known
-    rows, steps, memory = known.get("rows"), known.get("steps"), known.get("memory")
+    rows, steps, memory = check.rows, check.steps, check.memory
     found = _row_words(rows) if rows is not None else {}
     if steps is not None:
         found["steps"] = f"{steps.steps:,} of {steps.rows:,} rows"
         found["computed"] = f"about {steps.computed:,} of {steps.given:,} tokens"
-    if memory is not None: found["memory"] = f"{storage.in_units(memory.total)} on {known['precision'].device}"
+    if memory is not None: found["memory"] = f"{storage.in_units(memory.total)} on {check.job.precision.device}"
     if seconds is not None:
-        more = ", more for 4-bit or 8-bit weights" if known["precision"].bnb else ""
+        more = ", more for 4-bit or 8-bit weights" if check.job.precision.bnb else ""
         found["time"] = f"about {progress.rough_time(seconds)}{more}"
     return found
 

@@ -188,7 +188,7 @@ def compare(
     check = preflight.check_job(self.args, self.env, keep=False)
     check.raise_errors()
     job, name = check.job, self.args.adapter_name
-    return evaluate.compare(job.source, {name: self.args.out_dir}, check.known["rows"].held_out, job.template, n,
+    return evaluate.compare(job.source, {name: self.args.out_dir}, check.rows.held_out, job.template, n,
                             completion_only=job.settings.completion_only, precision=job.precision)
 
 # %% ../../nbs/ui/7_tuning.ipynb #6b3bea31
