@@ -21,8 +21,7 @@ def test_a_run_of_your_own(tmp_path, tiny_base, monkeypatch):
     monkeypatch.setattr(ftnb.all, "demo_base_model", lambda: tiny_base)
     names = {}
     exec(code, names)
-    assert names["run"]["metrics"]["eval_loss"] < names["run"]["metrics"]["eval_loss_before"]
-    assert Path("adapters/tickets/adapter_model.safetensors").exists()
-    assert all(
-        Path("runs/tickets", name).exists() for name in ("report.html", "metrics.jsonl", "ledger.json")
-    )
+    run = names["run"]
+    assert run.record["metrics"]["eval_loss"] < run.record["metrics"]["eval_loss_before"]
+    assert (run.adapter / "adapter_model.safetensors").exists() and (run.adapter / "run.json").exists()
+    assert all((run.report.parent / name).exists() for name in ("report.html", "metrics.jsonl", "ledger.json"))
