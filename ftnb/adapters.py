@@ -18,7 +18,7 @@ from .fields import in_argument
 from .problems import Problem, raise_problems
 from .lora_settings import LORA_RULES, explicit_patterns, explicit_targets, lora_problems, moves_base, saved_settings
 from .storage import file_hash, flush
-from .tokenizer_files import save_tokenizer, tokenizer_problems
+from .tokenizer_files import save_tokenizer
 
 # %% ../nbs/23_adapters.ipynb #68fb30bd
 def get_model_parameters(

@@ -220,7 +220,7 @@ def only_one(
     name: str = "",  # in `folder`, of what is locked and has a lock beside it; default: the folder itself
 ):
     "Within this, no other process works there; raises where one does."
-    try: import fcntl
+    try: import fcntl  # noqa: F401
     except ImportError: yield; return  # Windows
     path, what = os.path.join(folder, f".{name}.lock" if name else ".lock"), os.path.join(folder, name) if name else folder
     try:

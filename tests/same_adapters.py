@@ -245,6 +245,7 @@ def masked(printed):
     printed = re.sub(r'^ +File ".*\n( {4}.*\n)*', "", printed, flags=re.M)
     printed = re.sub(rf"\d[\d,.:]*( to \d[\d,.:]*)? ?({UNITS})\b", "N unit", printed)
     printed = re.sub(r"about \d+:\d+|process \d+", "N", printed)
+    printed = re.sub(r"^step \d+/\d+ .*\n", "", printed, flags=re.M)  # as often as time passes; metrics.jsonl has them all
     printed = printed.replace("ftnb.problems.ProblemsError: ", "ValueError: ")  # which it is, and was called
     return [line.rstrip() for line in printed.splitlines() if line.strip()]
 

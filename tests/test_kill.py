@@ -106,12 +106,12 @@ CASES = [
     killed("before the insert", registry, "register_adapter", ()),
     killed("trying to register", registry, "_put_adapter", ALL, after=True),
     killed("the insert, before its commit", registry, "_put_adapter", (), after=True, n=2),
-    killed("after the insert", studio, "write_studio", (), after=True, n=2),
+    killed("after the insert", registry, "write_studio", (), after=True, n=2),
     Case("steps 3 and 5", (At(checkpoints, "check_finite", n=3), At(checkpoints, "check_finite", n=3)), ALL[4:]),
     Case("twice before the same rename", (At(os, "rename", path="/checkpoint-4"),)*2, ALL[2:]),
     Case("a checkpoint's write, the adapter's rename, and after the insert",
          (At(checkpoints, "_write_share", n=2), At(os, "rename", path="/adapters/"),
-          At(studio, "write_studio", after=True, n=2)), ()),
+          At(registry, "write_studio", after=True, n=2)), ()),
 ]
 
 

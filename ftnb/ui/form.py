@@ -7,7 +7,7 @@ __all__ = ['Form']
 
 # %% ../../nbs/ui/10_form.ipynb #f55c22b5
 import os, threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 

@@ -6,7 +6,7 @@
 __all__ = ['merge_adapter']
 
 # %% ../../nbs/ui/8_merging.ipynb #778c772f
-import json, os, shutil, tempfile
+import os, shutil, tempfile
 from pathlib import Path
 
 from fastcore.basics import patch
@@ -58,7 +58,6 @@ def _write_merged(
     token: str | None,  # for gated models
 ) -> tuple:  # (token ids, their logits before, kind of number)
     "Add an adapter into its base."
-    import torch
     from peft import PeftModel
     from transformers import AutoTokenizer
     model = PeftModel.from_pretrained(_load_whole(source, token), str(out_dir)).eval()

@@ -6,7 +6,7 @@
 __all__ = ['DEFAULT_LORA', 'default_training', 'sort_settings', 'Run', 'tune', 'tune_command']
 
 # %% ../../nbs/ui/7_tuning.ipynb #d9c0f559
-import hashlib, json, math, os, re, shutil, sys, tempfile, uuid
+import hashlib, json, math, os, shutil, sys, tempfile, uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,17 +19,13 @@ import ftnb.finetune as finetune
 import ftnb.jobargs as jobargs
 import ftnb.models as models
 import ftnb.preflight as preflight
-import ftnb.prompts as prompts
 import ftnb.quantisation as quantisation
 import ftnb.storage as storage
 import ftnb.studio as studio
 import ftnb.ui.chats as chats
 import ftnb.ui.additions as additions
-import ftnb.weights as weights
 from ..adapters import publish_folder
 from ..lora_settings import LORA_RULES
-from ..problems import Problem, nearest, raise_problems
-from .past_runs import PastRun
 
 # %% ../../nbs/ui/7_tuning.ipynb #6f99b27d
 def _as_splits(
