@@ -21,19 +21,23 @@ from .storage import file_hash, flush
 from .tokenizer_files import save_tokenizer
 
 # %% ../nbs/23_adapters.ipynb #68fb30bd
+def _elements(
+    p,  # a parameter of a torch module
+) -> int:
+    "Elements of the matrix that a parameter stands for."
+    state = getattr(p, "quant_state", None)
+    if state is not None: return state.shape.numel()
+    packed = type(p).__name__ == "Params4bit" and getattr(p, "bnb_quantized", False)
+    if packed: return p.numel() * 2 * p.element_size()
+    return getattr(p, "ds_numel", p.numel())
+
+# %% ../nbs/23_adapters.ipynb #bc26a9ac
 def get_model_parameters(
     model,  # any torch module, quantised or with an adapter
 ) -> tuple:  # (total, trainable) numbers of parameters
     "Count parameters; a 4-bit weight counts as the matrix it stands for."
-    total = trainable = 0
-    for p in model.parameters():
-        state = getattr(p, "quant_state", None)
-        if state is not None: n = state.shape.numel()
-        elif type(p).__name__ == "Params4bit" and getattr(p, "bnb_quantized", False): n = p.numel() * 2 * p.element_size()
-        else: n = getattr(p, "ds_numel", p.numel())
-        total += n
-        trainable += n if p.requires_grad else 0
-    return total, trainable
+    sizes = [(_elements(p), p.requires_grad) for p in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
 
 # %% ../nbs/23_adapters.ipynb #54750dfc
 def vocabulary_problems(
@@ -44,7 +48,8 @@ def vocabulary_problems(
     "Whether every token that a run uses has an embedding."
     top = max([tokenizer.eos_token_id or 0, tokenizer.pad_token_id or 0, *map(max, rows)])
     if top < vocab_size: return []
-    return [f"the token {tokenizer.convert_ids_to_tokens(top)!r} has the id {top}, and the model only {vocab_size} embeddings: tokenizer and model don't belong together"]
+    return [f"the token {tokenizer.convert_ids_to_tokens(top)!r} has the id {top}, and the model only {vocab_size} embeddings: "
+            "tokenizer and model don't belong together"]
 
 # %% ../nbs/23_adapters.ipynb #6d6204c4
 def _full_settings(
@@ -105,14 +110,13 @@ def _start_problems(
 ) -> list:  # of `Problem`
     "Whether each layer can begin as the settings say."
     layers = {n: m for n, m in model.base_model.model.named_modules() if "default" in getattr(m, "lora_A", {})}
-    def said(what, names):
-        if not names: return []
-        return [Problem("init_lora_weights", f"init_lora_weights is {start!r}, and {what} (as {min(names)}); leave it out")]
     turned = [n for n, m in layers.items() if getattr(m, "fan_in_fan_out", False)]
-    if start == "olora" and turned: return said("PEFT can't begin so in layers that hold their matrix turned", turned)
-    if not (moves_base(start) or start == "mica"): return []
-    over = [n for n, m in layers.items() if m.r["default"] > min(m.in_features, m.out_features)]
-    return said("a layer's rank is above the shorter side of its matrix", over)
+    what, names = "PEFT can't begin so in layers that hold their matrix turned", turned if start == "olora" else []
+    if not names and (moves_base(start) or start == "mica"):
+        what = "a layer's rank is above the shorter side of its matrix"
+        names = [n for n, m in layers.items() if m.r["default"] > min(m.in_features, m.out_features)]
+    if not names: return []
+    return [Problem("init_lora_weights", f"init_lora_weights is {start!r}, and {what} (as {min(names)}); leave it out")]
 
 # %% ../nbs/23_adapters.ipynb #39458355
 def _head_problems(
@@ -120,8 +124,9 @@ def _head_problems(
 ) -> list:  # of `Problem`
     "TRL computes the loss from the output layer's own matrix, and refuses LoRA on it."
     inner = model.base_model.model
-    if not hasattr(inner.get_output_embeddings(), "lora_A"): return []
-    name = next(name for name, module in inner.named_modules() if module is inner.get_output_embeddings())
+    head = inner.get_output_embeddings()
+    if not hasattr(head, "lora_A"): return []
+    name = next(name for name, module in inner.named_modules() if module is head)
     return [Problem("target_modules", f"target_modules has {name}, the output layer: the loss is computed from its own matrix, "
                     "so LoRA on it is never trained; leave it out, or train the whole layer with modules_to_save")]
 
@@ -197,18 +202,26 @@ def opened_by(
     return auto.__name__ if auto and auto.__name__ != "AutoModelForCausalLM" else ""
 
 # %% ../nbs/23_adapters.ipynb #3a560aab
+def _trained_apart(
+    model,  # a base model with LoRA in it
+    lora: dict,  # LoRA settings
+) -> bool:
+    "Whether embedding and output layer are one matrix, and one of them is trained apart from the other."
+    def changed(layer): return type(layer).__name__ == "ModulesToSaveWrapper" or hasattr(layer, "lora_A")
+    text, whole = model.config.get_text_config(), model.config
+    tied = getattr(text, "tie_word_embeddings", getattr(whole, "tie_word_embeddings", False))  # Qwen2.5-VL's text part doesn't say
+    apart = changed(model.get_input_embeddings()) or changed(model.get_output_embeddings())
+    return bool(tied and apart and not lora.get("ensure_weight_tying"))
+
+# %% ../nbs/23_adapters.ipynb #875d89ad
 def plan_warnings(
     model,  # a `PeftModel`, with weights or without
     lora: dict,  # LoRA settings
     architectures: list | None = None,  # of the base's config.json: classes that it is served as
 ) -> list:  # sentences
     "What will be trained and saved, and surprises whoever loads or merges it."
-    inner = model.base_model.model
-    def own(layer): return type(layer).__name__ == "ModulesToSaveWrapper" or hasattr(layer, "lora_A")
-    apart = own(inner.get_input_embeddings()) or own(inner.get_output_embeddings())
-    found = []
-    tied = getattr(inner.config.get_text_config(), "tie_word_embeddings", getattr(inner.config, "tie_word_embeddings", False))  # Qwen2.5-VL's text part doesn't say
-    if tied and apart and not lora.get("ensure_weight_tying"):
+    inner, found = model.base_model.model, []
+    if _trained_apart(inner, lora):
         found.append("lora_config: embedding and output layer of this base are one matrix, and one of them is trained apart "
                      "from the other: they will differ, and a merged model needs tie_word_embeddings false; "
                      "ensure_weight_tying trains both as one")
@@ -227,7 +240,8 @@ def link_problem(
 ) -> str:  # a sentence, or ""
     "Why a place isn't the job's own: it is a link, and what lies behind it belongs to another."
     place = os.path.abspath(out_dir)  # a slash at the end would hide it
-    return f"{out_dir} is a symbolic link to {os.readlink(place)}: name the folder itself" if os.path.islink(place) else ""
+    if not os.path.islink(place): return ""
+    return f"{out_dir} is a symbolic link to {os.readlink(place)}: name the folder itself"
 
 # %% ../nbs/23_adapters.ipynb #7cb1c655
 def plain_matrices(
@@ -368,18 +382,27 @@ class NotProven(RuntimeError):
     "A saved adapter that doesn't give what was trained."
 
 # %% ../nbs/23_adapters.ipynb #14df716f
+def _loaded_dtype(
+    name: str,  # of a parameter
+    p,  # the parameter
+    dtypes: dict,  # name -> type that it was loaded in, `loaded_dtypes` of `apply_lora`
+):  # a torch type
+    "The precision that PEFT gives a parameter when it loads an adapter."
+    import torch
+    half = p.dtype in (torch.bfloat16, torch.float16)
+    return dtypes.get(name) or (torch.float32 if "lora_" in name and half else p.dtype)
+
+# %% ../nbs/23_adapters.ipynb #e489855f
 def as_loaded(
     model,  # a trained `PeftModel`
 ):  # the same model
     "Let a trained model compute as once it is loaded: without autocast, each weight in the precision that PEFT gives it."
-    import torch
     from accelerate.utils import extract_model_from_parallel
     model = extract_model_from_parallel(model, keep_fp32_wrapper=False)
     dtypes = getattr(model, "loaded_dtypes", {})
     for name, p in model.named_parameters():
-        half = p.dtype in (torch.bfloat16, torch.float16)
-        right = dtypes.get(name) or (torch.float32 if "lora_" in name and half else p.dtype)
-        if p.dtype != right and not hasattr(p, "full_tensor"): p.data = p.data.to(right)  # FSDP's own policy does it there
+        right, sharded = _loaded_dtype(name, p, dtypes), hasattr(p, "full_tensor")  # FSDP has a policy of its own
+        if p.dtype != right and not sharded: p.data = p.data.to(right)
     return model
 
 # %% ../nbs/23_adapters.ipynb #ab9328dd
@@ -392,10 +415,30 @@ def probe_logits(
     was, row = model.training, torch.tensor([ids[:64]], device=next(model.parameters()).device)
     model.eval()
     try:
-        with torch.inference_mode(): return model(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False).logits[0].float().cpu()
+        with torch.inference_mode():
+            out = model(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False)
+            return out.logits[0].float().cpu()
     finally: model.train(was)
 
 # %% ../nbs/23_adapters.ipynb #9fb9e80e
+def _load_back(
+    folder: str,  # a saved adapter
+    source: str,  # hub name or folder of its base
+    precision: models.Precision,  # of the run
+    token: str | None = None,  # for gated models
+):  # a `PeftModel`
+    "A saved adapter on a fresh base; raises where it isn't one."
+    import torch
+    from peft import PeftModel
+    if not os.path.isfile(os.path.join(folder, "adapter_model.safetensors")):
+        raise NotProven(f"{folder} holds no adapter_model.safetensors, and nothing else is loaded")
+    base = models.load_base_model(source, precision, token)
+    try: return PeftModel.from_pretrained(base, folder)
+    except (OSError, MemoryError, torch.OutOfMemoryError): raise  # which says nothing of the adapter
+    except Exception as e:
+        raise NotProven(f"the saved adapter can't be loaded onto {source}: {type(e).__name__}: {e}") from e
+
+# %% ../nbs/23_adapters.ipynb #c21349eb
 def prove_adapter(
     folder: str,  # a saved adapter
     source: str,  # hub name or folder of its base
@@ -405,20 +448,12 @@ def prove_adapter(
     token: str | None = None,  # for gated models
 ) -> float:  # largest difference of a logit
     "Load an adapter onto a fresh base and compare; raises where it isn't the model that was trained."
-    import torch
-    from peft import PeftModel
-    if not os.path.isfile(os.path.join(folder, "adapter_model.safetensors")): raise NotProven(f"{folder} holds no adapter_model.safetensors, and nothing else is loaded")
-    base = models.load_base_model(source, precision, token)
-    try: model = PeftModel.from_pretrained(base, folder)
-    except Exception as e:
-        if isinstance(e, (OSError, MemoryError, torch.OutOfMemoryError)): raise  # which says nothing of the adapter
-        raise NotProven(f"the saved adapter can't be loaded onto {source}: {type(e).__name__}: {e}") from e
-    got = probe_logits(model, ids)
+    got = probe_logits(_load_back(folder, source, precision, token), ids)
     difference = (got - expected).abs().max().item() if got.shape == expected.shape else float("inf")
     limit = (1e-4 if precision.dtype == "float32" else 2e-2) * max(1.0, expected.abs().max().item())
-    if not difference <= limit:
-        raise NotProven(f"the saved adapter, loaded onto {source}, gives logits that differ by {difference:.3g} from the trained model's (limit {limit:.3g})")
-    return difference
+    if difference <= limit: return difference  # a NaN isn't
+    raise NotProven(f"the saved adapter, loaded onto {source}, gives logits that differ by {difference:.3g} "
+                    f"from the trained model's (limit {limit:.3g})")
 
 # %% ../nbs/23_adapters.ipynb #0d9fe8b8
 def _take_over(
