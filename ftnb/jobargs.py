@@ -58,6 +58,18 @@ _RULES = {  # kind -> (what passes, what would be right)
     "framework": (lambda v: v == "legacy", "write legacy (or axolotl, which another script runs)"),
 }
 
+# %% ../nbs/05_jobargs.ipynb #65cba7f8
+def _folder_problem(
+    path: str,  # of a folder
+) -> str:  # a sentence, or ""
+    "What a shell would have put into a path, and nobody does here."
+    if re.search(r"^~|[/\\]~([/\\]|$)", path):
+        return f"is {path!r}: no shell reads it, so a folder called ~ would be made; write the path in full"
+    if re.search(r"(^|[/\\])\$\w|\$\{", path):
+        return f"is {path!r}: no shell reads it, so the variable stays as it is; write the path in full"
+    if "://" in path: return f"is {path!r}: that is an address; write the path of a folder"
+    return ""
+
 # %% ../nbs/05_jobargs.ipynb #a87c7255
 def _value_problem(
     kind: str,  # of the argument
@@ -68,6 +80,7 @@ def _value_problem(
     if kind == "secret": return "" if isinstance(value, Secret) and re.fullmatch("[!-~]+", value.reveal()) else "must be one word, of plain letters, digits and signs"
     if kind == "framework" and value == "axolotl": return "is 'axolotl': that belongs to the Studio's axolotl script; this one runs legacy"
     is_text = kind in ("id", "folder", "name", "config")
+    if kind == "folder" and isinstance(value, str) and (problem := _folder_problem(value)): return problem
     if kind == "config":
         if isinstance(value, str) and value.startswith("{"): return (p := _json_problem(value)) and f"is {p}; write a JSON object or the id of a config"
         kind = "id"

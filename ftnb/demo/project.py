@@ -308,7 +308,8 @@ def make_demo_project(
     split: float = 0.9,  # share of them for training, in (0, 1]
 ) -> DemoProject:  # with the job's arguments
     "Set up a Studio project with everything that a job needs."
-    folder, base_model, data = Path(folder).absolute(), Path(base_model).absolute(), Path(data or demo_data())
+    folder, base_model = Path(folder).expanduser().absolute(), Path(base_model).expanduser().absolute()
+    data = Path(data or demo_data()).expanduser()
     db, copy, key = folder/".app"/"state.db", folder/data.name, str(uuid.uuid4())
     folder.mkdir(parents=True, exist_ok=True)
     if copy.absolute() != data.absolute(): shutil.copyfile(data, copy)
