@@ -38,7 +38,7 @@ def own_tokenizer_files(
 ) -> dict:  # name -> path of the file, in the folder or in the hub's cache
     "The files of a base model's tokenizer."
     from transformers.utils import cached_file
-    mild = {f"_raise_exceptions_for_{o}": False for o in ("missing_entries", "gated_repo", "connection_errors")}
+    mild = {f"_raise_exceptions_for_{kind}": False for kind in ("missing_entries", "gated_repo", "connection_errors")}
     found = {}
     for name in (*TOKENIZER_FILES, *_template_names(source)):
         path = cached_file(source, name, token=token, **mild)
@@ -109,24 +109,31 @@ def _copy_files(
         shutil.copyfile(path, place)
 
 # %% ../nbs/16_tokenizer_files.ipynb #fed1d4d7
+def _change_json(
+    path: str,  # of a file
+    rule: "Callable",  # content -> what it shall be
+):
+    "Change a JSON file, where it is there and must differ."
+    if not os.path.isfile(path): return
+    with open(path, encoding="utf-8") as f: content = json.load(f)
+    new = rule(content)
+    if new != content: _write_json(path, new)
+
+# %% ../nbs/16_tokenizer_files.ipynb #cbfa448a
 def _change_files(
     folder: str,  # with a tokenizer's files
     tokenizer,  # as trained
 ):
     "Change what must differ in tokenizer files."
-    def change(name, rule):
-        path = os.path.join(folder, name)
-        if not os.path.isfile(path): return
-        with open(path, encoding="utf-8") as f: content = json.load(f)
-        if (new := rule(content)) != content: _write_json(path, new)
-    def pad(content):
+    def portable(content): return portable_config(content, tokenizer)
+    def padded(content):
         same = _content(content.get("pad_token")) == tokenizer.pad_token
         return content if same else content | {"pad_token": tokenizer.pad_token}
     settings = os.path.join(folder, "tokenizer_config.json")
     if not os.path.isfile(settings): _write_json(settings, {})
-    change("tokenizer_config.json", lambda content: portable_config(content, tokenizer))
-    change("special_tokens_map.json", pad)
-    change("tokenizer.json", portable_merges)
+    _change_json(settings, portable)
+    _change_json(os.path.join(folder, "special_tokens_map.json"), padded)
+    _change_json(os.path.join(folder, "tokenizer.json"), portable_merges)
 
 # %% ../nbs/16_tokenizer_files.ipynb #eaf658a7
 ROLES = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")  # that a reader of the adapter asks for
@@ -141,6 +148,19 @@ PROBES = (
 )  # texts in which tokenizers' rules differ, read besides the rows
 
 # %% ../nbs/16_tokenizer_files.ipynb #3449a645
+def _difference(
+    trained,  # tokenizer
+    text: str,
+    right: list,  # its token ids, as trained
+    got: list,  # as another tokenizer gives them
+) -> str:  # a sentence
+    "Where two tokenizers part."
+    pairs = enumerate(zip(right, got))
+    at = next((i for i, (a, b) in pairs if a != b), min(len(right), len(got)))
+    theirs, ours = (trained.convert_ids_to_tokens(ids[at:at + 3]) for ids in (got, right))
+    return f"of {text[:40]!r} it makes {theirs} at token {at}, trained are {ours}"
+
+# %% ../nbs/16_tokenizer_files.ipynb #11693a78
 def _first_difference(
     trained,  # tokenizer
     read,  # texts -> token ids of each
@@ -152,13 +172,23 @@ def _first_difference(
         if start is None: texts = list(PROBES)
         else: texts = trained.batch_decode([list(ids) for ids in rows[start:start + at_once]])
         for text, right, got in zip(texts, trained(texts, verbose=False)["input_ids"], read(texts)):
-            if right == got: continue
-            at = next((j for j, (a, b) in enumerate(zip(right, got)) if a != b), min(len(right), len(got)))
-            words = [trained.convert_ids_to_tokens(ids[at:at + 3]) for ids in (got, right)]
-            return f"of {text[:40]!r} it makes {words[0]} at token {at}, trained are {words[1]}"
+            if right != got: return _difference(trained, text, right, got)
     return ""
 
 # %% ../nbs/16_tokenizer_files.ipynb #d1242899
+def _switch_problems(
+    config: dict,  # content of the saved tokenizer_config.json
+    tokenizer,  # as trained
+) -> list:  # sentences
+    "Where version 4 of transformers would put a BOS or EOS that wasn't trained, or leave one out."
+    if str(config.get("tokenizer_class")).removesuffix("Fast") not in SWITCHED: return []
+    ids = tokenizer("a")["input_ids"]
+    trained = {"add_bos_token": ids[0] == tokenizer.bos_token_id, "add_eos_token": ids[-1] == tokenizer.eos_token_id}
+    usual = {"add_bos_token": True, "add_eos_token": False}
+    wrong = [switch for switch in trained if bool(config.get(switch, usual[switch])) != trained[switch]]
+    return [f"transformers 4 goes by {switch}, and would {'leave out' if trained[switch] else 'add'} a token" for switch in wrong]
+
+# %% ../nbs/16_tokenizer_files.ipynb #d8799902
 def _file_problems(
     folder: str,  # with a saved tokenizer
     tokenizer,  # as trained
@@ -169,18 +199,13 @@ def _file_problems(
     path = os.path.join(folder, "tokenizer.json")
     if not os.path.isfile(path): return []
     file = Tokenizer.from_file(path)
-    file.no_padding(), file.no_truncation()
-    found = _first_difference(tokenizer, lambda texts: [o.ids for o in file.encode_batch(texts)], rows)
+    file.no_padding()
+    file.no_truncation()
+    def read(texts): return [encoding.ids for encoding in file.encode_batch(texts)]
+    found = _first_difference(tokenizer, read, rows)
     problems = [f"tokenizer.json reads the text in another way: {found}"] if found else []
     with open(os.path.join(folder, "tokenizer_config.json"), encoding="utf-8") as f: config = json.load(f)
-    if str(config.get("tokenizer_class")).removesuffix("Fast") not in SWITCHED: return problems
-    ids = tokenizer("a")["input_ids"]
-    switches = {"add_bos_token": (True, ids[0] == tokenizer.bos_token_id),
-                "add_eos_token": (False, ids[-1] == tokenizer.eos_token_id)}
-    for switch, (usual, trained) in switches.items():
-        if bool(config.get(switch, usual)) == trained: continue
-        problems.append(f"transformers 4 goes by {switch}, and would {'leave out' if trained else 'add'} a token")
-    return problems
+    return problems + _switch_problems(config, tokenizer)
 
 # %% ../nbs/16_tokenizer_files.ipynb #ba94c0bf
 def tokenizer_problems(
@@ -196,10 +221,13 @@ def tokenizer_problems(
         problems = _file_problems(folder, tokenizer, rows)
     except Exception as e:
         return [f"the saved tokenizer can't be loaded: {type(e).__name__}: {' '.join(str(e).split())[:300]}"]
-    problems += [f"the saved tokenizer's {role} is {getattr(loaded, role)}, trained was {getattr(tokenizer, role)}"
-                 for role in ROLES if getattr(loaded, role) != getattr(tokenizer, role)]
-    found = _first_difference(tokenizer, lambda texts: loaded(texts, verbose=False)["input_ids"], rows)
-    return problems + ([f"the saved tokenizer reads the text in another way: {found}"] if found else [])
+    for role in ROLES:
+        got, right = getattr(loaded, role), getattr(tokenizer, role)
+        if got != right: problems.append(f"the saved tokenizer's {role} is {got}, trained was {right}")
+    def read(texts): return loaded(texts, verbose=False)["input_ids"]
+    found = _first_difference(tokenizer, read, rows)
+    if found: problems.append(f"the saved tokenizer reads the text in another way: {found}")
+    return problems
 
 # %% ../nbs/16_tokenizer_files.ipynb #88ff96ca
 def save_tokenizer(
