@@ -8,6 +8,7 @@ __all__ = ['MODEL_FILES', 'file_problem', 'lfs_problem', 'folder_problems', 'rea
 
 # %% ../nbs/20_weights.ipynb #0f00457b
 import json, os
+from contextlib import contextmanager
 
 from .storage import file_kind
 
@@ -163,28 +164,40 @@ def read_index(
     return names, [] if names else [f"{source}: {name} names no files"]
 
 # %% ../nbs/20_weights.ipynb #5302b5cf
+def _chosen_file(
+    folder: str,  # of a base model
+    config: dict,  # from `read_config`
+) -> tuple:  # (name of the file with the weights or with their index, or None; sentences)
+    "Which file transformers begins with."
+    files, asked = sorted(os.listdir(folder)), config.get("transformers_weights")
+    if asked is not None:
+        if _inside(asked): return str(asked), []
+        return None, [pickle_problem(folder, f"has a config.json that names the weights {asked!r}")]
+    for name in ("model.safetensors", "model.safetensors.index.json"):
+        if name in files: return name, []
+    old = [f for f in files if f.endswith((".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")) and "model" in f]
+    others = [f for f in files if f.endswith(".safetensors")]
+    if old and not others: return None, [pickle_problem(folder, f"holds its weights in {old[0]}")]
+    only = f", only {', '.join(others[:3])}" if others else ""
+    return None, [f"{folder} holds neither model.safetensors nor model.safetensors.index.json{only}; "
+                  "name a folder as save_pretrained writes it"]
+
+# %% ../nbs/20_weights.ipynb #7fa647ea
 def weight_files(
     folder: str,  # of a base model
     config: dict,  # from `read_config`
 ) -> tuple:  # (paths of the files with weights, sentences)
     "The files that transformers will load a model's weights from."
-    files = sorted(os.listdir(folder))
-    asked, usual = config.get("transformers_weights"), ("model.safetensors", "model.safetensors.index.json")
-    if asked is not None and not _inside(asked):
-        return [], [pickle_problem(folder, f"has a config.json that names the weights {asked!r}")]
-    name = str(asked) if asked is not None else next((o for o in usual if o in files), None)
-    old = [f for f in files if f.endswith((".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")) and "model" in f]
-    if name is None:
-        some = [f for f in files if f.endswith(".safetensors")]
-        if old and not some: return [], [pickle_problem(folder, f"holds its weights in {old[0]}")]
-        return [], [f"{folder} holds neither model.safetensors nor model.safetensors.index.json" +
-                    (f", only {', '.join(some[:3])}" if some else "") + "; name a folder as save_pretrained writes it"]
+    name, problems = _chosen_file(folder, config)
+    if name is None: return [], problems
     path = os.path.join(folder, name)
     if not name.endswith(".json"): return [path], []
     names, problems = read_index(folder, path)
     absent = [o for o in names if not os.path.lexists(os.path.join(folder, o))]
-    if absent: problems = [f"{folder}: {name} names {', '.join(absent[:3])}" + (f" and {len(absent) - 3} more" if absent[3:] else "")
-                           + f", {len(absent)} of {len(names)} files, which aren't there; copy or download them"]
+    if absent:
+        more = f" and {len(absent) - 3} more" if absent[3:] else ""
+        problems = [f"{folder}: {name} names {', '.join(absent[:3])}{more}, {len(absent)} of {len(names)} files, "
+                    "which aren't there; copy or download them"]
     return [os.path.join(folder, o) for o in names], problems
 
 # %% ../nbs/20_weights.ipynb #54c11dce
@@ -193,43 +206,54 @@ def read_headers(
     config: dict,  # from `read_config`
 ) -> tuple:  # (name -> (type, shape) of all weights, sentences)
     "What all files of a model hold, or why they can't be read."
-    headers, paths, problems = {}, *weight_files(folder, config)
-    for path in paths if not problems else ():
+    paths, problems = weight_files(folder, config)
+    headers = {}
+    if problems: return headers, problems
+    for path in paths:
         try: headers |= read_header(path)
         except ValueError as e: problems.append(str(e))
     return headers, problems
 
 # %% ../nbs/20_weights.ipynb #bd9ef5cf
-def _cached_headers(
+def _cached_files(
     source: str,  # hub name
-) -> dict | None:  # name -> (type, shape); None where the cache doesn't hold the whole model
-    "What the files of a model hold that have been downloaded already."
+) -> list | None:  # paths of the files with weights; None where the cache doesn't hold the whole model
+    "What has been downloaded of a model already."
     from huggingface_hub import try_to_load_from_cache
-    cached = lambda name: o if isinstance(o := try_to_load_from_cache(source, name), str) else None
-    if (path := cached("model.safetensors")): paths = [path]
-    elif (path := cached("model.safetensors.index.json")):
-        names, problems = read_index(source, path)
-        if problems: raise ValueError(problems[0])
-        paths = [cached(o) for o in names]
-    else: return None
-    return None if None in paths else {k: v for path in paths for k, v in read_header(path).items()}
+    def cached(name):
+        path = try_to_load_from_cache(source, name)
+        return path if isinstance(path, str) else None
+    if path := cached("model.safetensors"): return [path]
+    index = cached("model.safetensors.index.json")
+    if index is None: return None
+    names, problems = read_index(source, index)
+    if problems: raise ValueError(problems[0])
+    paths = [cached(name) for name in names]
+    return None if None in paths else paths
 
 # %% ../nbs/20_weights.ipynb #ac3bc043
+@contextmanager
+def _without_bars():
+    "Within this, the hub shows no progress bars."
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try: yield
+    finally:
+        if shown: enable_progress_bars()
+
+# %% ../nbs/20_weights.ipynb #bb6ce66d
 def hub_headers(
     source: str,  # hub name
     token: str | None = None,  # for gated models
 ) -> tuple:  # (name -> (type, shape), or None where it can't be known; sentences)
     "What the files of a model of the hub hold, without downloading them."
     from huggingface_hub import get_safetensors_metadata
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     try:
-        if (found := _cached_headers(source)) is not None: return found, []
+        paths = _cached_files(source)
+        if paths is not None: return {name: o for path in paths for name, o in read_header(path).items()}, []
     except ValueError as e: return None, [str(e)]
-    shown = not are_progress_bars_disabled()
     try:
-        disable_progress_bars()
-        files = get_safetensors_metadata(source, token=token).files_metadata.values()
+        with _without_bars(): files = get_safetensors_metadata(source, token=token).files_metadata.values()
         return {name: (o.dtype, tuple(o.shape)) for file in files for name, o in file.tensors.items()}, []
     except Exception: return None, []  # offline, gated, no safetensors: the loader says what it is
-    finally:
-        if shown: enable_progress_bars()
