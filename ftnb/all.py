@@ -24,7 +24,7 @@ from .ui.form import Form
 from .ui.tuning import tune
 from .cluster.workspace import Workspace, workspace_from_env
 from .cluster.api import ClouderaError
-from .cluster.submit import SubmittedJob, check_sending, submit, submitted
+from .cluster.sending import SubmittedJob, check_sending, submit, submitted
 
 # %% ../nbs/99_all.ipynb #5f261764
 from .studio import add_row, create_studio, fetch, list_rows, open_studio, studio_url

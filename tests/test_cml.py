@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 import ftnb
-import ftnb.cluster.submit as cml
+import ftnb.cluster.sending as cml
 import ftnb.studio as studio
 from ftnb.cluster.stand_in import CALLS, StandIn
 from ftnb.consts import STUDIO_DB
