@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['STOP_SECONDS', 'NODE_RANK', 'MASTER_IP', 'MASTER_PORT', 'JOIN_SECONDS', 'JOIN_SECONDS_NAME', 'is_launched',
-           'processes_per_node', 'wanted', 'Rendezvous', 'interface_to', 'RankFailure', 'root_failure', 'raise_failure',
-           'run_ranks', 'workers_api', 'worker_code', 'node_resources', 'start_worker', 'worker_statuses',
-           'await_nodes', 'watched', 'end_workers', 'started_workers', 'all_failures', 'raise_end', 'launch',
-           'run_without_token', 'run_job']
+           'processes_per_node', 'wanted', 'Rendezvous', 'RankFailure', 'root_failure', 'raise_failure', 'run_ranks',
+           'workers_api', 'worker_code', 'node_resources', 'start_worker', 'worker_statuses', 'await_nodes', 'watched',
+           'end_workers', 'started_workers', 'all_failures', 'raise_end', 'launch', 'run_without_token', 'run_job']
 
 # %% ../nbs/47_launch.ipynb #0d8b438e
 import contextlib, json, os, sys, time
@@ -55,18 +54,6 @@ class Rendezvous:
     node: int = 0  # this one; 0 is the first
     run: str = "ftnb"  # the job's id
 
-# %% ../nbs/47_launch.ipynb #eb912090
-def interface_to(
-    address: str,  # of a machine, this one included
-) -> str:  # such as "eth0"; "" where none is found
-    "The network interface by which a machine is reached; nothing is sent."
-    import psutil, socket
-    family, kind, _, _, place = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as s:
-        s.connect(place)
-        own = s.getsockname()[0]
-    return next((name for name, held in psutil.net_if_addrs().items() if own in [a.address for a in held]), "")
-
 # %% ../nbs/47_launch.ipynb #5f607c35
 def _rank_settings(
     at: Rendezvous,  # of the run
@@ -74,7 +61,7 @@ def _rank_settings(
 ) -> dict:  # environment of its ranks
     "The interface that ranks talk over, and the threads that each may use; what the environment says already stays."
     networks = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")[:1 + (at.nodes > 1)]  # on one machine NCCL knows best
-    settings = dict.fromkeys(networks, interface_to(at.address)) | {"OMP_NUM_THREADS": str(max(1, trainer.usable_cores() // processes))}
+    settings = dict.fromkeys(networks, ranks.interface_to(at.address)) | {"OMP_NUM_THREADS": str(max(1, trainer.usable_cores() // processes))}
     return {k: v for k, v in settings.items() if v and k not in os.environ}
 
 # %% ../nbs/47_launch.ipynb #e9de4e78
