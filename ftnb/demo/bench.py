@@ -33,6 +33,8 @@ class BenchJob:
     batch: int = 16  # rows of an optimizer step
     prefix_tokens: int = 235  # tokens that all rows share
     row_tokens: int = 259  # tokens of a row, about
+    documents: int = 0  # texts that some rows of a step share after the prefix; 0: none
+    rows_per_document: int = 6  # rows about each of them
     completion_only: bool = False  # loss on the last value of a row and EOS only
     gradient_checkpointing: bool = False  # for all contenders
     trl_rows: int = 16  # rows of one forward pass of TRL; more are accumulated
@@ -42,6 +44,11 @@ class BenchJob:
     def steps(self) -> int:
         "Optimizer steps, the first among them."
         return self.rows // self.batch
+
+    @property
+    def document_tokens(self) -> int:
+        "Tokens of a document: ten elevenths of what a row has beside the prefix."
+        return (self.row_tokens - self.prefix_tokens) * 10 // 11 if self.documents else 0
 
 # %% ../../nbs/demo/2_bench.ipynb #1ad8a829
 def _own_texts(
@@ -53,22 +60,37 @@ def _own_texts(
     random.Random(0).shuffle(rows)
     return [("\n".join(values), f" {last}") for *values, last in rows]
 
+# %% ../../nbs/demo/2_bench.ipynb #33898d76
+def _some_tokens(
+    texts: list,  # from `_own_texts`
+    encode,  # text -> token ids
+    at: int,  # the first of them
+    length: int,  # tokens, at least
+    whole: bool = False,  # or cut to that length
+) -> tuple:  # (token ids, the text after the last)
+    "Texts one after the other."
+    found = []
+    while not found or len(found) < length:
+        asked, said = (encode(t) for t in texts[at % len(texts)])
+        found, at = found + asked + said, at + 1
+    return found if whole else found[:length], at
+
 # %% ../../nbs/demo/2_bench.ipynb #540716b1
 def bench_rows(
     job: BenchJob,  # says how many, how long, and how much of them is the same
     tokenizer,  # of the base model
 ) -> list:  # of {"input_ids", "labels"}
-    "Rows of about `row_tokens` tokens that begin with the same `prefix_tokens` and end in EOS."
-    texts, encode = _own_texts(job.data), lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+    "Rows of about `row_tokens` tokens that begin with the same `prefix_tokens`, and some with the same document, and end in EOS."
+    def encode(text): return tokenizer(text, add_special_tokens=False)["input_ids"]
+    texts, rows, at, document = _own_texts(job.data), [], 0, []
     head = encode("Sort the message that a customer sent to the shop into one of the intents. ")
     head = (head * (job.prefix_tokens // len(head) + 1))[:job.prefix_tokens]
-    rows, at = [], 0
-    for _ in range(job.rows):
-        own = []
-        while not own or len(own) < job.row_tokens - job.prefix_tokens - 8:
-            asked, said = (encode(t) for t in texts[at % len(texts)])
-            own, at = own + asked + said, at + 1
-        ids = head + own + [tokenizer.eos_token_id]
+    own_tokens = job.row_tokens - job.prefix_tokens - job.document_tokens
+    for i in range(job.rows):
+        if job.documents and i % job.rows_per_document == 0: document, at = _some_tokens(texts, encode, at, job.document_tokens)
+        own, at = _some_tokens(texts, encode, at, own_tokens - 8, whole=True)
+        said = encode(texts[(at - 1) % len(texts)][1])
+        ids = head + document + own + [tokenizer.eos_token_id]
         start = len(ids) - len(said) - 1 if job.completion_only else 0
         rows.append({"input_ids": ids, "labels": [-100] * start + ids[start:]})
     return rows
@@ -80,9 +102,10 @@ CONTENDERS = ("ftnb", "trl", "trl packed")
 def _common(
     job: BenchJob,  # the work
 ) -> dict:  # training arguments
-    "Settings that all contenders have."
+    "Settings that all contenders have; on a GPU all compute in bf16."
+    import torch
     return dict(learning_rate=1e-4, lr_scheduler_type="constant", max_grad_norm=1.0, logging_steps=1, save_strategy="no", report_to="none",
-                num_train_epochs=1, seed=1, gradient_checkpointing=job.gradient_checkpointing)
+                num_train_epochs=1, seed=1, gradient_checkpointing=job.gradient_checkpointing, bf16=torch.cuda.is_available())
 
 # %% ../../nbs/demo/2_bench.ipynb #bf5987a1
 def _our_trainer(
@@ -91,7 +114,8 @@ def _our_trainer(
     folder: str,  # for logs
 ):  # a trainer
     "This project's."
-    asked = _common(job) | {"per_device_train_batch_size": job.batch, "shared_prefix": True}
+    asked = _common(job) | {
+        "per_device_train_batch_size": job.batch, "shared_prefix": True, "group_rows_by_prefix": job.documents > 0}
     settings = settle_training(asked, choose_precision(asked, None), folder)
     return _make_trainer(model, tokenizer, rows, rows.select([]), settings, _settle_budget(model, rows, settings)[0], False)
 
@@ -109,21 +133,30 @@ def _trl_trainer(
     sizes = dict(per_device_train_batch_size=1 if packed else together, gradient_accumulation_steps=job.batch // together)
     longest = max(map(len, rows["input_ids"]))
     how = dict(packing=True, packing_strategy="bfd", max_length=longest * together) if packed else dict(max_length=None)
-    cpu = not torch.cuda.is_available()
-    args = SFTConfig(folder, use_cpu=cpu, **({"bf16": False} if cpu else {}), disable_tqdm=True, **sizes, **how, **_common(job))
+    args = SFTConfig(folder, use_cpu=not torch.cuda.is_available(), disable_tqdm=True, **sizes, **how, **_common(job))
     return SFTTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer)
 
 # %% ../../nbs/demo/2_bench.ipynb #ee1a418b
 def _count(
     inputs: dict,  # a batch, as the trainer gets it
     budget: int = 0,  # of flat passes; 0 for what TRL makes
-    keep: bool = False,  # is the prefix of a step's passes computed once?
-) -> list:  # rows, tokens computed, positions scored
+    keep: bool = False,  # is what a step's passes share computed once?
+) -> list:  # rows, tokens computed, positions scored, pairs of tokens
     "What a batch holds."
-    if budget: return [sum(o) for o in zip(*((p.rows, p.tokens_computed, len(p.positions)) for p in packed_passes(inputs, budget, keep)))]
-    packed = inputs.get("position_ids")
-    rows = len(inputs["input_ids"]) if packed is None else int((packed == 0).sum())
-    return [rows, inputs["input_ids"].numel(), int((inputs["labels"] != -100).sum())]
+    if budget:
+        counts = [(p.rows, p.tokens_computed, len(p.positions), int((p.position_ids + 1).sum())) for p in packed_passes(inputs, budget, keep)]
+        return [sum(numbers) for numbers in zip(*counts)]
+    packed, (many, length) = inputs.get("position_ids"), inputs["input_ids"].shape
+    rows = many if packed is None else int((packed == 0).sum())
+    pairs = many * length * (length + 1) // 2 if packed is None else int((packed + 1).sum())
+    return [rows, many * length, int((inputs["labels"] != -100).sum()), pairs]
+
+# %% ../../nbs/demo/2_bench.ipynb #22de17e7
+def _peak_memory() -> int:  # bytes
+    "The most that this process has held: of the GPU, where it uses one."
+    import resource, torch
+    if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 # %% ../../nbs/demo/2_bench.ipynb #1c30ae8a
 def _turns(
@@ -131,13 +164,11 @@ def _turns(
     counts: list,  # rows, tokens and positions so far
 ):  # a `TrainerCallback`
     "Waits for a line on standard input before each step."
-    import resource
     from transformers import TrainerCallback
-    unit = 1 if sys.platform == "darwin" else 1024
     class Turns(TrainerCallback):
         start = loss = None
         def told(self):
-            if self.start is not None: say(seconds=time.perf_counter() - self.start, counts=counts, loss=self.loss, peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+            if self.start is not None: say(seconds=time.perf_counter() - self.start, counts=counts, loss=self.loss, peak=_peak_memory())
         def on_step_begin(self, args, state, control, **kw):
             self.told() if self.start is not None else say(ready=True)
             if not sys.stdin.readline(): os._exit(0)  # nobody is waiting any more
@@ -146,20 +177,32 @@ def _turns(
         def on_train_end(self, args, state, control, **kw): self.told()
     return Turns()
 
+# %% ../../nbs/demo/2_bench.ipynb #2c597c26
+def _sizes(
+    model,  # a `PeftModel`
+) -> dict:  # weights of the body and of the output layer; numbers of all attention heads
+    "What a token costs."
+    import torch
+    config, body = model.config.get_text_config(), 0
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and "lora" not in name and "lm_head" not in name: body += module.weight.numel()
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return dict(body=body, head=model.get_output_embeddings().weight.numel(),
+                attention=width * config.num_attention_heads * config.num_hidden_layers)
+
 # %% ../../nbs/demo/2_bench.ipynb #b98a67bb
 def run_contender(
     kind: str,  # one of `CONTENDERS`
     job: dict,  # fields of a `BenchJob`
 ):
     "One contender: trains, a step whenever it is told to, and reports each on standard output."
-    import contextlib, torch, warnings
+    import contextlib, warnings
     from datasets import Dataset
     warnings.simplefilter("ignore")
-    out, sys.stdout, job, counts = sys.stdout, sys.stderr, BenchJob(**job), [0, 0, 0]
+    out, sys.stdout, job, counts = sys.stdout, sys.stderr, BenchJob(**job), [0] * 4
     tokenizer = configure_tokenizer_padding(load_tokenizer(job.model))
     rows = Dataset.from_list(bench_rows(job, tokenizer))
-    model = apply_lora(load_base_model(job.model, choose_precision({"gradient_checkpointing": job.gradient_checkpointing}, None)), job.lora)
-    body = sum(m.weight.numel() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lora" not in n and "lm_head" not in n)
+    model = apply_lora(load_base_model(job.model, choose_precision(_common(job), None)), job.lora)
     parts, folder = (model, tokenizer, rows), tempfile.mkdtemp()
     trainer = _our_trainer(job, *parts, folder) if kind == "ftnb" else _trl_trainer(job, kind == "trl packed", *parts, folder)
     step, budget = trainer.training_step, trainer.run.budget if hasattr(trainer, "run") else 0
@@ -167,23 +210,24 @@ def run_contender(
         counts[:] = map(sum, zip(counts, _count(inputs, budget, bool(budget) and keeps_prefix(model))))
         return step(model, inputs, num_items)
     trainer.training_step = counted
-    shape = dict(body=body, head=model.get_output_embeddings().weight.numel())
+    shape = _sizes(model)
     trainer.add_callback(_turns(lambda **kw: print(json.dumps(kw | shape), file=out, flush=True), counts))
     _quiet(trainer)
     with packing_attention(model) if budget else contextlib.nullcontext(): trainer.train()
 
 # %% ../../nbs/demo/2_bench.ipynb #62673fb1
 def matmul_gflops(
-    n: int = 1024,  # rows and columns
+    n: int | None = None,  # rows and columns; default: 1024, 8192 on a GPU
     repeats: int = 6,  # the best of so many counts
-) -> float:  # GFLOP/s, float32
-    "How fast this machine multiplies matrices."
+) -> float:  # GFLOP/s, float32 on a CPU, bf16 on a GPU
+    "How fast this machine multiplies matrices, in the format that the contenders use."
     import torch
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    a, b, best = torch.ones(n, n, device=device), torch.ones(n, n, device=device), 0.0
+    gpu, best = torch.cuda.is_available(), 0.0
+    n, how = n or (8192 if gpu else 1024), dict(device="cuda", dtype=torch.bfloat16) if gpu else {}
+    a, b = torch.ones(n, n, **how), torch.ones(n, n, **how)
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        (a @ b).sum().item()
+        (a @ b)[0, 0].item()  # waits for a GPU
         best = max(best, 2 * n**3 / (time.perf_counter() - start) / 1e9)
     return best
 
@@ -195,7 +239,7 @@ class _Process:
         self.kind, self.log = kind, tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(python_command(code, json.dumps(asdict(job))), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         stderr=self.log, text=True)
-        self.counts = [0, 0, 0]
+        self.counts = [0] * 4
         self.read()
 
     def read(self):
@@ -209,7 +253,7 @@ class _Process:
         self.process.stdin.flush()
         told = self.read()
         before, self.counts = self.counts, told["counts"]
-        return told | dict(zip(("rows", "tokens", "positions"), (a - b for a, b in zip(self.counts, before))))
+        return told | dict(zip(("rows", "tokens", "positions", "pairs"), (a - b for a, b in zip(self.counts, before))))
 
 # %% ../../nbs/demo/2_bench.ipynb #1eed0e3b
 def _machine() -> dict:  # what figures are from
@@ -252,7 +296,10 @@ def _share_of_peak(
 ) -> float:  # 0 to 1
     "How much of the measured matrix-product speed a contender reaches."
     again = 2 * result.job.gradient_checkpointing
-    done = [((4 + again) * s["body"] * s["tokens"] + 4 * s["head"] * s["positions"]) / s["seconds"] for s in result.steps[kind]]
+    done = []
+    for s in result.steps[kind]:
+        attention = (12 + 2 * again) * s.get("attention", 0) * s.get("pairs", 0)  # earlier files don't have it
+        done.append(((4 + again) * s["body"] * s["tokens"] + 4 * s["head"] * s["positions"] + attention) / s["seconds"])
     return median(done) / result.gflops / 1e9
 
 # %% ../../nbs/demo/2_bench.ipynb #b2481fb9
@@ -261,7 +308,8 @@ def _bench_table(
 ) -> str:  # a line a contender
     "The figures as text."
     job, ours = result.job, result.steps["ftnb"][-1]["peak"]
-    what = f"{job.batch} rows a step, about {job.row_tokens} tokens of which {job.prefix_tokens} are shared, loss on {'completions' if job.completion_only else 'the whole text'}"
+    shared = f"{job.prefix_tokens} are shared" + (f" by all and {job.document_tokens} by {job.rows_per_document} each" if job.documents else "")
+    what = f"{job.batch} rows a step, about {job.row_tokens} tokens of which {shared}, loss on {'completions' if job.completion_only else 'the whole text'}"
     lines = [what, f"{'':12}{'rows/s':>8}{'tokens/s':>10}{'of peak':>9}{'memory':>9}{'loss':>8}   this project is"]
     for kind, steps in result.steps.items():
         peak = steps[-1]["peak"]
@@ -282,7 +330,9 @@ def run_bench(
     progress: bool = True,  # a line a round
 ) -> BenchResult:  # prints as a table
     "Let the contenders take turns; raises where one fails."
-    raise_problems([f"rows is {job.rows} and batch {job.batch}: at least two steps are needed, the first to warm up"] * (job.steps < 2)
+    raise_problems([f"batch is {job.batch}: {job.documents} documents of {job.rows_per_document} rows are {job.documents * job.rows_per_document}"]
+                   * (job.documents > 0 and job.documents * job.rows_per_document != job.batch)
+                   + [f"rows is {job.rows} and batch {job.batch}: at least two steps are needed, the first to warm up"] * (job.steps < 2)
                    + [f"batch is {job.batch}: it must be a multiple of {n}, which TRL takes at a time" for n in sorted({4, job.trl_rows}) if job.batch > n and job.batch % n],
                    "The benchmark can't run")
     crew, steps, peak = [], {kind: [] for kind in kinds}, 0.0
@@ -346,7 +396,8 @@ def run_bench_command(
     parser.add_argument("--model", default="smollm2", help="base model: smollm2 (fetched once), a folder or a hub name (default: %(default)s)")
     parser.add_argument("--data", help="CSV file whose rows make the texts (default: the demo's messages)")
     for name, value, text in (("rows", 64, "rows that each contender trains; those of the first step aren't counted"), ("batch", 16, "rows of an optimizer step"),
-                              ("prefix-tokens", 235, "tokens that all rows share"), ("row-tokens", 259, "tokens of a row, about"), ("trl-rows", 16, "rows of one forward pass of TRL")):
+                              ("prefix-tokens", 235, "tokens that all rows share"), ("row-tokens", 259, "tokens of a row, about"),
+                              ("documents", 0, "texts that some rows of a step share after the prefix (0: none)"), ("rows-per-document", 6, "rows about each of them"), ("trl-rows", 16, "rows of one forward pass of TRL")):
         parser.add_argument(f"--{name}", type=int, default=value, help=f"{text} (default: %(default)s)")
     for name in ("completion-only", "gradient-checkpointing"): parser.add_argument(f"--{name}", action=BooleanOptionalAction, default=False)
     parser.add_argument("--out", default="ftnb_bench", help="folder for bench.json and bench.png (default: %(default)s)")

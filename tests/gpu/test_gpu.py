@@ -1,0 +1,240 @@
+"""Trees of rows on a GPU: exact, end to end, with memory running out, and against TRL's way. One command, a few minutes on one card:
+
+    pytest tests/gpu
+
+The tests of exactness run on a CPU, too; all others need a GPU and are skipped without one.
+"""
+import random
+import time
+
+import pytest
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+SHAPE = dict(vocab_size=320, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
+             max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+KINDS = {
+    "llama": dict(num_key_value_heads=2), "qwen2": dict(num_key_value_heads=2),
+    "gemma2": dict(num_key_value_heads=2, head_dim=16, sliding_window=12, attn_logit_softcapping=4.0, final_logit_softcapping=5.0),
+    "mistral": dict(num_key_value_heads=2, sliding_window=12), "gpt2": dict(n_embd=64, n_layer=2, n_head=4),
+    "gpt_oss": dict(num_key_value_heads=2, head_dim=16, sliding_window=12, num_local_experts=4, num_experts_per_tok=2)}
+EPS = {"float32": 2e-6, "bfloat16": 2**-7, "float16": 2**-10}
+
+
+def tiny_model(kind, device):
+    "A random model with LoRA that does something, in float32."
+    import torch
+    import transformers
+    from peft import LoraConfig, get_peft_model
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **SHAPE | KINDS[kind])
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    if kind == "gpt_oss":
+        model.set_experts_implementation("eager")
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1) if p.ndim > 1 else torch.nn.init.normal_(p, 1.0, 0.1)
+    modules = ["c_attn"] if kind == "gpt2" else ["q_proj", "v_proj"]
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=modules, fan_in_fan_out=kind == "gpt2", task_type="CAUSAL_LM"))
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    return model.to(device).eval()
+
+
+def tree(levels, seed):
+    "Rows that share their beginnings on so many levels; of one level, rows that share nothing."
+    g = random.Random(seed)
+
+    def below(level):
+        head = [g.randrange(3, 320) for _ in range(g.randint(8, 40))]
+        return [head + row for _ in range(g.randint(2, 3)) for row in below(level - 1)] if level else [head]
+    rows = below(levels - 1) if levels > 1 else [below(0)[0] for _ in range(4)]
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def row_by_row(model, rows):
+    "Mean loss of label tokens, a row at a time."
+    import torch
+    total = 0.0
+    for row in rows:
+        ids = torch.tensor([row["input_ids"]], device=model.device)
+        logits = model(input_ids=ids).logits[0, :-1].float()
+        total = total + torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
+    return total / sum(len(row["labels"]) - 1 for row in rows)
+
+
+def as_tree(model, rows):
+    from ftnb.packing import packed_loss
+    from ftnb.prefix import pack_rows
+    return packed_loss(model, pack_rows(rows, least=1))
+
+
+def loss_and_gradient(way, model, rows):
+    import torch
+    from ftnb.packing import packing_attention
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if way is as_tree:
+        with packing_attention(model):
+            loss = way(model, rows)
+            grads = torch.autograd.grad(loss, trained)
+    else:
+        loss = way(model, rows)
+        grads = torch.autograd.grad(loss, trained)
+    return loss.item(), torch.cat([g.flatten().double() for g in grads])
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", EPS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_exact(device, kind, dtype, levels, tell):
+    "As near to float32, row by row, as rows run one by one in the same format are."
+    import torch
+    model, rows = tiny_model(kind, device), tree(levels, seed=levels)
+    right, gradient = loss_and_gradient(row_by_row, model, rows)
+    model = model.to(getattr(torch, dtype))
+    off = {}
+    for way in (row_by_row, as_tree):
+        loss, found = loss_and_gradient(way, model, rows)
+        off[way] = abs(loss - right) / right, ((found - gradient).norm() / gradient.norm()).item()
+    for mine, theirs in zip(off[as_tree], off[row_by_row]):
+        assert mine <= max(2 * theirs, 4 * EPS[dtype])
+    if levels == 4:
+        tell(f"{kind}, {dtype}, {device}", "loss and gradients off", f"{off[as_tree][0]:.0e}, {off[as_tree][1]:.0e}")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_numerical_check(device):
+    "The check before training lets right passes through, in each format."
+    import torch
+    from ftnb.packing import shares_exactly
+    for kind in KINDS:
+        for dtype in EPS:
+            check = shares_exactly(tiny_model(kind, device).to(getattr(torch, dtype)), tree(2, 0))
+            assert check, (kind, dtype, check.reason)
+
+
+def trained(folder, base, bnb, asked, rows=256):
+    "A run from a base model's folder; its rows share a prompt."
+    from ftnb.adapters import apply_lora
+    from ftnb.consts import DEFAULT_LORA_CONFIG
+    from ftnb.models import choose_precision, load_base_model, load_tokenizer
+    from ftnb.settings import settle_training
+    from ftnb.tokens import configure_tokenizer_padding
+    from ftnb.trainer import train_adapter
+    from datasets import Dataset
+    g = random.Random(0)
+    prompt = [g.randrange(9, 200) for _ in range(120)]
+    ids = [prompt + [g.randrange(9, 200) for _ in range(g.randint(10, 40))] for _ in range(rows)]
+    data = Dataset.from_dict({"input_ids": ids, "labels": ids})
+    precision = choose_precision(asked, bnb)
+    model = apply_lora(load_base_model(str(base), precision), DEFAULT_LORA_CONFIG)
+    tokenizer = configure_tokenizer_padding(load_tokenizer(str(base)))
+    return train_adapter(model, tokenizer, data, data.select(range(9)), settle_training(asked, precision, folder), False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("what", ["the Studio's default, 4-bit and fp16", "bf16"])
+def test_job(what, tmp_path, tiny_base, tell):
+    "A job shares its prefix, and its loss falls."
+    from ftnb.consts import DEFAULT_BNB_CONFIG
+    four_bit = what != "bf16"
+    asked = {"per_device_train_batch_size": 16, "learning_rate": 1e-3, "num_train_epochs": 2} | ({"fp16": True} if four_bit else {"bf16": True})
+    run = trained(tmp_path, tiny_base, DEFAULT_BNB_CONFIG if four_bit else {}, asked)
+    assert run.unshared == ""
+    assert run.metrics["eval_loss"] < run.metrics["eval_loss_before"]
+    tell(f"a job: {what}", "held-out loss", f"{run.metrics['eval_loss_before']:.3f} to {run.metrics['eval_loss']:.3f}")
+
+
+@pytest.mark.gpu
+def test_memory_runs_out(tmp_path, tiny_base, capsys):
+    "Real memory runs out: passes become smaller, and the losses are those of a run with enough."
+    import torch
+    asked = {"per_device_train_batch_size": 128, "max_steps": 2, "bf16": True, "tokens_per_pass": 100_000}
+    usual = trained(tmp_path/"usual", tiny_base, {}, asked)
+    whole = torch.cuda.mem_get_info()[1]
+    torch.cuda.empty_cache()
+    try:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_reserved() + 48 * 2**20) / whole))
+        scarce = trained(tmp_path/"scarce", tiny_base, {}, asked)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "memory ran out: passes are of" in capsys.readouterr().out
+    assert abs(usual.metrics["train_loss"] - scarce.metrics["train_loss"]) < 1e-2
+
+
+def bf16_product():
+    "FLOP a second of a matrix product, in bf16."
+    from ftnb.demo.bench import matmul_gflops
+    return matmul_gflops() * 1e9
+
+
+@pytest.fixture(scope="module")
+def llama():
+    "1.24 billion parameters, random, with LoRA on q and v."
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+    config = LlamaConfig(vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+                         num_key_value_heads=8, max_position_embeddings=4096, tie_word_embeddings=True, attn_implementation="sdpa")
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    return get_peft_model(model, LoraConfig(r=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")).train()
+
+
+def step_as_tree(model, batch):
+    from ftnb.packing import packed_loss
+    from ftnb.trainer import packed_passes
+    passes = packed_passes(batch, 16_384)
+    items = sum(p.num_items for p in passes)
+    for p in passes:
+        packed_loss(model, p, items).backward()
+    return sum(p.tokens_computed for p in passes), sum(len(p.positions) for p in passes)
+
+
+def step_as_trl(model, batch):
+    "Rows side by side, padded, as TRL's trainer runs them unpacked."
+    model(**batch).loss.backward()
+    return batch["input_ids"].numel(), batch["input_ids"].numel()
+
+
+def measured(model, step, batch, repeats=4):
+    "(seconds of a step, bytes at most, tokens, positions scored)"
+    import torch
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    taken = []
+    for _ in range(repeats + 1):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        tokens, positions = step(model, batch)
+        model.zero_grad()
+        torch.cuda.synchronize()
+        taken.append(time.perf_counter() - start)
+    return sorted(taken[1:])[repeats // 2], torch.cuda.max_memory_allocated(), tokens, positions
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows, prefix, own, times, of_peak", [
+    (64, 1000, (60, 200), 10, 0.45), (64, 235, (16, 32), 4.5, 0), (16, 235, (16, 32), 1.5, 0)])
+def test_speed(llama, rows, prefix, own, times, of_peak, tell):
+    "Against padded batches, in one run."
+    import torch
+    from ftnb.packing import packing_attention
+    g = random.Random(0)
+    head = [g.randrange(3, 128_000) for _ in range(prefix)]
+    ids = [head + [g.randrange(3, 128_000) for _ in range(g.randint(*own))] for _ in range(rows)]
+    longest = max(map(len, ids))
+    padded = torch.tensor([row + [0] * (longest - len(row)) for row in ids], device="cuda")
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids], device="cuda")
+    batch = dict(input_ids=padded, attention_mask=mask, labels=padded.masked_fill(mask == 0, -100))
+    with packing_attention(llama):
+        ours, memory, tokens, positions = measured(llama, step_as_tree, batch)
+    theirs, their_memory, *_ = measured(llama, step_as_trl, batch)
+    body = sum(p.numel() for name, p in llama.named_parameters() if "lora" not in name and "embed" not in name)
+    done = 4 * (body * tokens + 128_256 * 2048 * positions) / ours
+    share, ratio = done / bf16_product(), theirs / ours
+    tell(f"{rows} x ({prefix} + {own[0]}..{own[1]})", f"{rows / ours:.0f} rows/s, {ratio:.1f} times padded batches",
+         f"{share:.0%} of the bf16 product, {memory / 2**30:.1f} GiB of {their_memory / 2**30:.1f}")
+    assert ratio >= times
+    assert share >= of_peak
+    assert rows < 64 or memory <= their_memory / 5
