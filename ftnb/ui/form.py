@@ -23,6 +23,7 @@ import ftnb.ui.local_runs as local_runs
 import ftnb.ui.monitoring as monitoring
 import ftnb.ui.stills as stills
 from ..problems import problems_of, raise_problems
+from .tuning import compare_held_out
 
 # %% ../../nbs/ui/10_form.ipynb #c93bbc71
 class Form:
@@ -404,12 +405,8 @@ def compare(
     raise_problems(self.draft.problems(), "There is nothing to compare")
     if not os.path.exists(os.path.join(args.out_dir, "run.json")):
         raise ValueError(f"there is no adapter in {args.out_dir} yet: train it first")
-    check = self.check
-    if check is None or check.args != args: check = preflight.check_job(args, self.draft.project.env, keep=False)
-    rows = check.rows
-    if rows is None: check.raise_errors()
-    job, adapter = check.job, {args.adapter_name or "adapter": args.out_dir}
-    return evaluate.compare(job.source, adapter, rows.held_out, job.template, n, completion_only=job.settings.completion_only, precision=job.precision)
+    known = self.check if self.check is not None and self.check.args == args else None
+    return compare_held_out(args, self.draft.project.env, n, known)
 
 # %% ../../nbs/ui/10_form.ipynb #ba914e61
 @patch
