@@ -85,11 +85,12 @@ def api_page(path):
 
 
 def names_page(path):
-    "What a star brings, by the module where each name is described."
+    "What a star brings, by the module where each name is described; the pages of the modules are there already."
     tree, found = ast.parse(path.read_text(encoding="utf-8")), {}
     for node in tree.body:
         if isinstance(node, ast.ImportFrom): found.setdefault(f"ftnb.{node.module}", []).extend(alias.name for alias in node.names)
-    lines = [f"- [{module}]({module}.md): " + ", ".join(f"`{name}`" for name in names) for module, names in found.items()]
+    def linked_module(module): return f"[{module}]({module}.md)" if (PAGES/"api"/f"{module}.md").exists() else module
+    lines = [f"- {linked_module(module)}: " + ", ".join(f"`{name}`" for name in names) for module, names in found.items()]
     place = PAGES/"api"/"ftnb.all.md"
     place.write_text(f"# ftnb.all\n\n{ast.get_docstring(tree)}\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
     return place
