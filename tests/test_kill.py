@@ -61,7 +61,7 @@ def killed(name, owner, function, steps, after=False, n=1, path="", earlier=Fals
 CASES = [
     killed("looking up the records", studio, "find_records", ALL),
     killed("reading the rows", job_rows, "read_rows", ALL, after=True),
-    killed("formatting", prompts, "map_dataset_with_prompt_template", ALL, after=True),
+    killed("formatting", prompts, "format_rows", ALL, after=True),
     killed("tokenizing", tokens, "tokenize_rows", ALL),
     killed("writing ledger.json", os, "replace", ALL, path="ledger.json"),
     killed("loading the model", models, "load_base_model", ALL),
