@@ -78,15 +78,15 @@ def default_training(
             "completion_only_loss": True, "optim": "adamw_torch", "logging_steps": 1, "report_to": "none"}
 
 # %% ../../nbs/ui/7_tuning.ipynb #fd129f17
-DEFAULT_LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "bias": "none", "task_type": "CAUSAL_LM",
-                "target_modules": "all-linear"}
+DEFAULT_LORA = consts.DEFAULT_LORA_CONFIG | {"target_modules": "all-linear", "lora_dropout": 0.0}
 
 # %% ../../nbs/ui/7_tuning.ipynb #069586ba
 def _width(
     source: str,  # folder or hub name of a base model
+    token: str | None = None,  # for gated models
 ) -> int:  # its hidden size
     "How wide a model is, by its config.json; 2,000 where that isn't said."
-    config = models.base_config(source)
+    config = models.base_config(source, token)
     config = config.get("text_config") or config
     found = next((config[k] for k in ("hidden_size", "n_embd", "d_model") if isinstance(config.get(k), int)), 0)
     return found if found > 0 else 2000
@@ -128,7 +128,7 @@ def _records(
     "The rows that a job names."
     place = "location" if os.path.isdir(model) else "huggingface_model_name"
     model_id = _same_row(engine, "models", lambda: additions.add_model(engine, model), **{place: model})
-    column = "location" if os.path.exists(data) else "huggingface_name"
+    column = "location" if os.path.exists(corpus.parse_dataset_name(data).place) else "huggingface_name"
     dataset_id = _same_row(engine, "datasets", lambda: additions.add_dataset(engine, data), **{column: data})
     dataset = studio.fetch(engine, "datasets", dataset_id)
     def add_prompt(): return additions.add_prompt(engine, "prompt", dataset, prompt, completion)
@@ -138,13 +138,14 @@ def _records(
 # %% ../../nbs/ui/7_tuning.ipynb #2fbebde1
 def _job(
     folder: Path,  # of the project
-    name: str,  # of the adapter; "": made of the data's
+    name: str,  # of the adapter
     records: dict,  # from `_records`
     rows: str,  # hash of the data, or its name on the hub
     settings: dict,  # from `sort_settings`
 ) -> jobargs.JobArgs:  # the job
     "The arguments of a run."
-    key = str(uuid.uuid5(uuid.NAMESPACE_URL, json.dumps([records, rows, settings, name], sort_keys=True, default=str)))
+    told = settings | {"job": {k: v for k, v in settings["job"].items() if k != "hf_token"}}  # with another token it is the same run
+    key = str(uuid.uuid5(uuid.NAMESPACE_URL, json.dumps([records, rows, told, name], sort_keys=True, default=str)))
     place = f"{name}-{key[:8]}"
     blobs = {"training_arguments_config": "training", "lora_config": "lora", "bnb_config": "bnb"}
     given = {argument: json.dumps(settings[kind]) for argument, kind in blobs.items()}
@@ -238,9 +239,11 @@ def _complete(
     given: dict,  # from `sort_settings`
 ) -> dict:  # the same, with good values where none was given
     "Settings, filled in."
-    data = corpus.read_corpus(studio.fetch(engine, "datasets", records["dataset_id"]), given["job"].get("hf_token"))
-    share = given["job"].get("dataset_fraction", 1.0) * given["job"].get("train_test_split", 0.9)
-    advised = default_training(_width(model), int(len(data.splits["train"]) * share))
+    job, token = given["job"], given["job"].get("hf_token")
+    data = corpus.read_corpus(studio.fetch(engine, "datasets", records["dataset_id"]), token)
+    fraction = job.get("dataset_fraction", consts.TRAINING_DEFAULT_DATASET_FRACTION)
+    split = job.get("train_test_split", consts.TRAINING_DEFAULT_TRAIN_TEST_SPLIT)
+    advised = default_training(_width(model, token), int(len(data.splits["train"]) * fraction * split))
     if "max_steps" in given["training"]: del advised["num_train_epochs"]
     bnb = given["bnb"] or {"load_in_4bit": False}
     return given | {"training": advised | given["training"], "lora": DEFAULT_LORA | given["lora"], "bnb": bnb}
@@ -252,9 +255,10 @@ def _source(
 ) -> tuple:  # (what a data set's record names, what makes the rows what they are)
     "Where a job finds the rows."
     if not isinstance(data, (str, Path)): data = _store_rows(data, folder)
-    path = Path(data).expanduser()
-    if not path.exists(): return str(data), str(data)  # on the hub, or a mistake that the job's check tells
-    return str(path.absolute()), _content_hash(path)
+    whole = os.path.expanduser(str(data))
+    place = corpus.parse_dataset_name(whole).place
+    if not os.path.exists(place): return str(data), str(data)  # on the hub, or a mistake that the job's check tells
+    return os.path.abspath(place) + whole[len(place):], _content_hash(Path(place))
 
 # %% ../../nbs/ui/7_tuning.ipynb #117e83c7
 def tune(
@@ -277,7 +281,9 @@ def tune(
     engine = studio.open_studio(url)
     source, rows = _source(data, folder)
     records = _records(engine, model, source, prompt, completion)
-    args = _job(folder, name, records, rows, _complete(engine, model, records, sort_settings(settings)))
+    given = sort_settings(settings)
+    _job(folder, name, records, rows, given)  # raises where a job can't take them
+    args = _job(folder, name, records, rows, _complete(engine, model, records, given))
     return Run(args, finetune.finetune(args, {**os.environ, consts.STUDIO_DB: str(db)}, bar), db)
 
 # %% ../../nbs/ui/7_tuning.ipynb #00fd8258
