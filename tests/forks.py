@@ -2,8 +2,11 @@
 
 import gc
 import importlib
+import os
 import resource
+import sys
 import time
+import traceback
 from contextlib import suppress
 from multiprocessing import get_context
 
@@ -15,6 +18,27 @@ def in_fork(work):
     result = ours.recv()
     child.join()
     return result
+
+
+def fork_logged(log, program):
+    "Run a program in a fork whose output is added to a file; returns its process id."
+    log.write_text("")
+    if pid := os.fork():
+        return pid
+    status = 1
+    try:
+        opened = os.open(log, os.O_WRONLY | os.O_APPEND)
+        for number in (1, 2):
+            os.dup2(opened, number)
+        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # not pytest's
+        program()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        for out in (sys.stdout, sys.stderr):
+            out.flush()
+        os._exit(status)
 
 
 def import_all(names):

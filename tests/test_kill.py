@@ -9,14 +9,13 @@ import sqlite3
 import subprocess
 import sys
 import time
-import traceback
 from contextlib import closing
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from forks import import_all, in_fork
+from forks import fork_logged, import_all, in_fork
 from peft import PeftModel
 from waiting import wait_for
 
@@ -197,29 +196,16 @@ def make_place(folder, base):
 
 def start(place, prepare=lambda: None):
     "Start a job's run; returns its process id."
-    for name in ("steps", "log"):
-        (place.folder/name).write_text("")
-    if pid := os.fork():
-        return pid
-    status = 1
-    try:
-        log = os.open(place.folder/"log", os.O_WRONLY | os.O_APPEND)
-        for number in (1, 2):
-            os.dup2(log, number)
-        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # not pytest's
+    def program():
         os.environ |= place.env
         os.chdir(place.project.folder)
         note_steps(place.folder/"steps")
         prepare()
         finetune.run_command([])
         (place.folder/"modules").write_text("\n".join(sys.modules))
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        for out in (sys.stdout, sys.stderr):
-            out.flush()
-        os._exit(status)
+
+    (place.folder/"steps").write_text("")
+    return fork_logged(place.folder/"log", program)
 
 
 def ended(place, pid):

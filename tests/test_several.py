@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 
 os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from forks import import_all, in_fork
+from forks import fork_logged, import_all, in_fork
 
 import ftnb
 import ftnb.checkpoints
@@ -175,26 +174,11 @@ def under_agent(processes, *args):
 
 
 def start(place, program):
-    (place.folder / "log").write_text("")
-    if pid := os.fork():
-        return pid
-    status = 1
-    try:
-        log = os.open(place.folder / "log", os.O_WRONLY | os.O_APPEND)
-        for number in (1, 2):
-            os.dup2(log, number)
-        sys.stdout, sys.stderr = (
-            open(number, "w", buffering=1, closefd=False) for number in (1, 2)
-        )  # pytest has its own there
+    def in_its_session():
         os.setsid()
         program()
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        for out in (sys.stdout, sys.stderr):
-            out.flush()
-        os._exit(status)
+
+    return fork_logged(place.folder / "log", in_its_session)
 
 
 def in_session(session):
