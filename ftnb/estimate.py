@@ -15,11 +15,11 @@ from types import SimpleNamespace
 import ftnb.adapters as adapters
 import ftnb.models as models
 import ftnb.packing as packing
+import ftnb.passes as passes
 import ftnb.quantisation as quantisation
 import ftnb.prefix as prefix
 import ftnb.progress as progress
 import ftnb.ranks as ranks
-import ftnb.trainer as trainer
 from .rows import JobRows, RowCounts
 from .runrecord import Job
 from .settings import TrainingSettings, steps_of
@@ -103,8 +103,8 @@ def token_bytes(
     plan,  # from `plan_model`
     precision: models.Precision,  # of the run
 ) -> int:  # activations of a token
-    "What a computed token keeps until `backward`, as `trainer.tokens_per_pass` reckons."
-    return 2**59 // trainer.tokens_per_pass(plan, 2**50, 2**60, precision.gradient_checkpointing)
+    "What a computed token keeps until `backward`, as `passes.tokens_per_pass` reckons."
+    return 2**59 // passes.tokens_per_pass(plan, 2**50, 2**60, precision.gradient_checkpointing)
 
 # %% ../nbs/40_estimate.ipynb #17b63e83
 def pass_budget(
@@ -120,7 +120,7 @@ def pass_budget(
     weight = inner.get_input_embeddings().weight
     seen = SimpleNamespace(element_size=weight.element_size, is_cuda=precision.device != "cpu")  # where it will be
     like = SimpleNamespace(config=inner.config, get_input_embeddings=lambda: SimpleNamespace(weight=seen))
-    return trainer.tokens_per_pass(like, prefix, free, precision.gradient_checkpointing)
+    return passes.tokens_per_pass(like, prefix, free, precision.gradient_checkpointing)
 
 # %% ../nbs/40_estimate.ipynb #648c52af
 @dataclass(frozen=True)
@@ -320,14 +320,14 @@ def estimate_time(
 ) -> str:  # a sentence
     "Probe the largest pass of a run, and say how long the run will take."
     import torch
-    torch.set_num_threads(min(torch.get_num_threads(), trainer.usable_cores()))
-    if trainer.sharing_obstacle(model, rows.train.dataset, job.settings): return "no estimate of the time: it is made for rows that share their prefix"
+    torch.set_num_threads(min(torch.get_num_threads(), ranks.usable_cores()))
+    if passes.sharing_obstacle(model, rows.train.dataset, job.settings): return "no estimate of the time: it is made for rows that share their prefix"
     counts, device = rows.counts["train"], job.precision.device
-    budget = pass_budget(model, job.precision, job.settings, counts.prefix, trainer.free_memory(device))
+    budget = pass_budget(model, job.precision, job.settings, counts.prefix, ranks.free_memory(device))
     chosen = largest_pass(counts, job.settings, budget)
     try: computed, took = probe_pass(model, [rows.train.dataset[i] for i in chosen], job.precision)
     except (RuntimeError, MemoryError) as e:
-        if not trainer._out_of_memory(e): raise
+        if not passes.out_of_memory(e): raise
         return f"memory ran out on a pass of {len(chosen)} rows; training takes smaller ones"
     keeps = packing.keeps_prefix(model)
     steps = plan_steps(counts, job.settings, budget, ranks.process_count(), keeps)

@@ -20,7 +20,6 @@ import ftnb.preflight as preflight
 import ftnb.progress as progress
 import ftnb.ranks as ranks
 import ftnb.studio as studio
-import ftnb.trainer as trainer
 from .problems import raise_problems, printable
 
 # %% ../nbs/47_launch.ipynb #3d45f25a
@@ -61,7 +60,7 @@ def _rank_settings(
 ) -> dict:  # environment of its ranks
     "The interface that ranks talk over, and the threads that each may use; what the environment says already stays."
     networks = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")[:1 + (at.nodes > 1)]  # on one machine NCCL knows best
-    settings = dict.fromkeys(networks, ranks.interface_to(at.address)) | {"OMP_NUM_THREADS": str(max(1, trainer.usable_cores() // processes))}
+    settings = dict.fromkeys(networks, ranks.interface_to(at.address)) | {"OMP_NUM_THREADS": str(max(1, ranks.usable_cores() // processes))}
     return {k: v for k, v in settings.items() if v and k not in os.environ}
 
 # %% ../nbs/47_launch.ipynb #e9de4e78

@@ -36,7 +36,6 @@ import ftnb.tokenizer as tokenizers
 import ftnb.tokenizer_files as tokenizer_files
 import ftnb.tokenizer_trial as tokenizer_trial
 import ftnb.tokens as tokens
-import ftnb.trainer as trainer
 from .fields import in_argument
 from .places import place_problems
 from .problems import Problem, printable, problems_of, raise_problems
@@ -628,7 +627,7 @@ def _check_memory(
 ) -> tuple:  # (`StepPlan`, `MemoryNeed`), or two None
     "Steps, and the memory that they need."
     device = job.precision.device if job else "cpu"
-    free = log.attempt("memory", trainer.free_memory, device) if plan and rows else None
+    free = log.attempt("memory", ranks.free_memory, device) if plan and rows else None
     if free is None: return None, None
     steps, need = estimate.plan_run(job, plan, rows.counts["train"], free)
     log.add("ok", "steps", str(steps))

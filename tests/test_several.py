@@ -27,7 +27,7 @@ import ftnb.jobargs
 import ftnb.manifest
 import ftnb.preflight
 import ftnb.tiny
-import ftnb.trainer
+import ftnb.passes
 
 pytestmark = pytest.mark.slow
 
@@ -365,7 +365,7 @@ def last_evaluation(rank, where):
     def prepare(own):
         if own != rank:
             return
-        place = transformers.Trainer if where == "evaluate" else ftnb.trainer
+        place = transformers.Trainer if where == "evaluate" else ftnb.passes
         real = getattr(place, where)
 
         def around(*args, **kwargs):

@@ -21,7 +21,8 @@ from ..packing import keeps_prefix, packing_attention
 from ..package import python_command
 from ..settings import settle_training
 from ..tokenizer import configure_tokenizer_padding
-from ..trainer import _make_trainer, _quiet, _settle_budget, packed_passes
+from ..passes import packed_passes, settle_budget
+from ..trainer import make_trainer, quiet_trainer
 
 # %% ../../nbs/demo/2_bench.ipynb #a8812697
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def _our_trainer(
     asked = _common(job) | {
         "per_device_train_batch_size": job.batch, "shared_prefix": True, "group_rows_by_prefix": job.documents > 0}
     settings = settle_training(asked, choose_precision(asked, None), folder)
-    return _make_trainer(model, tokenizer, rows, rows.select([]), settings, _settle_budget(model, rows, settings)[0], False)
+    return make_trainer(model, tokenizer, rows, rows.select([]), settings, settle_budget(model, rows, settings)[0], False)
 
 # %% ../../nbs/demo/2_bench.ipynb #35bcd88c
 def _trl_trainer(
@@ -212,7 +213,7 @@ def run_contender(
     trainer.training_step = counted
     shape = _sizes(model)
     trainer.add_callback(_turns(lambda **kw: print(json.dumps(kw | shape), file=out, flush=True), counts))
-    _quiet(trainer)
+    quiet_trainer(trainer)
     with packing_attention(model) if budget else contextlib.nullcontext(): trainer.train()
 
 # %% ../../nbs/demo/2_bench.ipynb #62673fb1

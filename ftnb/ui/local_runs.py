@@ -15,10 +15,11 @@ import ftnb.consts as consts
 import ftnb.estimate as estimate
 import ftnb.jobargs as jobargs
 import ftnb.package as package
+import ftnb.passes as passes
 import ftnb.preflight as preflight
 import ftnb.progress as progress
+import ftnb.ranks as ranks
 import ftnb.storage as storage
-import ftnb.trainer as trainer
 
 # %% ../../nbs/ui/9_local_runs.ipynb #23338079
 def _few_layers(
@@ -55,7 +56,7 @@ def _largest_rows(
     import numpy as np
     chance, precision, settings = np.random.default_rng(0), check.job.precision, check.job.settings
     counts, vocabulary = check.rows.counts["train"], check.base.config.vocab_size
-    free = max(0, trainer.free_memory(precision.device) - check.memory.total)
+    free = max(0, ranks.free_memory(precision.device) - check.memory.total)
     budget = estimate.pass_budget(check.plan.model, precision, settings, counts.prefix, free)
     head, rows = list(counts.head[:counts.prefix]), []
     for n, i in enumerate(estimate.largest_pass(counts, settings, budget)):
@@ -76,7 +77,7 @@ def token_seconds(
         computed, one = _time_layers(check, 1, rows)
         _, two = _time_layers(check, 2, rows)
     except (RuntimeError, MemoryError) as e:
-        if not trainer._out_of_memory(e): raise
+        if not passes.out_of_memory(e): raise
         return None
     finally:
         if check.job.precision.device != "cpu": torch.cuda.empty_cache()  # the run needs it

@@ -186,7 +186,7 @@ def llama():
 
 def step_as_tree(model, batch):
     from ftnb.packing import packed_loss
-    from ftnb.trainer import packed_passes
+    from ftnb.passes import packed_passes
     passes = packed_passes(batch, 16_384)
     items = sum(p.num_items for p in passes)
     for p in passes:
