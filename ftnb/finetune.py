@@ -209,4 +209,6 @@ def run_command(
     launch.run_job(finetune, argv)
 
 # %% ../nbs/52_finetune.ipynb #4fcb10cb
-if __name__ == "__main__" and "__all__" in globals() and (os.environ.get(consts.JOB_ARGUMENTS) or not progress.in_notebook()): run_command()
+if __name__ == "__main__" and "__all__" in globals() and (os.environ.get(consts.JOB_ARGUMENTS) or not progress.in_notebook()):
+    run_command()
+    ranks.leave()

@@ -464,6 +464,9 @@ def raise_end(
     seconds: float = 20,  # to wait for other nodes' word
 ):
     "Raise what ended a run of several nodes, be it on the first or on another."
+    if not failures:  # the first node writes and registers the result: it is there
+        for sentence in lost: print(f"{sentence}; the run was done by then", flush=True)
+        return
     if lost: failures = [RankFailure(0, 0, "another process is gone")]
     failures = all_failures(failures, store, workers, seconds)
     if failures and root_failure(failures).echo:

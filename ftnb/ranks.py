@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['process_rank', 'process_count', 'local_command', 'interface_to', 'missed_rendezvous', 'run_locally', 'deal_rows',
-           'leading', 'hear', 'from_first', 'alone', 'shards_model', 'is_echo', 'told_to_launcher', 'free_memory',
-           'usable_cores', 'taken_memory', 'share_of', 'sum_over_all', 'failed_anywhere', 'raise_together',
-           'KnownToAll', 'mean_over_all', 'whole_tensor', 'spread_like', 'whole_weights', 'whole_state', 'take_state',
-           'save_whole', 'dealing', 'batch_size', 'rows_per_step', 'settings_for_all']
+           'leading', 'hear', 'from_first', 'alone', 'shards_model', 'is_echo', 'told_to_launcher', 'leave',
+           'free_memory', 'usable_cores', 'taken_memory', 'share_of', 'sum_over_all', 'failed_anywhere',
+           'raise_together', 'KnownToAll', 'mean_over_all', 'whole_tensor', 'spread_like', 'whole_weights',
+           'whole_state', 'take_state', 'save_whole', 'dealing', 'batch_size', 'rows_per_step', 'settings_for_all']
 
 # %% ../nbs/28_ranks.ipynb #ac3957a8
 import contextlib, json, os, sys, time
@@ -168,6 +168,16 @@ def told_to_launcher(
             from torch.distributed.elastic.multiprocessing.errors import get_error_handler
             get_error_handler().record_exception(e)
         raise
+
+# %% ../nbs/28_ranks.ipynb #4fdb9702
+def leave():
+    "End this process, if it is one of several, with all it had to do done; a process alone goes on."
+    if process_count() == 1: return
+    import atexit, sys
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 # %% ../nbs/28_ranks.ipynb #1697435c
 def _group_limits(

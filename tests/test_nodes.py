@@ -83,9 +83,13 @@ def stop_workers(*ids):
     if process is not None: process.wait()
 """
 
-HOOKS = """"Every process here begins with this: rank 1 waits in its third step for a file, or fails in it."
+HOOKS = """"Every process here begins with this: rank 1 waits in its third step for a file, fails in it, or would abort as its interpreter ends."
 import os
-if os.environ.get("RANK") == "1" and (task := os.environ.get("THIRD_STEP")):
+if os.environ.get("RANK") == "1" and os.environ.get("THIRD_STEP") == "aborts":
+    class Thread:
+        def __del__(self, abort=os.abort): abort()
+    thread = Thread()
+elif os.environ.get("RANK") == "1" and (task := os.environ.get("THIRD_STEP")):
     import time
     import ftnb.checkpoints as checkpoints
     real = checkpoints.check_finite
@@ -430,6 +434,11 @@ def test_a_rank_of_the_second_fails(job):
         job.start(THIRD_STEP="fails"),
         "rank 1 on node 1 failed, which ended the run: ArithmeticError: the third step is too much",
     )
+
+
+def test_an_interpreter_that_aborts_as_it_ends(job):
+    "As threads of torch can make it; what is done is done."
+    finishes(job.start(THIRD_STEP="aborts"))
 
 
 @pytest.mark.parametrize("node", [0, 1])
