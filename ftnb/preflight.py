@@ -36,6 +36,7 @@ import ftnb.tokenizer as tokenizers
 import ftnb.tokenizer_files as tokenizer_files
 import ftnb.tokenizer_trial as tokenizer_trial
 import ftnb.tokens as tokens
+import ftnb.training_fields as training_fields
 from .fields import in_argument
 from .places import place_problems
 from .problems import Problem, printable, problems_of, raise_problems
@@ -211,7 +212,7 @@ def _check_blobs(
     "LoRA, quantisation and training arguments, each by itself."
     checks = {"lora": ("lora_config", adapters.lora_problems),
               "bnb": ("bnb_config", quantisation.bnb_problems),
-              "training": ("training_arguments_config", training_settings.training_problems)}
+              "training": ("training_arguments_config", training_fields.training_problems)}
     for name, (argument, check) in checks.items():
         blob = getattr(records, name)
         problems = log.attempt("settings", check, blob) if blob is not None else None
@@ -277,7 +278,7 @@ def _choose_precision(
     if bnb is None or training is None: return None
     on_cpu = training.get("use_cpu") or training.get("no_cuda")
     about = models.base_config(studio.model_source(records.model), token) if records.model else {}
-    asked = training_settings.current_names(training)
+    asked = training_fields.current_names(training)
     return models.choose_precision(asked, bnb, "cpu" if on_cpu else None, about)
 
 # %% ../nbs/46_preflight.ipynb #c646bf20

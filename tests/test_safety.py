@@ -36,7 +36,7 @@ from ftnb.jobargs import format_job_arguments, parse_job_arguments
 from ftnb.lora_settings import lora_problems
 from ftnb.prompts import map_dataset_with_prompt_template, missing_values, unusable_rows
 from ftnb.quantisation import bnb_problems
-from ftnb.settings import training_problems
+from ftnb.training_fields import training_problems
 from ftnb.studio import create_studio
 from ftnb.tiny import TINY_KINDS, TINY_SENTENCES, tiny_tokenizer
 from ftnb.tokenizer import configure_tokenizer_padding

@@ -16,8 +16,8 @@ import ftnb.consts as consts
 import ftnb.jobargs as jobargs
 import ftnb.lora_settings as lora_settings
 import ftnb.quantisation as quantisation
-import ftnb.settings as settings
 import ftnb.studio as studio
+import ftnb.training_fields as training_fields
 from fastcore.basics import patch
 from ..problems import Problem, nearest, problems_of, raise_problems
 from .past_runs import fresh_place, python_call
@@ -49,7 +49,7 @@ class Part:
 PARTS = {part.argument: part for part in (
     Part("lora_config", ("r", "lora_alpha", "lora_dropout", "target_modules"), "other_lora", consts.DEFAULT_LORA_CONFIG, lora_settings.lora_problems),
     Part("training_arguments_config", ("num_train_epochs", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps"),
-         "other_training", consts.DEFAULT_TRAINING_ARGUMENTS, settings.training_problems))}
+         "other_training", consts.DEFAULT_TRAINING_ARGUMENTS, training_fields.training_problems))}
 QUANTISATION = {"4-bit": "", "8-bit": '{"load_in_8bit":true}', "none": '{"load_in_4bit":false}'}  # shown -> bnb_config
 
 # %% ../../nbs/ui/5_draft.ipynb #8ba7e3d3
