@@ -18,7 +18,8 @@ from .adapters import get_model_parameters
 # %% ../nbs/99_all.ipynb #37f07103
 from .problems import Problem, ProblemsError
 from .jobargs import JobArgs, format_job_arguments, parse_job_arguments
-from .preflight import check_job, quiet_libraries
+from .preflight import check_job
+from .progress import quiet_libraries
 from .finetune import finetune
 from .ui.form import Form
 from .ui.tuning import tune

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 
 from .models import Precision, choose_precision, load_base_model, load_tokenizer
 from .problems import Problem, raise_problems
-from .progress import wants_bar
+from .progress import quiet_libraries, wants_bar
 from .questions import Questions, make_questions
 from .scoring import Scores, comparable, is_match, score_model
 
@@ -297,6 +297,7 @@ def load_models(
 ) -> LoadedModels:  # with one base in memory
     "Load a base model and put adapters on it; a plain model in memory gets them too."
     from peft import PeftModel
+    quiet_libraries()
     folders, model = _named(adapters), base
     if hasattr(base, "forward"): _check_in_memory(base, tokenizer, folders)
     else: model = load_base_model(str(base), precision or choose_precision({}, None))

@@ -535,6 +535,6 @@ def run_job(
     except ValueError:
         if ranks.process_rank(): return  # the first process says it
         raise
-    preflight.quiet_libraries()
+    progress.quiet_libraries()
     run = launch if wanted(args) else work
     ranks.told_to_launcher(lambda: run_without_token(run, args))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST_NODES', 'Finding', 'Preflight', 'missing_resources', 'processes_problems', 'model_folder_problem',
-           'place_problem', 'check_job', 'quiet_libraries', 'check_command']
+           'place_problem', 'check_job', 'check_command']
 
 # %% ../nbs/46_preflight.ipynb #65a963c6
 import os, sys
@@ -16,6 +16,7 @@ import ftnb.adapters as adapters
 import ftnb.consts as consts
 import ftnb.corpus as corpus
 import ftnb.estimate as estimate
+import ftnb.hub as hub
 import ftnb.jobargs as jobargs
 import ftnb.lora_settings as lora_settings
 import ftnb.models as models
@@ -367,6 +368,31 @@ def place_problem(
         place = file
     return f"{table} {record.id}: location {place} {problem}" if problem else ""
 
+# %% ../nbs/46_preflight.ipynb #7a533c7d
+def _hub_names(
+    records: studio.Records,  # of the job
+) -> dict:  # "model", "dataset" -> name on the hub
+    "What a job looks for on the hub."
+    found = {}
+    if records.model and records.model.type == "huggingface": found["model"] = records.model.huggingface_model_name
+    data = records.dataset
+    if data and data.type == "huggingface": found["dataset"] = corpus.parse_dataset_name(data.huggingface_name or "").place
+    return {kind: name for kind, name in found.items() if name}
+
+# %% ../nbs/46_preflight.ipynb #51d76d31
+def _check_reach(
+    log: _Log,
+    records: studio.Records,  # with what can be used
+    names: dict,  # from `_hub_names`
+) -> studio.Records:  # None for what can't be had
+    "What is on a hub that can't be reached."
+    for kind, name in names.items():
+        problem = hub.hub_problem(kind, name)
+        if not problem or getattr(records, kind) is None: continue
+        log.add("error", "files", Problem("base_model_id" if kind == "model" else "dataset_id", problem))
+        records = replace(records, **{kind: None})
+    return records
+
 # %% ../nbs/46_preflight.ipynb #b30e3596
 def _check_places(
     log: _Log,
@@ -671,16 +697,16 @@ def _keeps_tokens(
     return keep or os.path.isdir(args.train_out_dir) and bool(checkpoint_folders(args.train_out_dir))
 
 # %% ../nbs/46_preflight.ipynb #3c22e12a
-def check_job(
-    args: jobargs.JobArgs,  # from `parse_job_arguments`
-    env: dict | None = None,  # environment; default: this process's own
-    keep: bool = True,  # the rows' tokens, for a job that goes on
-) -> Preflight:  # a table in a notebook, lines in a log
-    "Check all that can be known of a job before weights are loaded."
-    log, env = _Log(args), os.environ if env is None else env
-    log.add("ok", "arguments", f"{jobargs.format_job_arguments(args).count(' --') + 1} given")
-    engine, records = log.attempt("records", _check_records, log, env) or (None, _NO_RECORDS)
-    usable = log.attempt("settings", _check_blobs, log, records) or records
+def _check_rest(
+    log: _Log,
+    engine,  # of the Studio database; None: it can't be opened
+    records: studio.Records,  # of the job
+    usable: studio.Records,  # the same, None for what can't be had
+    env: dict,  # environment
+    keep: bool,  # the rows' tokens, for a job that goes on
+) -> Preflight:
+    "Check what comes after the records."
+    usable = log.attempt("settings", _check_blobs, log, usable) or usable
     precision, settings = log.attempt("settings", _check_settings, log, usable, env) or (None, None)
     template = log.attempt("template", _check_template, log, usable)
     usable = log.attempt("files", _check_places, log, usable) or usable
@@ -689,26 +715,29 @@ def check_job(
     base = log.attempt("model", _check_base, log, usable.model)
     plan = log.attempt("model", _check_plan, log, base, usable.lora, precision, settings)
     job = _as_job(log, engine, records, template, precision, settings, base)
-    kept = log.attempt("checkpoints", _keeps_tokens, args, keep)
+    kept = log.attempt("checkpoints", _keeps_tokens, log.args, keep)
     rows = log.attempt("rows", _check_rows, log, usable.dataset, template, job, base, kept)
     if kept: log.attempt("checkpoints", _check_checkpoints, log, job, rows)
     log.attempt("settings and model", _check_fit, log, settings, base, plan, rows)
     steps, memory = log.attempt("memory", _check_memory, log, job, plan, rows) or (None, None)
     log.attempt("disk", _check_disk, log, settings, base, plan)
-    return Preflight(args, tuple(log.findings), engine, records, job, base, plan, rows, steps, memory, log.cause)
+    return Preflight(log.args, tuple(log.findings), engine, records, job, base, plan, rows, steps, memory, log.cause)
 
-# %% ../nbs/46_preflight.ipynb #a72a926c
-def quiet_libraries():
-    "Leave the log to the job's own lines."
-    import datasets, logging, transformers, warnings
-    warnings.simplefilter("ignore", FutureWarning)  # other libraries' own
-    warnings.filterwarnings("ignore", message="fan_in_fan_out")  # PEFT settles it for GPT-2's layers
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    in_notebook = progress.in_notebook()  # where bars are widgets
-    if in_notebook or not progress.wants_bar(): transformers.utils.logging.disable_progress_bar()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ["RUST_BACKTRACE"] = "0"  # a panic in a library's Rust part is said in words
+# %% ../nbs/46_preflight.ipynb #cf3096c4
+def check_job(
+    args: jobargs.JobArgs,  # from `parse_job_arguments`
+    env: dict | None = None,  # environment; default: this process's own
+    keep: bool = True,  # the rows' tokens, for a job that goes on
+) -> Preflight:  # a table in a notebook, lines in a log
+    "Check all that can be known of a job before weights are loaded."
+    progress.quiet_libraries()
+    log, env = _Log(args), os.environ if env is None else env
+    log.add("ok", "arguments", f"{jobargs.format_job_arguments(args).count(' --') + 1} given")
+    engine, records = log.attempt("records", _check_records, log, env) or (None, _NO_RECORDS)
+    names = _hub_names(records)
+    with hub.reaching_hub(list(names.values())) as reached:
+        usable = records if reached else _check_reach(log, records, names)
+        return _check_rest(log, engine, records, usable, env, keep)
 
 # %% ../nbs/46_preflight.ipynb #85fbbae0
 _HELP = "ftnb_check: check a job without running it; exit status 1 where there are errors.\n"
@@ -722,7 +751,6 @@ def check_command(
     if "--help" in argv or "-h" in argv: return print(_HELP, jobargs.job_arguments_help(), sep="\n")
     try: args = jobargs.parse_job_arguments(os.environ.get(consts.JOB_ARGUMENTS) or " ".join(argv))
     except ValueError as e: raise SystemExit(str(e)) from None
-    quiet_libraries()
     report = check_job(args, keep=False)
     print(report, flush=True)
     if report.problems(): raise SystemExit(1)

@@ -28,7 +28,8 @@ from hypothesis import strategies as st
 
 from ftnb.demo.project import make_demo_project
 from ftnb.jobargs import parse_job_arguments
-from ftnb.preflight import check_job, quiet_libraries
+from ftnb.preflight import check_job
+from ftnb.progress import quiet_libraries
 from ftnb.prompts import map_dataset_with_prompt_template, read_template
 from ftnb.rows import prepare_rows, read_rows
 from ftnb.tiny import save_tiny
@@ -403,7 +404,8 @@ CHILD = """
 import os, resource, sqlite3, sys, time
 from unittest.mock import patch
 from ftnb.jobargs import parse_job_arguments
-from ftnb.preflight import check_job, quiet_libraries
+from ftnb.preflight import check_job
+from ftnb.progress import quiet_libraries
 quiet_libraries()
 resource.setrlimit(resource.RLIMIT_CPU, (600, 600))
 arguments, *places = sys.argv[1:]

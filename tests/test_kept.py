@@ -15,7 +15,7 @@ import pytest
 import transformers
 
 import ftnb
-from ftnb import (adapters, checkpoints, estimate, evaluate, finetune, manifest, models, plots, preflight, registry,
+from ftnb import (adapters, checkpoints, estimate, evaluate, finetune, manifest, models, plots, progress, registry,
                   report, runrecord, studio, trainer)
 from ftnb.demo.project import demo_data, make_demo_project
 from ftnb.jobargs import parse_job_arguments
@@ -74,7 +74,7 @@ class OnPurpose(Exception):
 
 @pytest.fixture(scope="module", autouse=True)
 def quiet():
-    preflight.quiet_libraries()
+    progress.quiet_libraries()
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from forks import fork_logged, import_all, in_fork
 from peft import PeftModel
 from waiting import wait_for
 
-from ftnb import adapters, checkpoints, finetune, manifest, models, preflight, prompts, registry, rows as job_rows, studio, tiny, tokens, trainer
+from ftnb import adapters, checkpoints, finetune, manifest, models, progress, prompts, registry, rows as job_rows, studio, tiny, tokens, trainer
 from ftnb.demo.project import demo_data, make_demo_project
 
 pytestmark = pytest.mark.slow
@@ -262,7 +262,7 @@ def check_the_end(place, right, done, steps, earlier=False):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     "Made in forks, so that no thread starts here."
-    preflight.quiet_libraries()
+    progress.quiet_libraries()
     folder = tmp_path_factory.mktemp("kill").resolve()
     base = in_fork(lambda: tiny.save_tiny(folder/"tiny", kind="qwen"))
     return in_fork(lambda: make_place(folder, base))

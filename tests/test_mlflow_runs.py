@@ -19,6 +19,7 @@ import pytest
 
 import ftnb.finetune
 import ftnb.preflight
+import ftnb.progress
 from ftnb.demo.project import make_demo_project
 from ftnb.jobargs import format_job_arguments, parse_job_arguments
 
@@ -52,7 +53,7 @@ finetune.run_command([])
 def project(tmp_path, tiny_base, monkeypatch):
     "A project, and an MLflow of its own."
     warnings.simplefilter("ignore")
-    ftnb.preflight.quiet_libraries()
+    ftnb.progress.quiet_libraries()
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.chdir(tmp_path)

@@ -26,6 +26,7 @@ import ftnb.finetune
 import ftnb.jobargs
 import ftnb.manifest
 import ftnb.preflight
+import ftnb.progress
 import ftnb.tiny
 import ftnb.passes
 
@@ -551,7 +552,7 @@ def sharded_best(place):
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     "A folder with a tiny base model; made in a fork, so that no thread starts here."
-    ftnb.preflight.quiet_libraries()
+    ftnb.progress.quiet_libraries()
     folder = tmp_path_factory.mktemp("several").resolve()
     in_fork(lambda: ftnb.tiny.save_tiny(folder / "tiny", kind="qwen"))
     return folder

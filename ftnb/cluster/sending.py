@@ -16,6 +16,7 @@ import ftnb.consts as consts
 import ftnb.jobargs as jobargs
 import ftnb.package as package
 import ftnb.preflight as preflight
+import ftnb.progress as progress
 import ftnb.studio as studio
 import ftnb.ui.monitoring as live
 from .api import ClouderaError
@@ -477,7 +478,7 @@ def _send(
     own, rest = _own_options(argv)
     args = jobargs.parse_job_arguments(os.environ.get(consts.JOB_ARGUMENTS) or " ".join(rest))
     workspace = workspace_from_env()
-    preflight.quiet_libraries()
+    progress.quiet_libraries()
     report = check_sending(args)
     print(report, flush=True)
     if report.lines("error"): raise SystemExit(1)

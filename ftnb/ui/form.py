@@ -334,7 +334,7 @@ def _warm_up(
     form: Form,  # with its widgets
 ):
     "Import what a check needs, and show what it says."
-    preflight.quiet_libraries()
+    progress.quiet_libraries()
     while not form.ready.is_set() and not form.closed.is_set():
         try:
             form._show_problems()

@@ -19,6 +19,7 @@ import ftnb.finetune as finetune
 import ftnb.jobargs as jobargs
 import ftnb.models as models
 import ftnb.preflight as preflight
+import ftnb.progress as progress
 import ftnb.quantisation as quantisation
 import ftnb.storage as storage
 import ftnb.studio as studio
@@ -316,7 +317,7 @@ def tune_command(
     parser.add_argument("--name", default="tuned", help="of the adapter (default: %(default)s)")
     given, rest = parser.parse_known_args(argv)
     texts = {k: getattr(given, k).replace("\\n", "\n") for k in ("prompt", "completion")}
-    preflight.quiet_libraries()
+    progress.quiet_libraries()
     try: run = tune(given.model, given.data, **texts, folder=given.folder, name=given.name, **_shell_settings(rest))
     except (ValueError, OSError) as e: sys.exit(str(e))
     print(run)
