@@ -46,6 +46,7 @@ from .settings import settle_training
 from .trainer import train_adapter
 
 # %% ../nbs/99_all.ipynb #6d2f8b45
+from .runrecord import read_run
 from .curves import read_metrics, run_state
 from .plots import compare_runs, plot_run
 from .report import write_report

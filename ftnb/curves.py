@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['Curve', 'RunMetrics', 'read_metrics', 'quiet_seconds', 'run_patience', 'run_state', 'seconds_left', 'run_progress',
-           'run_headline', 'running_mean', 'loss_ends', 'short_number', 'read_object', 'record_arguments',
-           'read_record', 'run_name']
+           'run_headline', 'running_mean', 'loss_ends', 'short_number', 'run_name']
 
 # %% ../nbs/45_curves.ipynb #ff030afd
 import json, time
@@ -15,8 +14,8 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-import ftnb.jobargs as jobargs
 import ftnb.progress as progress
+import ftnb.runrecord as runrecord
 
 # %% ../nbs/45_curves.ipynb #cd85426f
 @dataclass
@@ -374,35 +373,6 @@ def short_number(
     digits, power = f"{value:.2e}".split("e")
     return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
 
-# %% ../nbs/45_curves.ipynb #a6f0b45e
-def read_object(
-    path: "str | Path",  # of a JSON file
-) -> dict:  # empty where there is no such file or no object in it
-    "Read a JSON object that may not be there, or not be one."
-    try: found = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError, RecursionError): return {}
-    return found if isinstance(found, dict) else {}
-
-# %% ../nbs/45_curves.ipynb #8eb090ea
-def record_arguments(
-    record: dict,  # of run.json or job.json
-) -> dict:  # argument -> value; no token
-    "The job's arguments, without checking them."
-    return jobargs.read_arguments(str(record.get("arguments", "")))
-
-# %% ../nbs/45_curves.ipynb #13bef440
-def read_record(
-    train_out_dir: "str | Path",  # of a run
-    out_dir: "str | Path | None" = None,  # of its adapter; default: as job.json says
-) -> dict:  # run.json, or what job.json knows; with the arguments' own values beside them
-    "What is written about a run."
-    folder = Path(train_out_dir)
-    job = read_object(folder/"job.json")
-    out = out_dir or record_arguments(job).get("out_dir")
-    run = read_object(Path(out)/"run.json") if out else {}
-    run = run or read_object(folder/"run.json")
-    return {**record_arguments(run or job), **job, **run}
-
 # %% ../nbs/45_curves.ipynb #3be547c7
 def run_name(
     path: "str | Path",  # train_out_dir, or its metrics.jsonl
@@ -410,4 +380,4 @@ def run_name(
     "What to call a run."
     path = Path(path)
     folder = path.parent if path.suffix == ".jsonl" else path
-    return str(read_record(folder).get("adapter_name") or folder.absolute().name)
+    return runrecord.read_record(folder).adapter_name or folder.absolute().name

@@ -13,6 +13,7 @@ if __name__ == "__main__" and not __package__ and "__file__" in globals():  # ru
 
 # %% ../nbs/52_finetune.ipynb #b2c28030
 import contextlib, os, sys
+from dataclasses import replace
 
 import ftnb.adapters as adapters
 import ftnb.consts as consts
@@ -107,15 +108,15 @@ def train_and_save(
 def prove(
     job: runrecord.Job,  # from `preflight.check_job`
     saved: runrecord.SavedAdapter,  # from `train_and_save`
-) -> dict:  # as in run.json: the largest difference of a logit, or why there is no proof
+) -> runrecord.Proof:  # or why there is none
     "Load the adapter back; raises where it isn't what was trained."
-    if saved.expected is None: return {"not_made": "the trained model's logits are not known"}
+    if saved.expected is None: return runrecord.Proof(not_made="the trained model's logits are not known")
     try: difference = adapters.prove_adapter(saved.folder, job.source, job.loading, saved.probe, saved.expected, job.token)
     except adapters.NotProven: raise
     except Exception as e:
         guards.say_failed("the adapter's proof", e, saved.notes)
-        return {"not_made": guards.one_line(e)}
-    return {"largest_logit_difference": difference}
+        return runrecord.Proof(not_made=guards.one_line(e))
+    return runrecord.Proof(difference)
 
 # %% ../nbs/52_finetune.ipynb #1e05a9d5
 def publish(
@@ -123,13 +124,13 @@ def publish(
     rows: runrecord.JobRows,  # from `prepare_rows`
     saved: runrecord.SavedAdapter,  # from `train_and_save`
     watch: runrecord.Stopwatch,  # since the job began
-) -> dict:  # the content of run.json
+) -> runrecord.RunRecord:
     "Prove the adapter and put it in its place."
     out = job.args.out_dir
     try:
         proof = prove(job, saved)
-        run = runrecord.describe_run(job, rows, saved) | {"proof": proof} | watch.took()
-        storage.write_json(os.path.join(saved.folder, "run.json"), run)
+        run = replace(runrecord.describe_run(job, rows, saved), proof=proof, **watch.took())
+        runrecord.write_run(run, saved.folder)
         adapters.publish_folder(saved.folder, out)
     except BaseException as e:  # Ctrl-C too
         if not os.path.isdir(saved.folder): raise  # it is in its place
@@ -156,7 +157,7 @@ def run_checked(
     watch: runrecord.Stopwatch,  # since the job began
     tell,  # a function that tells other processes what to do
     bar: bool | None,  # a progress bar; None: where somebody is watching
-) -> dict:  # the content of run.json
+) -> runrecord.RunRecord:
     "What comes after the check."
     job, tokenizer, rows = check.job, check.base.tokenizer, check.rows
     adapters.clear_leftovers(job.args.out_dir)
@@ -169,7 +170,7 @@ def run_checked(
         tell(told)
         saved = train_and_save(job, tokenizer, rows, bar)
     run = publish(job, rows, saved, watch)
-    announce(job, f"({runrecord.describe_proof(run['proof'])})")
+    announce(job, f"({run.proof})")
     return run
 
 # %% ../nbs/52_finetune.ipynb #5cdf11d7
@@ -188,11 +189,10 @@ def finetune(
     args: jobargs.JobArgs,  # from `parse_job_arguments`
     env: dict | None = None,  # environment; default: this process's own
     bar: bool | None = None,  # a progress bar; default: where somebody is watching
-) -> dict:  # the content of run.json; empty on any process but the first
+) -> runrecord.RunRecord | None:  # as its run.json tells it; None on any process but the first
     "Run a job: the adapter is in `out_dir`, whole and proven, and registered where that is asked for."
     if ranks.process_rank():
-        follow(args)
-        return {}
+        return follow(args)
     watch = runrecord.Stopwatch()
     with ranks.leading() as tell, guards.tracker_scope(args.experimentid):
         check = preflight.check_job(args, env)

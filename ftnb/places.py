@@ -9,7 +9,8 @@ __all__ = ['foreign_content', 'name_problem', 'others_run', 'holds', 'place_prob
 import os
 
 import ftnb.jobargs as jobargs
-from .storage import nearest_folder, read_json
+import ftnb.runrecord as runrecord
+from .storage import nearest_folder
 
 # %% ../nbs/39_places.ipynb #86cfeb4b
 def foreign_content(
@@ -19,11 +20,8 @@ def foreign_content(
     "Whose files an adapter would replace."
     names = sorted(os.listdir(out_dir)) if os.path.isdir(out_dir) else []
     if not names: return ""
-    try:
-        whose = read_json(os.path.join(out_dir, "run.json"))["experimentid"]
-        if whose == experimentid: return ""
-        return f"the adapter of experiment {str(whose)[:80]}"
-    except (OSError, ValueError, TypeError, KeyError): pass  # no job has written here
+    whose = runrecord.experiment_of(os.path.join(out_dir, "run.json"))
+    if whose: return "" if whose == experimentid else f"the adapter of experiment {whose[:80]}"
     if "config.json" in names and any(n.endswith(".safetensors") for n in names): return "a model"
     if "adapter_config.json" in names: return "an adapter that this job hasn't made"
     more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
@@ -43,18 +41,6 @@ def name_problem(
     size = len(os.fsencode(path))
     return f"is a path of {size:,} bytes, where {whole:,} are allowed here" if size > whole else ""
 
-# %% ../nbs/39_places.ipynb #036cf270
-def _experiment(
-    file: str,  # run.json or job.json
-) -> str | None:  # None where no job has written it
-    "Which experiment a job's own file is from."
-    try: said = read_json(file)
-    except (OSError, ValueError): return None
-    if not isinstance(said, dict): return None
-    if isinstance(said.get("experimentid"), str): return said["experimentid"]
-    words = str(said.get("arguments", "")).split()
-    return next((after for key, after in zip(words, words[1:]) if key == "--experimentid"), None)
-
 # %% ../nbs/39_places.ipynb #3a6a0963
 def others_run(
     path: str,  # where a job is to write
@@ -65,7 +51,8 @@ def others_run(
     while place not in (here, os.path.dirname(place)):
         marks = {"run.json": "the adapter of experiment {}", "job.json": "the run of experiment {}"}
         for name, words in marks.items():
-            if (whose := _experiment(os.path.join(place, name))) not in (None, experimentid): return words.format(whose[:80]) + f" ({place})"
+            whose = runrecord.experiment_of(os.path.join(place, name))
+            if whose not in ("", experimentid): return f"{words.format(whose[:80])} ({place})"
         place = os.path.dirname(place)
     return ""
 

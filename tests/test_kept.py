@@ -48,7 +48,7 @@ class Case:
 CASES = [
     Case("versions", runrecord, "library_versions", "versions of run.json: failed"),
     Case("a library without metadata", importlib.metadata, "version", "loaded back", steps=2),
-    Case("what was used", runrecord, "_used", "used of run.json: failed"),
+    Case("what was used", runrecord, "used_settings", "used of run.json: failed"),
     Case("hashes of the records", studio, "record_hash", "records of run.json: failed", steps=2),
     Case("the report", report, "write_report", "report.html: failed"),
     Case("the report's picture", plots, "plot_run", "report.html: failed"),

@@ -22,6 +22,7 @@ from ..evaluate import answer_table
 from ..scoring import answers_to_match, exact_match
 from ..jobargs import JobArgs, format_job_arguments, parse_job_arguments
 from ..prompts import PromptTemplate, format_row, parse_template
+from ..runrecord import read_run
 from ..splits import sample_and_split_dataset
 from ..studio import create_studio, open_studio, resolve_records, studio_url
 from ..tiny import save_tiny
@@ -436,7 +437,7 @@ def run_demo(
     lap()
     rows = held_out_prompts(project)
     answers = compare_on_held_out(project, base_model, rows, progress=wants_bar())
-    metrics = json.loads((project.out_dir/"run.json").read_text())["metrics"]
+    metrics = read_run(project.out_dir).metrics
     result = DemoResult(rows, *answers, (metrics.get("eval_loss_before"), metrics.get("eval_loss")),
                         {**seconds, "comparison": lap()}, project.out_dir)
     print("", result, sep="\n")

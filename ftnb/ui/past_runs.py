@@ -13,54 +13,41 @@ from pathlib import Path
 from fastcore.basics import patch
 
 import ftnb.consts as consts
-import ftnb.curves as curves
 import ftnb.jobargs as jobargs
 import ftnb.plots as plots
 import ftnb.progress as progress
 import ftnb.registry as registry
+import ftnb.runrecord as runrecord
 import ftnb.studio as studio
 import ftnb.ui.monitoring as monitoring
-from ..report import comparison_figures, differing, html_cell, html_table, record_part, run_settings
-
-# %% ../../nbs/ui/3_past_runs.ipynb #b926f9ab
-def _read_run(
-    file: Path,  # called run.json
-) -> dict:  # its content
-    "Read a record that may be anybody's; raises where it isn't a job's."
-    try: record = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as e: raise ValueError(f"can't be read: {type(e).__name__}") from None
-    kinds = dict(experimentid=str, arguments=str, used=dict, metrics=dict)
-    if not isinstance(record, dict): record = {}
-    wrong = [name for name, kind in kinds.items() if not isinstance(record.get(name), kind)]
-    if wrong: raise ValueError(f"isn't a job's: no {', '.join(wrong)}")
-    return record
+from ..problems import problems_of
+from ..report import comparison_figures, differing, html_cell, html_table, run_settings
 
 # %% ../../nbs/ui/3_past_runs.ipynb #507bd05a
 @dataclass(frozen=True)
 class PastRun:
     "A run, from its run.json."
     file: Path
-    record: dict = field(repr=False)
+    record: runrecord.RunRecord = field(repr=False)
     registered: str = "?"  # yes, no, or ? where there is no Studio database
     taken: set = field(default_factory=set, repr=False, compare=False)  # names that another adapter has or will have
 
     @property
     def name(self) -> str:
         "Of its adapter, else how its id begins."
-        return curves.record_arguments(self.record).get("adapter_name") or self.record["experimentid"][:8]
+        return self.record.adapter_name or self.record.experimentid[:8]
 
     @property
     def when(self) -> float:
         "When it began, or where that isn't written, when it was saved; in seconds since 1970."
-        began = self.record.get("started")
-        if isinstance(began, (int, float)): return began
+        if self.record.started is not None: return self.record.started
         return self.file.stat().st_mtime if self.file.exists() else 0.0
 
 # %% ../../nbs/ui/3_past_runs.ipynb #0c7e4d91
 @patch(as_prop=True)
 def train_out_dir(self: PastRun) -> Path:
     "Where its metrics are, also where both folders were moved together."
-    given = curves.record_arguments(self.record)
+    given = self.record.given
     asked = Path(given.get("train_out_dir", "."))
     from_adapter = os.path.relpath(asked, given.get("out_dir", "."))
     moved = Path(os.path.normpath(self.file.parent/from_adapter))
@@ -122,7 +109,7 @@ class Runs:
         for run in self.found:
             if run.name == which: return run
         for run in self.found:
-            if run.record["experimentid"].startswith(str(which)): return run
+            if run.record.experimentid.startswith(str(which)): return run
         names = ", ".join(dict.fromkeys(run.name for run in self.found))
         raise KeyError(f"no run is called {which!r}; there are: {names}")
 
@@ -137,14 +124,14 @@ def _text(
 
 # %% ../../nbs/ui/3_past_runs.ipynb #6f1d0a94
 def _result_cells(
-    record: dict,  # of run.json
+    record: runrecord.RunRecord,  # of a run
 ) -> list:  # [held-out loss, exact match, time]
     "What came of a run, in three cells."
-    metrics, seconds = record["metrics"], record.get("seconds")
+    metrics = record.metrics
     losses = [metrics[k] for k in ("eval_loss_before", "eval_loss") if isinstance(metrics.get(k), (int, float))]
     loss = " → ".join(map(_text, losses)) or _text(metrics.get("train_loss"))
     right = " → ".join(f"{share:.0%}" for share in comparison_figures(record).get("exact match", ()))
-    took = progress.short_time(seconds) if isinstance(seconds, (int, float)) else ""
+    took = "" if record.seconds is None else progress.short_time(record.seconds)
     return [loss, right, took]
 
 # %% ../../nbs/ui/3_past_runs.ipynb #e6bd562d
@@ -157,7 +144,7 @@ def rows(
     names, lines = differing(settings)[:8], []
     for i, run in enumerate(self.found):
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.when))
-        data = record_part(run.record, "records", "dataset").get("name") or ""
+        data = run.record.records.get("dataset", {}).get("name") or ""
         differs = [_text(settings[i].get(name)) for name in names]
         lines.append([str(i), run.name, when, data, *differs, *_result_cells(run.record), run.registered])
     return ["", "name", "when", "data", *names, "held-out loss", "exact match", "time", "registered"], lines
@@ -200,11 +187,11 @@ def runs(
     if not Path(folder).is_dir(): raise ValueError(f"{folder} is no folder")
     engine, records, broken = _open(db), {}, {}
     for file in _find_files(folder):
-        try: records[file] = _read_run(file)
-        except ValueError as e: broken[file] = str(e)
-    names = {curves.record_arguments(record).get("adapter_name") for record in records.values()}
+        try: records[file] = runrecord.read_run(file)
+        except ValueError as e: broken[file] = "; ".join(map(str, problems_of(e)))
+    names = {record.adapter_name for record in records.values()}
     taken = names | _taken_names(engine) | _PROPOSED
-    found = [PastRun(file, record, _registered(engine, record["experimentid"]), taken) for file, record in records.items()]
+    found = [PastRun(file, record, _registered(engine, record.experimentid), taken) for file, record in records.items()]
     return Runs(sorted(found, key=lambda run: run.when, reverse=True), broken)
 
 # %% ../../nbs/ui/3_past_runs.ipynb #2a6d9e40
@@ -285,10 +272,10 @@ def repeat(
     **changes,  # of arguments, of LoRA settings that the run had, or of training arguments
 ) -> Repeat:  # not started
     "The same job again, with changes."
-    args = jobargs.parse_job_arguments(self.record["arguments"], {})
+    args = jobargs.parse_job_arguments(self.record.arguments, {})
     known = {f.name for f in fields(jobargs.JobArgs)}
-    asked = {"lora_config": dict(record_part(self.record, "asked", "lora")),
-             "training_arguments_config": dict(record_part(self.record, "asked", "training"))}
+    asked = {"lora_config": dict(self.record.asked.get("lora", {})),
+             "training_arguments_config": dict(self.record.asked.get("training", {}))}
     new = fresh_place(args.experimentid, args.out_dir, args.train_out_dir)
     if args.adapter_name: new["adapter_name"] = _free_name(args.adapter_name, self.taken | _PROPOSED)
     for name, value in changes.items():
@@ -333,6 +320,6 @@ def compare(
     for run, values in zip(chosen, settings):
         label = run.name
         if names: label += ": " + ", ".join(f"{name} {values.get(name, '-')}" for name in names)
-        if label in labels: label += f" ({run.record['experimentid'][:8]})"
+        if label in labels: label += f" ({run.record.experimentid[:8]})"
         labels[label] = run.train_out_dir
     return plots.compare_runs(labels)

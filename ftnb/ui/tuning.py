@@ -22,6 +22,7 @@ import ftnb.preflight as preflight
 import ftnb.progress as progress
 import ftnb.quantisation as quantisation
 import ftnb.storage as storage
+import ftnb.runrecord as runrecord
 import ftnb.studio as studio
 import ftnb.ui.chats as chats
 import ftnb.ui.additions as additions
@@ -158,7 +159,7 @@ def _job(
 class Run:
     "A run of `tune`, and what can be done with it."
     args: jobargs.JobArgs
-    record: dict  # the content of its run.json
+    record: runrecord.RunRecord
     db: Path  # the Studio database of its project
 
     @property
@@ -212,13 +213,13 @@ def chat(
 
 # %% ../../nbs/ui/7_tuning.ipynb #5300d2bf
 def _figures(
-    record: dict,  # of run.json
+    record: runrecord.RunRecord,  # of a run
 ) -> list:  # of (what, before, after), as text
     "How a run's model was, and how it is."
-    metrics, rows = record.get("metrics", {}), []
+    metrics, rows = record.metrics, []
     if "eval_loss" in metrics and "eval_loss_before" in metrics:
         rows.append(("held-out loss", f"{metrics['eval_loss_before']:.3f}", f"{metrics['eval_loss']:.3f}"))
-    scores = [record.get("comparison", {}).get("models", {}).get(m, {}).get("score") for m in ("base", "adapter")]
+    scores = [record.comparison.get("models", {}).get(m, {}).get("score") for m in ("base", "adapter")]
     if None not in scores: rows.append(("right answers", *(f"{s:.0%}" for s in scores)))
     return rows
 
@@ -227,7 +228,7 @@ def _figures(
 def __repr__(self: Run):
     lines = [f"{self.args.adapter_name}: trained"]
     lines += [f"  {what:14} {before} -> {after}" for what, before, after in _figures(self.record)]
-    for answer in self.record.get("comparison", {}).get("changed", [])[:3]:
+    for answer in self.record.comparison.get("changed", [])[:3]:
         asked = " ".join(answer["asked"].split())[-60:]
         lines.append(f"  {asked!r}: {answer['base'][:30]!r} -> {answer['adapter'][:30]!r}")
     return "\n".join([*lines, f"  adapter        {self.adapter}", f"  report         {self.report}"])
