@@ -201,6 +201,7 @@ class RunRecord:
     proof: Proof = Proof()
     started: float | None = field(default=None, repr=False)  # seconds since 1970
     seconds: float | None = None
+    prompt: dict[str, str] = _part()  # its texts: "prompt_template", "input_template", "completion_template"
     more: dict = _part()  # keys that this version doesn't know, as they were read
     problems: tuple = ()  # of `Problem`: what couldn't be read
 
@@ -334,6 +335,14 @@ def _named_records(
         named[kind] = {"source": job.records.sources[kind], "sha256": studio.record_hash(settings)}
     return named
 
+# %% ../nbs/38_runrecord.ipynb #13634433
+def _prompt_texts(
+    job: Job,  # from `preflight.check_job`
+) -> dict:  # name of a column -> text
+    "What the model was asked, and what it was to answer, as templates."
+    names = ("prompt_template", "input_template", "completion_template")
+    return {name: getattr(job.records.prompt, name) for name in names if getattr(job.records.prompt, name)}
+
 # %% ../nbs/38_runrecord.ipynb #c9d0c1a1
 def describe_run(
     job: Job,  # from `preflight.check_job`
@@ -351,7 +360,8 @@ def describe_run(
         adapter_sha256=file_hash(weights), asked=asked, notes=notes, rows=rows.ledger.as_dict(), rows_sha256=rows.hashes,
         metrics=saved.metrics, comparison=saved.comparison,
         records=told("records", lambda: _named_records(job, asked), {}), used=told("used", lambda: used_settings(job, rows, saved), {}),
-        versions=told("versions", library_versions, {}), processes=told("processes", ranks.process_count, None))
+        prompt=told("prompt", lambda: _prompt_texts(job), {}), versions=told("versions", library_versions, {}),
+        processes=told("processes", ranks.process_count, None))
 
 # %% ../nbs/38_runrecord.ipynb #be8e5f45
 def write_run(
