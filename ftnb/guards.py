@@ -25,7 +25,8 @@ def step_rows(
     if not run.order or not run.order.rows: return "its rows are not known"
     first = step % run.steps_per_epoch * run.rows_per_step
     rows = run.order.rows[first:first + run.rows_per_step]
-    numbers = sorted(run.row_numbers[i] if run.row_numbers else i + 1 for i in rows)
+    def by_name(row): return isinstance(row, str), row  # rows of another data set have its name, and come last
+    numbers = sorted((run.row_numbers[i] if run.row_numbers else i + 1 for i in rows), key=by_name)
     shown = ", ".join(map(str, numbers[:64]))
     if len(numbers) > 64: shown += f" and {len(numbers) - 64} more"
     where = "data set" if run.row_numbers else "training rows"

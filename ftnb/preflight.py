@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from fastcore.basics import patch
 
 import ftnb.adapters as adapters
+import ftnb.choosing as choosing
 import ftnb.consts as consts
 import ftnb.corpus as corpus
 import ftnb.estimate as estimate
@@ -449,6 +450,7 @@ def _check_folders(
 def _check_adapter(
     log: _Log,
     engine: "Engine | None",  # of the Studio database
+    training: dict,  # training arguments
 ):
     "Whether the adapter can be registered."
     args, name = log.args, log.args.adapter_name
@@ -457,6 +459,7 @@ def _check_adapter(
     if taken:
         text = f"--adapter_name {name}: another adapter has this name; choose one that is free"
         return log.add("error", "adapter", Problem("adapter_name", text))
+    log.add("warning", "adapter", *registry.held_out_notes(name, training))
     problems, notes = log.attempt("adapter", registry.registration_problems, engine, args) or ([], [])
     log.add("error", "adapter", *problems)
     log.add("warning", "adapter", *notes)
@@ -539,13 +542,16 @@ def _as_job(
 # %% ../nbs/46_preflight.ipynb #bcfa2766
 def _read_rows(
     log: _Log,
-    dataset: studio.DatasetRecord,
+    engine: "Engine | None",  # of the Studio database
+    records: studio.Records,  # with what can be used
     template: prompts.PromptTemplate | None,
     job: runrecord.Job | None,
     base: runrecord.BaseFiles | None,
-) -> corpus.Corpus | None:  # None where rows can't be looked at further
-    "Read the data set, and try the tokenizer on texts of it."
-    data = log.attempt("rows", job_rows.read_rows, dataset, template, log.args.token)
+) -> choosing.ChosenCorpus | None:  # None where rows can't be looked at further
+    "Read the data, and try the tokenizer on texts of it."
+    choice = log.attempt("rows", choosing.read_choice, records.training or {})
+    if choice is None: return None
+    data = log.attempt("rows", job_rows.read_rows, records.dataset, template, log.args.token, choice, engine)
     if data is None: return None
     if job is None or base is None:
         read = ", ".join(f"{len(ds):,} read in split {name}" for name, ds in data.splits.items())
@@ -563,26 +569,38 @@ def _describe_tokens(
     "What the rows to train on come to."
     counts = rows.counts["train"]
     longest = counts.lengths.argsort(kind="stable")[::-1][:3]
-    named = ", ".join(f"train row {counts.numbers[i]} with {counts.lengths[i]:,}" for i in longest)
+    names = [name if isinstance(name, str) else f"train row {name}" for name in (rows.numbers[i] for i in longest)]
+    named = ", ".join(f"{name} with {counts.lengths[i]:,}" for name, i in zip(names, longest))
     return (f"{counts.lengths.sum():,} in {len(counts.lengths):,} rows to train on, of which all begin "
             f"with the same {counts.prefix:,}; the longest: {named} (limit {rows.limit:,})")
+
+# %% ../nbs/46_preflight.ipynb #94eb931a
+def _check_twins(
+    log: _Log,
+    ledger: job_rows.RowLedger,
+):
+    "Rows that stand twice; a warning where the held-out loss can't be trusted."
+    flatters = ledger.overlap and job_rows.OVERLAP not in ledger.reasons
+    log.add("warning" if flatters else "ok", "rows", *job_rows.twin_notes(ledger))
 
 # %% ../nbs/46_preflight.ipynb #2c784b29
 def _check_rows(
     log: _Log,
-    dataset: studio.DatasetRecord | None,  # that can be used
+    engine: "Engine | None",  # of the Studio database
+    records: studio.Records,  # with what can be used
     template: prompts.PromptTemplate | None,
     job: runrecord.Job | None,
     base: runrecord.BaseFiles | None,
     keep: bool,  # the rows' tokens
 ) -> job_rows.JobRows | None:
     "The data set, its columns, the ledger, the tokens."
-    data = _read_rows(log, dataset, template, job, base) if dataset else None
+    data = _read_rows(log, engine, records, template, job, base) if records.dataset else None
     if data is None: return None
     rows = log.attempt("rows", job_rows.prepare_rows, job, base.tokenizer, base.config, data, keep)
     if rows is None: return None
     train = data.splits["train"]
     log.add("ok", "rows", rows.ledger.summary)
+    _check_twins(log, rows.ledger)
     log.add("warning", "rows", *job_rows.ledger_notes(rows.ledger), *corpus.corpus_notes(data, template.fields))
     log.add("warning", "rows", *prompts.conversation_warnings(train, template))
     log.add("ok", "rows", *prompts.empty_text_notes(train, template))
@@ -711,12 +729,12 @@ def _check_rest(
     template = log.attempt("template", _check_template, log, usable)
     usable = log.attempt("files", _check_places, log, usable) or usable
     log.attempt("folders", _check_folders, log, engine, usable)
-    log.attempt("adapter", _check_adapter, log, engine)
+    log.attempt("adapter", _check_adapter, log, engine, usable.training or {})
     base = log.attempt("model", _check_base, log, usable.model)
     plan = log.attempt("model", _check_plan, log, base, usable.lora, precision, settings)
     job = _as_job(log, engine, records, template, precision, settings, base)
     kept = log.attempt("checkpoints", _keeps_tokens, log.args, keep)
-    rows = log.attempt("rows", _check_rows, log, usable.dataset, template, job, base, kept)
+    rows = log.attempt("rows", _check_rows, log, engine, usable, template, job, base, kept)
     if kept: log.attempt("checkpoints", _check_checkpoints, log, job, rows)
     log.attempt("settings and model", _check_fit, log, settings, base, plan, rows)
     steps, memory = log.attempt("memory", _check_memory, log, job, plan, rows) or (None, None)

@@ -18,6 +18,7 @@ from typing import get_args, get_origin
 
 from fastcore.basics import patch
 
+import ftnb.choosing as choosing
 import ftnb.manifest as manifest
 import ftnb.jobargs as jobargs
 import ftnb.models as models
@@ -308,6 +309,7 @@ def used_settings(
     "What had an effect, whatever was asked."
     shared = not saved.unshared
     ours = {"max_length": rows.limit, "completion_only_loss": job.settings.completion_only, "shared_prefix": shared}
+    ours |= choosing.read_choice(job.records.training).as_dict()
     training = job.settings.used(shared, len(rows.test.dataset) > 0) | ours
     precision = {"device": job.precision.device, "dtype": job.precision.dtype}
     return {"precision": precision, "bnb": job.precision.bnb or {}, "lora": saved.used, "training": training}

@@ -16,7 +16,7 @@ from .models import Precision
 from .optimizers import FOLLOW_LOSS, layer_problems, optimizer_problems, unread_by_optimizer, unread_by_schedule
 from .problems import Problem, nearest, raise_problems
 from .ranks import alone, process_count, rows_per_step
-from .training_fields import IGNORED, JOB_KEYS, KNOWN_FIELDS, RENAMED, current_names, training_problems
+from .training_fields import IGNORED, JOB_KEYS, KNOWN_FIELDS, NOT_FOR_TRL, RENAMED, current_names, training_problems
 
 # %% ../nbs/35_settings.ipynb #a3331f26
 def _usable_optimizer(
@@ -334,7 +334,7 @@ def _for_this_machine(
 ) -> TrainingSettings:  # not tried yet
     "Translate training arguments to what TRL takes today on this machine."
     now, device, cpu = current_names(asked), precision.device, precision.device == "cpu"
-    config = {k: v for k, v in now.items() if k not in IGNORED and k not in JOB_KEYS and KNOWN_FIELDS[k].kind != "refused"}
+    config = {k: v for k, v in now.items() if k not in IGNORED and k not in NOT_FOR_TRL and KNOWN_FIELDS[k].kind != "refused"}
     missing = _missing_speed(config, device)
     notes = [f"{key} {config.pop(key)!r} has no effect: {why}" for key, why in missing.items()]
     config["optim"], optimizer_notes = _usable_optimizer(config.get("optim", "adamw_torch"), device)

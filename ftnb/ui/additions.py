@@ -9,14 +9,12 @@ __all__ = ['add_model', 'add_dataset', 'first_rows', 'read_prompt', 'preview_htm
 import json, os, re
 from pathlib import Path
 
+import ftnb.choosing as choosing
 import ftnb.corpus as corpus
 import ftnb.preflight as preflight
 import ftnb.prompts as prompts
 import ftnb.studio as studio
 from ..problems import problems_of
-
-# %% ../../nbs/ui/6_additions.ipynb #8a5e0d17
-_HUB_NAME = r"[\w.-]+(/[\w.-]+)?"
 
 # %% ../../nbs/ui/6_additions.ipynb #fd11b975
 def add_model(
@@ -31,29 +29,11 @@ def add_model(
         row = dict(type="project", location=folder)
         problem = preflight.place_problem("models", studio.ModelRecord(id=name, **row))
         if problem: raise ValueError(str(problem))
-    elif re.fullmatch(_HUB_NAME, source): row = dict(type="huggingface", huggingface_model_name=source)
+    elif re.fullmatch(choosing.HUB_NAME, source): row = dict(type="huggingface", huggingface_model_name=source)
     else:
         right = "neither a folder with a model nor a name on the hub, such as HuggingFaceTB/SmolLM2-135M"
         raise ValueError(f"{source or 'nothing'} is {right}")
     return studio.add_row(engine, "models", framework="pytorch", name=name, **row)
-
-# %% ../../nbs/ui/6_additions.ipynb #5d0c9e43
-_KINDS = {".csv": "project_csv", ".tsv": "project_csv", ".json": "project_json", ".jsonl": "project_jsonl"}
-
-# %% ../../nbs/ui/6_additions.ipynb #2c7f0a86
-def _dataset_row(
-    source: str,  # a file, a folder, or a name on the hub
-) -> dict:  # type, and where it is
-    "Which kind of data set a text names; raises where it is none."
-    expanded = os.path.expanduser(source)
-    place = corpus.parse_dataset_name(expanded).place
-    path, part = os.path.abspath(place) if source else "", expanded[len(place):]
-    bare = re.sub(r"\.(gz|bz2|xz|zst|zip)$", "", path.lower())
-    kind = _KINDS.get(Path(bare).suffix)
-    if os.path.isdir(path): return dict(type="project", location=path + part)
-    if kind: return dict(type=kind, location=path)
-    if not os.path.exists(path) and re.fullmatch(_HUB_NAME, place): return dict(type="huggingface", huggingface_name=source)
-    raise ValueError(f"{source or 'nothing'} is no .csv, .tsv, .json or .jsonl file, no folder and no name on the hub")
 
 # %% ../../nbs/ui/6_additions.ipynb #cc541309
 def add_dataset(
@@ -63,7 +43,7 @@ def add_dataset(
 ) -> str:  # id of the row
     "Put a data set into the database; every row of a file is read first."
     source = source.strip()
-    row = _dataset_row(source) | dict(name=name.strip() or Path(source).name)
+    row = choosing.dataset_columns(source) | dict(name=name.strip() or Path(source).name)
     if row["type"] == "huggingface": return studio.add_row(engine, "datasets", **row)
     data = corpus.read_corpus(studio.DatasetRecord(id="new", **row)).splits
     return studio.add_row(engine, "datasets", **row, features=json.dumps(data["train"].column_names))
