@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from .attention import attend, dot_product
+from .cpu_layers import cpu_layers
 from .prefix import PackedBatch, Tree, lay_out, make_trie, pack_rows, places_of
 from .ranks import process_count
 
@@ -246,7 +247,7 @@ def packing_attention(
     mine = inner.forward
     try:
         inner.set_attn_implementation(ATTENTION)
-        yield model
+        with cpu_layers(inner): yield model
     finally:
         if inner.__dict__.get("forward") is mine: inner.__dict__.pop("forward") if before is None else setattr(inner, "forward", before)
         inner.set_attn_implementation(usual)
