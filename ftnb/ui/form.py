@@ -19,7 +19,8 @@ import ftnb.progress as progress
 import ftnb.studio as studio
 import ftnb.ui.additions as additions
 import ftnb.ui.draft as draft
-import ftnb.ui.local_runs as local_runs
+import ftnb.ui.expectations as expectations
+import ftnb.ui.processes as processes
 import ftnb.ui.monitoring as monitoring
 import ftnb.ui.stills as stills
 from ..problems import problems_of, raise_problems
@@ -95,7 +96,7 @@ def resume(
     unreadable = [project.problem] if project.problem else []
     raise_problems(self.draft.problems() or unreadable, "The run can't be started")
     if self.check is not None and self.check.args == args: self.check.raise_errors()
-    self.process = local_runs.start_job(args, project.env)
+    self.process = processes.start_job(args, project.env)
     return self.process
 
 # %% ../../nbs/ui/10_form.ipynb #97386229
@@ -104,7 +105,7 @@ def train(
     self: Form,
 ) -> "subprocess.Popen":  # of the job
     "Start a run; another one where these folders have one."
-    local_runs.check_not_running(self.values["train_out_dir"])
+    processes.check_not_running(self.values["train_out_dir"])
     used = [self.values[name] for name in ("train_out_dir", "out_dir") if os.path.isdir(self.values[name])]
     if used: self.draft.values = draft.renewed(self.values)
     return self.resume()
@@ -115,7 +116,7 @@ def stop(
     self: Form,
 ) -> str:  # what will happen
     "Ask the run to stop."
-    return local_runs.stop_job(self.values["train_out_dir"])
+    return processes.stop_job(self.values["train_out_dir"])
 
 # %% ../../nbs/ui/10_form.ipynb #c6a695bb
 _COLOURS = {"error": "#f4b6b0", "warning": "#ffe08a", "ok": "#cfe8cf"}
@@ -239,7 +240,7 @@ def _panel(
     "What a run comes to."
     left = "padding:1px 12px 1px 0;opacity:.75;vertical-align:top"
     lines = [f'<tr><td style="{left}">{escape(what)}</td><td style="text-align:left">{escape(words)}</td></tr>'
-             for what, words in local_runs.expectations(check, seconds).items()]
+             for what, words in expectations.expectations(check, seconds).items()]
     errors = check.lines("error")
     head = _badge(f"{len(errors)} to put right") if errors else _badge("the job can run", "ok")
     return (f'{head}<table style="margin:6px 0;line-height:1.4">{"".join(lines)}</table>'
@@ -263,10 +264,10 @@ def _estimate(
     "About how long the run will train; nothing is measured while one trains here."
     if check.problems() or check.steps is None: return None
     key = (check.args.base_model_id, str(check.records.lora), str(check.job.precision), check.steps.largest)
-    if key not in self.measured and local_runs.running_process(self.values["train_out_dir"]) is None:
-        self.measured[key] = local_runs.token_seconds(check)
+    if key not in self.measured and processes.running_process(self.values["train_out_dir"]) is None:
+        self.measured[key] = expectations.token_seconds(check)
     each = self.measured.get(key)
-    return None if each is None else local_runs.train_seconds(check, each)
+    return None if each is None else expectations.train_seconds(check, each)
 
 # %% ../../nbs/ui/10_form.ipynb #df425b1f
 @patch
@@ -301,14 +302,14 @@ def _log_html(
 ) -> str:  # HTML
     "The end of a run's output, the last line in view."
     box = "max-height:14em;overflow:auto;display:flex;flex-direction:column-reverse;border-left:3px solid #9ca3af;padding-left:8px"
-    log = escape(local_runs.last_lines(os.path.join(folder, "output.log")))
+    log = escape(processes.last_lines(os.path.join(folder, "output.log")))
     return f'<div style="{box}"><pre style="flex:none;overflow:visible;white-space:pre-wrap;line-height:1.3;margin:0">{log}</pre></div>'
 
 # %% ../../nbs/ui/10_form.ipynb #9c7bf284
 @patch
 def _follow(self: Form):
     "Look at the run in these folders."
-    folder, process = self.values["train_out_dir"], local_runs.running_process(self.values["train_out_dir"])
+    folder, process = self.values["train_out_dir"], processes.running_process(self.values["train_out_dir"])
     begun = process or os.path.exists(os.path.join(folder, "metrics.jsonl"))
     if (folder if begun else None) != self.shown or (process and not self.followed): self._watch(folder if begun else None)
     if process or self.followed: self.log.value = _log_html(folder)
@@ -379,7 +380,7 @@ def _press(
             self.train()
             self._fill()
             said = "started"
-        self.running = local_runs.running_process(self.values["train_out_dir"]) is not None
+        self.running = processes.running_process(self.values["train_out_dir"]) is not None
         self.state.value = escape(said)
     except Exception as e: self.state.value = _badges(problems_of(e))
     self._show_problems()
