@@ -60,6 +60,11 @@ from .evaluate import Comparison, compare, load_models, make_scorer
 from .reading import answer_probabilities, calibrate, confusion
 from .ui.chats import Chat, chat
 
+# %% ../nbs/99_all.ipynb #92795cd4
+from .usage import how_to_use
+from .ui.merging import merge_adapter
+from .ui.exports import export
+
 # %% ../nbs/99_all.ipynb #2d0f9c37
 from .tiny import save_tiny, tiny_model, tiny_tokenizer
 from .demo.project import DEMO_LORA, DEMO_MODEL, DEMO_TRAINING
