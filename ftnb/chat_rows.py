@@ -39,7 +39,7 @@ class _Pieces:
         if len(self.known) < 10_000: self.known[text] = found
         return found
 
-# %% ../nbs/15c_chat_rows.ipynb #b175f6f5
+# %% ../nbs/15c_chat_rows.ipynb #ab5b72b4
 @dataclass(frozen=True)
 class _Encoded:
     "A conversation's tokens, and where each lies."
@@ -56,7 +56,7 @@ class _Encoded:
         "Which token begins at a character."
         return bisect_left(self.starts, place)
 
-# %% ../nbs/15c_chat_rows.ipynb #54e2f9de
+# %% ../nbs/15c_chat_rows.ipynb #9eb57677
 def _is_edge(
     encoded: _Encoded,  # a conversation
     place: int,  # a character
@@ -65,7 +65,7 @@ def _is_edge(
     k = encoded.token_at(place)
     return not k or encoded.ends[k - 1] <= place
 
-# %% ../nbs/15c_chat_rows.ipynb #702206c2
+# %% ../nbs/15c_chat_rows.ipynb #6015bff6
 def _is_asked(
     encoded: _Encoded,  # a conversation
     place: int,  # a character at which a turn begins
@@ -77,7 +77,7 @@ def _is_asked(
     ids = encoded.ids[encoded.token_at(start):encoded.token_at(place)]
     return ids == pieces.ids(encoded.text[start:place])
 
-# %% ../nbs/15c_chat_rows.ipynb #b8c03c2c
+# %% ../nbs/15c_chat_rows.ipynb #125600c0
 @dataclass(frozen=True)
 class ChatRow:
     "A conversation's tokens."
@@ -85,7 +85,7 @@ class ChatRow:
     labels: list  # the ids, with -100 where there is no loss
     joined: bool = False  # put together of pieces, since a token of the text would reach over the edge of a turn
 
-# %% ../nbs/15c_chat_rows.ipynb #402b026a
+# %% ../nbs/15c_chat_rows.ipynb #a740cbb2
 def _piece_ids(
     plain: PlainTokenizer,  # made from the rows' tokenizer
     rendered: RenderedConversation,
@@ -100,7 +100,7 @@ def _piece_ids(
         found = ids_behind(anchor, *encode_plain(plain, text, moved, add_special_tokens=False))
         if found is not None: return found
 
-# %% ../nbs/15c_chat_rows.ipynb #4cd2691a
+# %% ../nbs/15c_chat_rows.ipynb #6e6d9c39
 def _row_of_pieces(
     plain: PlainTokenizer,  # made from the rows' tokenizer
     rendered: RenderedConversation,
@@ -116,7 +116,7 @@ def _row_of_pieces(
         labels += piece if trained else [-100] * len(piece)
     return ChatRow(ids, labels, joined)
 
-# %% ../nbs/15c_chat_rows.ipynb #95e480e8
+# %% ../nbs/15c_chat_rows.ipynb #e3b2536e
 def _row(
     encoded: _Encoded,  # a conversation
     rendered: RenderedConversation,
@@ -135,7 +135,7 @@ def _row(
         labels[a:b] = encoded.ids[a:b]
     return ChatRow(encoded.ids, labels)
 
-# %% ../nbs/15c_chat_rows.ipynb #9c81e813
+# %% ../nbs/15c_chat_rows.ipynb #c918aee1
 def _chat_row(
     rendered: RenderedConversation,
     ids: list,  # its token ids, as the tokenizer gives them
@@ -151,7 +151,7 @@ def _chat_row(
         return _row(_Encoded(rendered.text, ids, starts, ends, special), rendered, pieces)
     except Forged as e: return forged_reason(plain.tokenizer, e.token)
 
-# %% ../nbs/15c_chat_rows.ipynb #2ddd431a
+# %% ../nbs/15c_chat_rows.ipynb #0bb2adfd
 def render_rows(
     dataset,  # a `Dataset`
     template: PromptTemplate,  # from `settle_template`
@@ -167,7 +167,7 @@ def render_rows(
         try: yield chat_templates.render_conversation(chat, found, loss, special)
         except ValueError as e: yield Dropped(str(e))
 
-# %% ../nbs/15c_chat_rows.ipynb #67166cf8
+# %% ../nbs/15c_chat_rows.ipynb #829be355
 def _too_long(
     rendered: RenderedConversation,
     max_length: int,  # tokens that a row may have
@@ -175,7 +175,7 @@ def _too_long(
     "Whether a conversation is over the limit by its characters: no tokenizer makes a token of 128 on the average."
     return len(rendered.text) > 128 * max_length
 
-# %% ../nbs/15c_chat_rows.ipynb #b97d0edf
+# %% ../nbs/15c_chat_rows.ipynb #95f08f8b
 def _tokenize_batch(
     rendered: list,  # of `RenderedConversation`, or `Dropped`
     pieces: _Pieces,
@@ -195,7 +195,7 @@ def _tokenize_batch(
         if isinstance(rows[i], ChatRow) and len(rows[i].ids) > max_length: rows[i] = Dropped(over, len(rows[i].ids))
     return rows
 
-# %% ../nbs/15c_chat_rows.ipynb #9f99d4ec
+# %% ../nbs/15c_chat_rows.ipynb #49c67610
 def _table(
     rows: list,  # of `ChatRow`
 ) -> "pyarrow.Table":  # with the columns `input_ids` and `labels`
@@ -204,7 +204,7 @@ def _table(
     kind = pa.list_(pa.int64())
     return pa.table({"input_ids": pa.array([row.ids for row in rows], kind), "labels": pa.array([row.labels for row in rows], kind)})
 
-# %% ../nbs/15c_chat_rows.ipynb #5b42293d
+# %% ../nbs/15c_chat_rows.ipynb #0dad3a15
 def tokenize_conversations(
     dataset,  # a `Dataset` with the columns that the template uses
     tokenizer,  # a fast transformers tokenizer with a chat template
@@ -228,7 +228,7 @@ def tokenize_conversations(
         tables.append(_table(list(good.values())))
     return TokenizedRows(as_dataset(tables), tuple(kept), dropped, joined)
 
-# %% ../nbs/15c_chat_rows.ipynb #e5331714
+# %% ../nbs/15c_chat_rows.ipynb #c5eb8bf2
 def tokenize_dataset(
     dataset,  # a `Dataset`
     tokenizer,  # a fast transformers tokenizer
@@ -245,7 +245,7 @@ def tokenize_dataset(
     dropped |= {formatted.kept[i]: why for i, why in rows.dropped.items()}
     return TokenizedRows(rows.dataset, tuple(formatted.kept[i] for i in rows.kept), dropped, rows.joined)
 
-# %% ../nbs/15c_chat_rows.ipynb #1f72f3c1
+# %% ../nbs/15c_chat_rows.ipynb #eddc9018
 @dataclass(frozen=True)
 class ChatQuestion:
     "What a model is asked, and what is right."
@@ -254,7 +254,7 @@ class ChatQuestion:
     shown: str  # what was said last
     end: int | None  # id of the token that ends an answer; None where no special token does
 
-# %% ../nbs/15c_chat_rows.ipynb #1758517a
+# %% ../nbs/15c_chat_rows.ipynb #0aed6777
 def _text_of(
     turn: dict,  # of a conversation
 ) -> str:
@@ -262,7 +262,7 @@ def _text_of(
     content = turn.get("content") or ""
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
-# %% ../nbs/15c_chat_rows.ipynb #cb5752e9
+# %% ../nbs/15c_chat_rows.ipynb #1d273ef7
 def asked_ids(
     chat: ChatTemplate,  # from `open_chat_template`
     plain: PlainTokenizer,  # made from its tokenizer
@@ -273,7 +273,7 @@ def asked_ids(
     if rendered.values: return encode_plain(plain, rendered.text, list(rendered.values), add_special_tokens=False)[0]
     return call_tokenizer(plain.tokenizer, rendered.text, add_special_tokens=False)["input_ids"]
 
-# %% ../nbs/15c_chat_rows.ipynb #5f995eb0
+# %% ../nbs/15c_chat_rows.ipynb #4298cb90
 def _answer(
     plain: PlainTokenizer,  # made from the tokenizer
     text: str,  # from where an answer begins
@@ -286,7 +286,7 @@ def _answer(
     right = plain.pattern.sub("", text[:end.start()] if end else text).strip()
     return right, plain.special[end[0]][0] if end else None
 
-# %% ../nbs/15c_chat_rows.ipynb #9f9d8429
+# %% ../nbs/15c_chat_rows.ipynb #7175eb63
 def ask_conversation(
     chat: ChatTemplate,  # from `open_chat_template`
     plain: PlainTokenizer,  # made from its tokenizer
@@ -297,7 +297,7 @@ def ask_conversation(
     right, end = _answer(plain, done.text[done.spans[0][0]:], conversation.turns[conversation.answer])
     return ChatQuestion(asked_ids(chat, plain, conversation), right, _text_of(conversation.asked[-1]), end)
 
-# %% ../nbs/15c_chat_rows.ipynb #f74f70f9
+# %% ../nbs/15c_chat_rows.ipynb #01cf62fe
 def _learns_to_stop(
     plain: PlainTokenizer,  # made from the tokenizer
     rendered: RenderedConversation,
@@ -306,7 +306,7 @@ def _learns_to_stop(
     start, end = rendered.spans[-1]
     return bool(plain.pattern.search(rendered.text, start, end))
 
-# %% ../nbs/15c_chat_rows.ipynb #94db25b8
+# %% ../nbs/15c_chat_rows.ipynb #2d5dbac5
 def chat_notes(
     tokenizer,  # with a chat template
     dataset,  # a `Dataset`
@@ -329,7 +329,7 @@ def chat_notes(
                          "them otherwise once a conversation goes on; completion_only_loss trains the last turn by the model's own")
     return list(dict.fromkeys(notes))
 
-# %% ../nbs/15c_chat_rows.ipynb #cdea6d8a
+# %% ../nbs/15c_chat_rows.ipynb #ed710e6e
 def template_unused(
     tokenizer,  # of the base model
     template: PromptTemplate,  # of a job

@@ -145,7 +145,7 @@ def _turn_end(
     if eos and not text.startswith(end): end = end.removesuffix(eos)  # which some put at the very end only
     return _begins(text, end, k + 1)
 
-# %% ../nbs/15b_chat_templates.ipynb #728a6c30
+# %% ../nbs/15b_chat_templates.ipynb #b093e503
 def _grown_spans(
     chat: ChatTemplate,
     conversation: Conversation,  # from `read_conversation`
@@ -160,7 +160,7 @@ def _grown_spans(
         spans.append((_begins(text, asked, k + 1), _turn_end(chat, conversation, text, k)))
     return spans
 
-# %% ../nbs/15b_chat_templates.ipynb #5a683bf6
+# %% ../nbs/15b_chat_templates.ipynb #d3fac3b9
 def _check_answer(
     conversation: Conversation,  # from `read_conversation`
 ):
@@ -169,7 +169,7 @@ def _check_answer(
     if role != "assistant": raise ValueError(f"turn {number}, which is to be learnt, is the {role}'s: there is no answer to train on")
     if number == 1: raise ValueError("turn 1 is the assistant's: nobody has asked")
 
-# %% ../nbs/15b_chat_templates.ipynb #f46a13a4
+# %% ../nbs/15b_chat_templates.ipynb #daf018d3
 def _answer_start(
     chat: ChatTemplate,
     conversation: Conversation,  # from `read_conversation`
@@ -180,7 +180,7 @@ def _answer_start(
     asked = chat.render(conversation.asked, conversation.tools, True, marked)
     return _begins(text, asked, conversation.answer + 1)
 
-# %% ../nbs/15b_chat_templates.ipynb #7fd2320f
+# %% ../nbs/15b_chat_templates.ipynb #b1d0514e
 def _said(
     turn: dict,  # of a conversation
 ) -> list:  # texts
@@ -191,7 +191,7 @@ def _said(
     names = [call.get("function", call)["name"] for call in turn.get("tool_calls", ())]
     return [text.strip() for text in [*parts, *names] if text.strip()]
 
-# %% ../nbs/15b_chat_templates.ipynb #6c0229b0
+# %% ../nbs/15b_chat_templates.ipynb #7a7eaa90
 def lost_turn(
     text: str,  # of a conversation
     turns: tuple,  # of it
@@ -206,7 +206,7 @@ def lost_turn(
                 at = found + len(said)
             elif said not in text and json.dumps(said, ensure_ascii=False)[1:-1] not in text: return number
 
-# %% ../nbs/15b_chat_templates.ipynb #dac7e7f3
+# %% ../nbs/15b_chat_templates.ipynb #63ee1d8b
 @dataclass(frozen=True)
 class RenderedConversation:
     "The text of a conversation, and which of its characters carry loss."
@@ -214,7 +214,7 @@ class RenderedConversation:
     spans: tuple  # (start, end) of what carries loss, in order
     values: tuple = ()  # (start, end) of what somebody typed and a tokenizer would take for a special token
 
-# %% ../nbs/15b_chat_templates.ipynb #00c9e9b2
+# %% ../nbs/15b_chat_templates.ipynb #ea5e3257
 def _marked_spans(
     chat: ChatTemplate,  # with a template with marks
     conversation: Conversation,  # from `read_conversation`
@@ -229,7 +229,7 @@ def _marked_spans(
     start = _answer_start(chat, conversation, text, True)
     return text, [(max(a, start), b) for a, b in spans if b > start]
 
-# %% ../nbs/15b_chat_templates.ipynb #6d7d45e5
+# %% ../nbs/15b_chat_templates.ipynb #e0112431
 def _spans(
     chat: ChatTemplate,
     conversation: Conversation,  # from `read_conversation`
@@ -249,7 +249,7 @@ def _spans(
         raise
     return text, [(max(a, start), b) for a, b in spans if b > start]
 
-# %% ../nbs/15b_chat_templates.ipynb #cc4b0abd
+# %% ../nbs/15b_chat_templates.ipynb #e64b7697
 def _checked(
     chat: ChatTemplate,
     conversation: Conversation,  # from `read_conversation`
@@ -262,7 +262,7 @@ def _checked(
         raise ValueError(f"the chat template drops or rewrites turn {lost}, the {conversation.turns[lost - 1]['role']}'s")
     return RenderedConversation(text, tuple(spans))
 
-# %% ../nbs/15b_chat_templates.ipynb #1f55a929
+# %% ../nbs/15b_chat_templates.ipynb #b8523914
 def _mapped(
     value,  # of a turn or a tool: texts, lists and objects
     change: "Callable",  # of each text
@@ -273,7 +273,7 @@ def _mapped(
     if isinstance(value, dict): return {k: v if k == "role" else _mapped(v, change) for k, v in value.items()}
     return value
 
-# %% ../nbs/15b_chat_templates.ipynb #49c1b01a
+# %% ../nbs/15b_chat_templates.ipynb #4c6b9038
 def _free_characters(
     text: str,  # in which they must not be
     n: int = 2,
@@ -283,7 +283,7 @@ def _free_characters(
     free = (c for c in map(chr, range(0xe000, 0xf8ff)) if c not in seen)
     return [next(free) for _ in range(n)]
 
-# %% ../nbs/15b_chat_templates.ipynb #557ec666
+# %% ../nbs/15b_chat_templates.ipynb #16b4b014
 def typed_spans(
     marked: str,  # text with marks
     left: str,  # the mark before what was typed
@@ -299,7 +299,7 @@ def typed_spans(
         at += len(part)
     return "".join(parts), spans
 
-# %% ../nbs/15b_chat_templates.ipynb #576fd5ce
+# %% ../nbs/15b_chat_templates.ipynb #cbc3cf4b
 def _typed(
     render: "Callable",  # a conversation -> its text
     conversation: Conversation,  # from `read_conversation`
@@ -317,7 +317,7 @@ def _typed(
     if text == plain: return tuple(values)
     raise ValueError(f"a turn holds the special token {found[0]!r}, and the chat template doesn't leave it alone: take it out")
 
-# %% ../nbs/15b_chat_templates.ipynb #61a22306
+# %% ../nbs/15b_chat_templates.ipynb #5f04b12b
 def render_conversation(
     chat: ChatTemplate,  # from `open_chat_template`
     conversation: Conversation,  # from `read_conversation`
@@ -329,7 +329,7 @@ def render_conversation(
     if special is None: return done
     return replace(done, values=_typed(lambda some: _spans(chat, some, loss)[0], conversation, special))
 
-# %% ../nbs/15b_chat_templates.ipynb #456e5977
+# %% ../nbs/15b_chat_templates.ipynb #15ccb929
 def render_asked(
     chat: ChatTemplate,  # from `open_chat_template`
     conversation: Conversation,  # of which what comes before the answer is asked
