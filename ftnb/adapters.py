@@ -180,7 +180,7 @@ def _meanings(
 def _unmatched_names(
     model,  # a base model with LoRA in it
     lora: dict,  # LoRA settings
-) -> list:  # a sentence for each setting
+) -> list:  # of `Problem`, one for each setting
     "Names of layers that nothing in the model has: PEFT passes over them."
     import re
     notes = []
@@ -190,8 +190,9 @@ def _unmatched_names(
             excludes = key != "exclude_modules" or any(re.fullmatch(asked, name) for name, _ in model.named_modules())
             idle = [] if excludes else [repr(asked)]
         else: idle = [repr(name) for name in asked if not means(name)]
-        if idle: notes.append(f"lora_config: {key}: {', '.join(idle)} has no effect: no layer that it could mean has this name")
-    return notes
+        text = f"{key}: {', '.join(idle)} has no effect: no layer that it could mean has this name"
+        if idle: notes.append(Problem(key, text))
+    return in_argument("lora_config", notes)
 
 # %% ../nbs/23_adapters.ipynb #7f49ecf0
 def opened_by(
@@ -218,20 +219,23 @@ def plan_warnings(
     model,  # a `PeftModel`, with weights or without
     lora: dict,  # LoRA settings
     architectures: list | None = None,  # of the base's config.json: classes that it is served as
-) -> list:  # sentences
+) -> list:  # of `Problem`
     "What will be trained and saved, and surprises whoever loads or merges it."
     inner, found = model.base_model.model, []
     if _trained_apart(inner, lora):
-        found.append("lora_config: embedding and output layer of this base are one matrix, and one of them is trained apart "
-                     "from the other: they will differ, and a merged model needs tie_word_embeddings false; "
-                     "ensure_weight_tying trains both as one")
+        text = ("lora_config: embedding and output layer of this base are one matrix, and one of them is trained apart "
+                "from the other: they will differ, and a merged model needs tie_word_embeddings false; "
+                "ensure_weight_tying trains both as one")
+        found.append(Problem("ensure_weight_tying", text))
     if architectures and type(inner).__name__ not in architectures:
-        found.append(f"the adapter's layers are named as in {type(inner).__name__}, and the base is a {architectures[0]}: "
-                     "vLLM won't find them there; to serve it, merge the adapter into the model that was trained")
+        text = (f"the adapter's layers are named as in {type(inner).__name__}, and the base is a {architectures[0]}: "
+                "vLLM won't find them there; to serve it, merge the adapter into the model that was trained")
+        found.append(Problem("base_model_id", text))
     if door := opened_by(inner):
-        found.append(f"a {inner.config.model_type} isn't opened by AutoModelForCausalLM, so neither the Studio nor PEFT's "
-                     f"AutoPeftModelForCausalLM opens the adapter: load the base by {door}, and the adapter by PeftModel; "
-                     "its README.md says how")
+        text = (f"a {inner.config.model_type} isn't opened by AutoModelForCausalLM, so neither the Studio nor PEFT's "
+                f"AutoPeftModelForCausalLM opens the adapter: load the base by {door}, and the adapter by PeftModel; "
+                "its README.md says how")
+        found.append(Problem("base_model_id", text))
     return found + _unmatched_names(inner, lora)
 
 # %% ../nbs/23_adapters.ipynb #5ff43499

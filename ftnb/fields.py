@@ -93,13 +93,13 @@ def idle_notes(
     asked: dict,  # key -> value
     rules: dict,  # name -> `FieldRule`
     defaults: dict,  # name -> the library's own value
-) -> list:  # sentences
+) -> list:  # of `Problem`
     "What was asked for and has no effect."
     notes = []
     for key, value in asked.items():
         idle = key in rules and rules[key].kind == "idle"
         if idle and value is not None and value != defaults.get(key):
-            notes.append(f"{key} {value!r} has no effect: {rules[key].reason}")
+            notes.append(Problem(key, f"{key} {value!r} has no effect: {rules[key].reason}"))
     return notes
 
 # %% ../nbs/17_fields.ipynb #3f2262a2

@@ -41,7 +41,8 @@ def handed_over(
     if ranks.process_count() == 1:
         yield None
         return
-    told = Handover(os.path.abspath(folder), rows.limit, vars(job.records.model), job.records.lora, asdict(job.precision), asdict(job.settings))
+    settled = [asdict(replace(part, notes=())) for part in (job.precision, job.settings)]  # the first process says them
+    told = Handover(os.path.abspath(folder), rows.limit, vars(job.records.model), job.records.lora, *settled)
     try:
         for name in ("train", "test"): getattr(rows, name).dataset.save_to_disk(os.path.join(folder, name))
         storage.write_json(os.path.join(folder, "numbers.json"), rows.numbers)

@@ -17,7 +17,7 @@ import ftnb.quantisation as quantisation
 import ftnb.targets as targets
 import ftnb.tokenizer_trial as tokenizer_trial
 import ftnb.weights as weights
-from .problems import raise_problems
+from .problems import Problem, raise_problems
 from .tokenizer import configure_tokenizer_padding
 
 # %% ../nbs/21_models.ipynb #8be3840c
@@ -46,7 +46,7 @@ class Precision:
     dtype: str  # "float32", "bfloat16" or "float16": weights that aren't quantised, and autocast
     bnb: dict | None = None  # bitsandbytes settings as used; None where nothing is quantised
     gradient_checkpointing: bool = False  # recompute activations to save memory
-    notes: tuple = ()  # what was asked and can't be, in plain words
+    notes: tuple = ()  # of `Problem`: what was asked and can't be, in plain words
 
     @property
     def mixed(self) -> str | None:
@@ -76,11 +76,13 @@ def _dtype(
     if asked == "float32": return asked, []
     if device != "cpu":
         if asked == "float16" or torch.cuda.is_bf16_supported(): return asked, []
-        return "float16", ["bf16 was asked for; this GPU has no bf16, so fp16 is used"]
-    if asked == "float16": return "float32", ["fp16 was asked for; on a CPU it is far slower than fp32, so fp32 is used"]
+        return "float16", [Problem("bf16", "bf16 was asked for; this GPU has no bf16, so fp16 is used")]
+    if asked == "float16":
+        return "float32", [Problem("fp16", "fp16 was asked for; on a CPU it is far slower than fp32, so fp32 is used")]
     speedup = bf16_speedup()
     if speedup >= 1.5: return "bfloat16", []
-    return "float32", [f"bf16 was asked for; this CPU multiplies it at {speedup:.2g} times the speed of fp32, so fp32 is used"]
+    text = f"bf16 was asked for; this CPU multiplies it at {speedup:.2g} times the speed of fp32, so fp32 is used"
+    return "float32", [Problem("bf16", text)]
 
 # %% ../nbs/21_models.ipynb #ea6eca04
 def made_in(
@@ -97,18 +99,19 @@ def _base_notes(
     bnb: dict,  # bitsandbytes settings as asked for
     stored: dict,  # from `quantisation.stored_quantisation`
     dtype: str,  # that is used
-) -> list:  # sentences
+) -> list:  # of `Problem`
     "Where a base that is quantised already isn't what was asked for."
     asked, bits = quantisation.quantised_bits(bnb), quantisation.quantised_bits(stored)
     if stored.get("quant_method") == "mxfp4":
-        return [f"the base's weights are mxfp4, which can't be trained on: they are unpacked to {dtype}" +
-                f", and bnb_config's {asked} bits aren't used" * bool(asked)]
+        text = f"the base's weights are mxfp4, which can't be trained on: they are unpacked to {dtype}"
+        if asked: text += f", and bnb_config's {asked} bits aren't used"
+        return [Problem("bnb_config", text)]
     if not bits: return []
     if asked != bits:
         words = f"{asked}-bit was asked for; the" if asked else "the"
-        return [f"{words} base's weights are {bits}-bit already (bitsandbytes), and stay so"]
+        return [Problem("bnb_config", f"{words} base's weights are {bits}-bit already (bitsandbytes), and stay so")]
     was, wanted = quantisation.bnb_used(stored, dtype), quantisation.bnb_used(bnb, dtype)
-    return [f"{k} {v!r} was asked for; the base's weights are stored with {was.get(k)!r} and stay so"
+    return [Problem(k, f"{k} {v!r} was asked for; the base's weights are stored with {was.get(k)!r} and stay so")
             for k, v in wanted.items() if was.get(k, v) != v]
 
 # %% ../nbs/21_models.ipynb #9508509c
@@ -128,15 +131,16 @@ def _type_notes(
     bnb: dict,  # bitsandbytes settings as asked for
     config: dict,  # of the base model, from `weights.read_config`
     dtype: str,  # that is used
-) -> list:  # sentences
+) -> list:  # of `Problem`
     "Where layers compute in another type than was asked for, or than the base was made in."
     notes, said = [], _asked_type({}, bnb)
     follows = bool(training.get("bf16") or training.get("fp16")) and not quantisation.stored_quantisation(config)
     if follows and bnb.get("bnb_4bit_compute_dtype") and quantisation.quantised_bits(bnb) == 4 and said != _asked_type(training, bnb):
-        notes.append(f"bnb_4bit_compute_dtype {said} was asked for; layers compute in {dtype}, as the training arguments say")
+        text = f"bnb_4bit_compute_dtype {said} was asked for; layers compute in {dtype}, as the training arguments say"
+        notes.append(Problem("bnb_4bit_compute_dtype", text))
     if dtype == "float16" and made_in(config) == "bfloat16":
-        notes.append("the base was made in bfloat16, and what bfloat16 holds can overflow in fp16: set bf16 in place of fp16 "
-                     "(in bnb_4bit_compute_dtype too) where the GPU has it")
+        notes.append(Problem("fp16", "the base was made in bfloat16, and what bfloat16 holds can overflow in fp16: set bf16 "
+                             "in place of fp16 (in bnb_4bit_compute_dtype too) where the GPU has it"))
     return notes
 
 # %% ../nbs/21_models.ipynb #d2466cdd

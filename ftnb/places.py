@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['foreign_content', 'name_problem', 'others_run', 'holds', 'place_problems']
 
-# %% ../nbs/39_places.ipynb #af5ced9b
+# %% ../nbs/39_places.ipynb #66f4ef63
 import os
 
 import ftnb.jobargs as jobargs
 import ftnb.runrecord as runrecord
+from .problems import Problem
 from .storage import nearest_folder
 
 # %% ../nbs/39_places.ipynb #86cfeb4b
@@ -22,24 +23,33 @@ def foreign_content(
     if not names: return ""
     whose = runrecord.experiment_of(os.path.join(out_dir, "run.json"))
     if whose: return "" if whose == experimentid else f"the adapter of experiment {whose[:80]}"
-    if "config.json" in names and any(n.endswith(".safetensors") for n in names): return "a model"
+    weights = any(name.endswith(".safetensors") for name in names)
+    if weights and "config.json" in names: return "a model"
     if "adapter_config.json" in names: return "an adapter that this job hasn't made"
     more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
     return f"{', '.join(names[:3])}{more}, which this job hasn't made"
+
+# %% ../nbs/39_places.ipynb #08857f48
+def _longest(
+    folder: str,  # that is there
+) -> tuple:  # (bytes of a name, bytes of a path)
+    "How long names may be in a folder."
+    try: return os.pathconf(folder, "PC_NAME_MAX"), os.pathconf(folder, "PC_PATH_MAX")
+    except (OSError, ValueError, AttributeError): return 255, 4096  # this system doesn't say
 
 # %% ../nbs/39_places.ipynb #681a6503
 def name_problem(
     path: str,  # of a folder, there or not
     longer: int = 20,  # bytes by which a name beside it is longer
-) -> str:  # a sentence, or ""
+) -> str:  # the end of a sentence, or ""
     "Why a folder can't have such a name."
-    path, there = os.path.abspath(path), nearest_folder(path)
-    try: most, whole = os.pathconf(there, "PC_NAME_MAX") - longer, os.pathconf(there, "PC_PATH_MAX") - 10 * longer
-    except (OSError, ValueError, AttributeError): most, whole = 255 - longer, 4096 - 10 * longer  # not on this system
+    path = os.path.abspath(path)
+    name_most, path_most = _longest(nearest_folder(path))
+    name_most, path_most = name_most - longer, path_most - 10 * longer
     size = max(len(os.fsencode(name)) for name in path.split(os.sep))
-    if size > most: return f"has a name of {size} bytes, where {most} are allowed here"
+    if size > name_most: return f"has a name of {size} bytes, where {name_most} are allowed here"
     size = len(os.fsencode(path))
-    return f"is a path of {size:,} bytes, where {whole:,} are allowed here" if size > whole else ""
+    return f"is a path of {size:,} bytes, where {path_most:,} are allowed here" if size > path_most else ""
 
 # %% ../nbs/39_places.ipynb #3a6a0963
 def others_run(
@@ -49,10 +59,9 @@ def others_run(
     "The adapter, checkpoint or run of another job that a folder is in, or holds by itself."
     place, here = os.path.realpath(path), os.path.realpath(os.getcwd())
     while place not in (here, os.path.dirname(place)):
-        marks = {"run.json": "the adapter of experiment {}", "job.json": "the run of experiment {}"}
-        for name, words in marks.items():
+        for name, what in (("run.json", "adapter"), ("job.json", "run")):
             whose = runrecord.experiment_of(os.path.join(place, name))
-            if whose not in ("", experimentid): return f"{words.format(whose[:80])} ({place})"
+            if whose not in ("", experimentid): return f"the {what} of experiment {whose[:80]} ({place})"
         place = os.path.dirname(place)
     return ""
 
@@ -67,26 +76,53 @@ def holds(
     if not os.path.isdir(folder): return False
     above = nearest_folder(path)
     while not os.path.samefile(above, folder) and above != os.path.dirname(above): above = os.path.dirname(above)
-    return os.path.samefile(above, folder)  # by another name: a mount, a drive that ignores case
+    return os.path.samefile(above, folder)
+
+# %% ../nbs/39_places.ipynb #a10f5a3d
+def _replaced(
+    args: jobargs.JobArgs,  # of the job
+    used: dict,  # what a job reads, in words -> its folder or file
+) -> list:  # of `Problem`
+    "What an adapter in `out_dir` would replace."
+    found, out_dir = [], args.out_dir
+    content = foreign_content(out_dir, args.experimentid)
+    if content:
+        text = f"--out_dir {out_dir} holds {content}: name a folder that is empty or not there yet"
+        found.append(Problem("out_dir", text))
+    kept = {"the project's folder": os.getcwd(), "your home folder": os.path.expanduser("~"), **used,
+            "train_out_dir": args.train_out_dir}
+    inside = [f"{what} ({path})" for what, path in kept.items() if holds(out_dir, path)]
+    if inside:
+        text = f"--out_dir {out_dir} is or holds {' and '.join(inside)}: name a folder of its own"
+        found.append(Problem("out_dir", text))
+    return found
+
+# %% ../nbs/39_places.ipynb #6ac7c7ca
+def _surrounded(
+    args: jobargs.JobArgs,  # of the job
+    key: str,  # "out_dir" or "train_out_dir"
+    used: dict,  # what a job reads, in words -> its folder or file
+) -> list:  # of `Problem`
+    "What a job's folder lies in."
+    found, path = [], getattr(args, key)
+    begin = os.path.dirname(os.path.abspath(path)) if key == "out_dir" else path
+    theirs = others_run(begin, args.experimentid)
+    if theirs: found.append(Problem(key, f"--{key} {path} is or lies in {theirs}: name a folder of its own"))
+    around = {what: place for what, place in used.items() if holds(place, path)}
+    if key == "out_dir":  # what is the folder itself would be replaced, and has been said
+        if holds(args.train_out_dir, path): around["train_out_dir"] = args.train_out_dir
+        around = {what: place for what, place in around.items() if not holds(path, place)}
+    named = " and ".join(f"{what} ({place})" for what, place in around.items())
+    if named: found.append(Problem(key, f"--{key} {path} lies in {named}: name a folder beside it"))
+    return found
 
 # %% ../nbs/39_places.ipynb #603b36f6
 def place_problems(
     args: jobargs.JobArgs,  # of the job
     used: dict,  # what a job reads, in words -> its folder or file
-) -> list:  # sentences
+) -> list:  # of `Problem`
     "Why a job's folders aren't its own to write to."
-    named = {f"--{key} {getattr(args, key)[:80]}": name_problem(getattr(args, key)) for key in ("out_dir", "train_out_dir")}
-    found = [f"{key} {problem}" for key, problem in named.items() if problem]
+    named = {key: name_problem(getattr(args, key)) for key in ("out_dir", "train_out_dir")}
+    found = [Problem(key, f"--{key} {getattr(args, key)[:80]} {problem}") for key, problem in named.items() if problem]
     if found: return found
-    if what := foreign_content(args.out_dir, args.experimentid): found.append(f"--out_dir {args.out_dir} holds {what}: name a folder that is empty or not there yet")
-    everything = {"the project's folder": os.getcwd(), "your home folder": os.path.expanduser("~"), **used, "train_out_dir": args.train_out_dir}
-    around = [f"{what} ({path})" for what, path in everything.items() if holds(args.out_dir, path)]
-    if around: found.append(f"--out_dir {args.out_dir} is or holds {' and '.join(around)}: name a folder of its own")
-    for key in ("out_dir", "train_out_dir"):
-        path = getattr(args, key)
-        read = {**used, **({"train_out_dir": args.train_out_dir} if key == "out_dir" else {})}
-        within = [f"{what} ({place})" for what, place in read.items() if holds(place, path) and not (key == "out_dir" and holds(path, place))]
-        theirs = others_run(os.path.dirname(os.path.abspath(path)) if key == "out_dir" else path, args.experimentid)
-        if theirs: found.append(f"--{key} {path} is or lies in {theirs}: name a folder of its own")
-        if within: found.append(f"--{key} {path} lies in {' and '.join(within)}: name a folder beside it")
-    return found
+    return [*_replaced(args, used), *_surrounded(args, "out_dir", used), *_surrounded(args, "train_out_dir", used)]

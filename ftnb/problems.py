@@ -11,7 +11,7 @@ from dataclasses import dataclass
 # %% ../nbs/01_problems.ipynb #e8a940d7
 @dataclass(frozen=True)
 class Problem:
-    "Something that is wrong."
+    "Something that is wrong, or a note: something to know."
     where: str  # the key or field, as its owner writes it: "learning_rate"; "" for the whole
     text: str  # a sentence: what is wrong, where, and what would be right
 

@@ -131,14 +131,14 @@ def _without_effect(
 # %% ../nbs/18_quantisation.ipynb #fd897b2f
 def bnb_notes(
     bnb: dict,  # bitsandbytes settings, without problems
-) -> list:  # sentences
+) -> list:  # of `Problem`
     "What is asked of bitsandbytes and has no effect."
     from transformers import BitsAndBytesConfig
     defaults = fields.library_defaults(BitsAndBytesConfig)
     defaults |= {"bnb_4bit_compute_dtype": "float32", "bnb_4bit_quant_storage": "uint8"}  # what its None stands for
     asked = {k: v.removeprefix("torch.") if isinstance(v, str) else v for k, v in bnb.items()}
     rules = BNB_FIELDS | _without_effect(quantised_bits(bnb))
-    return [f"bnb_config: {note}" for note in fields.idle_notes(asked, rules, defaults)]
+    return fields.in_argument("bnb_config", fields.idle_notes(asked, rules, defaults))
 
 # %% ../nbs/18_quantisation.ipynb #a3b7d69c
 def is_packed(
