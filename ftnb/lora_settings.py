@@ -12,7 +12,7 @@ import os
 import re
 
 from .problems import Problem, nearest
-from .fields import Number, ValueRule, decide, field_problems, idle_notes, library_defaults, one_of, value_problems
+from .fields import Number, ValueRule, decide, field_problems, idle_notes, in_argument, library_defaults, one_of, value_problems
 
 # %% ../nbs/22_lora_settings.ipynb #450ea050
 _NOT_HERE = {
@@ -226,14 +226,15 @@ def _unknown_to_studio(
 # %% ../nbs/22_lora_settings.ipynb #a65b2e7c
 def reader_warnings(
     lora: dict,  # LoRA settings
-) -> list:  # sentences
+) -> list:  # of `Problem`
     "Who won't load the adapter that these settings come to, and what to do."
     from peft import LoraConfig
     merge = "load it with PEFT on its base, and save what merge_and_unload() gives"
     found = idle_notes(lora, LORA_RULES, library_defaults(LoraConfig))
     if unknown := _unknown_to_studio(lora):
-        found.append(f"PEFT 0.12.0, the Studio's own, doesn't know {', '.join(unknown)}, and won't load "
-                     f"the adapter; leave that out, or merge it: {merge}")
+        found.append(Problem(unknown[0], f"PEFT 0.12.0, the Studio's own, doesn't know {', '.join(unknown)}, and won't load "
+                             f"the adapter; leave that out, or merge it: {merge}"))
     if refused := vllm_refuses(lora):
-        found.append(f"vLLM won't serve this adapter rightly ({'; '.join(refused)}); to serve it, merge it: {merge}")
-    return [f"lora_config: {note}" for note in found]
+        text = f"vLLM won't serve this adapter rightly ({'; '.join(refused)}); to serve it, merge it: {merge}"
+        found.append(Problem("", text))
+    return in_argument("lora_config", found)

@@ -138,14 +138,15 @@ class _Log:
         self,
         level: str,  # "ok", "warning" or "error"
         about: str,  # what was looked at
-        *found: "Problem | str",  # a line each; a plain sentence is about the whole
+        *found: "Problem | str",  # a line each
+        where: str = "",  # the key or field that plain sentences are about; "" for the whole
     ):
         "Write down what was found."
         for problem in found:
-            where = problem.where if isinstance(problem, Problem) else ""
-            line = " ".join(part.strip() for part in str(problem).splitlines())
+            said = problem if isinstance(problem, Problem) else Problem(where, problem)
+            line = " ".join(part.strip() for part in said.text.splitlines())
             text = printable(jobargs.without_secrets(line, self.args.token or ""))
-            self.findings.append(Finding(level, about, Problem(where, text)))
+            self.findings.append(Finding(level, about, Problem(said.where, text)))
 
 # %% ../nbs/46_preflight.ipynb #0696f973
 @patch
@@ -333,13 +334,13 @@ def _check_template(
     prompt, where = records.prompt, f"prompt {log.args.prompt_id}"
     template = log.attempt("template", prompts.read_template, prompt, None, False) if prompt else None
     if template is None: return None
-    if note := tokenizers.asked_otherwise(prompt): log.add("warning", "template", f"{where}: {note}")
+    if note := tokenizers.asked_otherwise(prompt): log.add("warning", "template", f"{where}: {note}", where="prompt_id")
     completion_only = (records.training or {}).get("completion_only_loss")
     if completion_only and template.completion is None:
         text = f"{where}: completion_only_loss needs a prompt_template that ends in its completion_template"
         log.add("error", "template", Problem("prompt_id", text))
     if not template.fields:
-        log.add("warning", "template", f"{where}: it has no {{column}}, so every row is the same text")
+        log.add("warning", "template", f"{where}: it has no {{column}}, so every row is the same text", where="prompt_id")
     return template
 
 # %% ../nbs/46_preflight.ipynb #c289cf2b
@@ -459,10 +460,10 @@ def _check_adapter(
     if taken:
         text = f"--adapter_name {name}: another adapter has this name; choose one that is free"
         return log.add("error", "adapter", Problem("adapter_name", text))
-    log.add("warning", "adapter", *registry.held_out_notes(name, training))
+    log.add("warning", "adapter", *registry.held_out_notes(name, training), where="adapter_name")
     problems, notes = log.attempt("adapter", registry.registration_problems, engine, args) or ([], [])
     log.add("error", "adapter", *problems)
-    log.add("warning", "adapter", *notes)
+    log.add("warning", "adapter", *notes, where="adapter_name")
     if taken is False and not problems: log.add("ok", "adapter", f"the name {name} is free")
 
 # %% ../nbs/46_preflight.ipynb #8f20533f
@@ -474,8 +475,8 @@ def _check_base(
     if model is None: return None
     source, token = studio.model_source(model), log.args.token
     problems, notes = log.attempt("model", models.check_base_model, source, token) or ((), ())
-    log.add("warning", "model", *notes)
-    log.add("error", "model", *problems)
+    log.add("warning", "model", *notes, where="base_model_id")
+    log.add("error", "model", *problems, where="base_model_id")
     files = None if problems else log.attempt("model", models.load_base_files, source, token)
     if files is None: return None
     tokenizer, config, notes = files
@@ -483,7 +484,7 @@ def _check_base(
     fingerprint = log.attempt("model", runrecord.base_fingerprint, source, commit)
     ends = log.attempt("model", models.own_ends, source, config, token)
     note = tokenizers.end_note(tokenizer, ends or [])
-    log.add("warning", "model", *notes, *[note] * bool(note))
+    log.add("warning", "model", *notes, *[note] * bool(note), where="base_model_id")
     return runrecord.BaseFiles(tokenizer, config, fingerprint)
 
 # %% ../nbs/46_preflight.ipynb #21b2974b
@@ -498,7 +499,7 @@ def _check_sharing(
     if why and asked is True:
         text = f"shared_prefix is true, but the prefix can't be shared: {why}; use auto"
         log.add("error", "model", Problem("shared_prefix", text))
-    elif why: log.add("warning", "model", f"rows are trained in padded batches: {why}")
+    elif why: log.add("warning", "model", f"rows are trained in padded batches: {why}", where="shared_prefix")
     return not why
 
 # %% ../nbs/46_preflight.ipynb #df2f9dfd
@@ -601,8 +602,9 @@ def _check_rows(
     train = data.splits["train"]
     log.add("ok", "rows", rows.ledger.summary)
     _check_twins(log, rows.ledger)
-    log.add("warning", "rows", *job_rows.ledger_notes(rows.ledger), *corpus.corpus_notes(data, template.fields))
-    log.add("warning", "rows", *prompts.conversation_warnings(train, template))
+    log.add("warning", "rows", *job_rows.ledger_notes(rows.ledger), *corpus.corpus_notes(data, template.fields),
+            where="dataset_id")
+    log.add("warning", "rows", *prompts.conversation_warnings(train, template), where="prompt_id")
     log.add("ok", "rows", *prompts.empty_text_notes(train, template))
     _check_tokens(log, rows, job, base, keep)
     return rows
@@ -618,10 +620,11 @@ def _check_tokens(
     "Where prompts end, and whether the saved tokenizer gives the same tokens."
     joined, number = rows.train.joined + rows.test.joined, len(rows.train) + len(rows.test)
     note = tokens.boundary_note(joined, number, job.template)
-    log.add("warning", "tokens", *tokenizers.prompt_notes(base.tokenizer, job.template), *[note] * bool(note))
+    log.add("warning", "tokens", *tokenizers.prompt_notes(base.tokenizer, job.template), *[note] * bool(note),
+            where="prompt_id")
     ids = rows.train.dataset["input_ids"] if keep else ()
     notes = log.attempt("tokens", tokenizer_files.check_saving, base.tokenizer, job.source, ids, job.token)
-    log.add("warning", "tokens", *notes or [])
+    log.add("warning", "tokens", *notes or [], where="base_model_id")
     log.add("ok", "tokens", _describe_tokens(rows))
 
 # %% ../nbs/46_preflight.ipynb #9444ff91

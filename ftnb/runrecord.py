@@ -51,7 +51,7 @@ class Job:
         return studio.model_source(self.records.model)
 
     @property
-    def notes(self) -> tuple:
+    def notes(self) -> tuple:  # of `Problem`
         "Where the run isn't what was asked for."
         return (*self.precision.notes, *self.settings.notes)
 
@@ -353,7 +353,7 @@ def describe_run(
 ) -> RunRecord:  # without a proof and the time it took
     "Arguments, records, what was asked and what was used, versions, rows, results."
     padded = [f"rows were trained in padded batches: {saved.unshared}"] if saved.unshared else []
-    notes = [*job.notes, *padded, *saved.notes]
+    notes = [*map(str, job.notes), *padded, *saved.notes]
     def told(name, part, instead): return best_effort(f"{name} of run.json", part, instead, notes)
     asked = {kind: getattr(job.records, kind) for kind in ("lora", "bnb", "training")}
     weights = os.path.join(saved.folder, "adapter_model.safetensors")

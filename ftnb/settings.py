@@ -27,7 +27,7 @@ def _usable_optimizer(
     needs_gpu = any(part in optim for part in ("paged", "8bit", "4bit", "bnb", "_32bit"))
     if device != "cpu" or not needs_gpu: return optim, []
     near = "rmsprop" if "rmsprop" in optim else "adamw_torch"
-    return near, [f"optim {optim} needs a GPU; {near} is used"]
+    return near, [Problem("optim", f"optim {optim} needs a GPU; {near} is used")]
 
 # %% ../nbs/35_settings.ipynb #d4042e0b
 def _usable_trackers(
@@ -41,8 +41,9 @@ def _usable_trackers(
     missing = [name for name in names if not find_spec(name)]
     installed = [name for name in names if name not in missing] or ["none"]
     if not missing: return installed, []
-    return installed, [f"report_to {', '.join(missing)}: not installed (pip install {' '.join(missing)}); "
-                       "metrics.jsonl is written all the same"]
+    text = (f"report_to {', '.join(missing)}: not installed (pip install {' '.join(missing)}); "
+            "metrics.jsonl is written all the same")
+    return installed, [Problem("report_to", text)]
 
 # %% ../nbs/35_settings.ipynb #edeb1c24
 def _missing_speed(
@@ -73,7 +74,7 @@ class TrainingSettings:
     tokens_per_pass: int | None = None  # computed tokens of a flat pass, as asked for; None: by free memory
     group_rows_by_prefix: bool = False  # deal rows that share a long prefix into the same step
     save_seconds: float | None = None  # a checkpoint after so long, too; None: as `save_strategy` says
-    notes: tuple = ()  # where it isn't what was asked for, in plain words
+    notes: tuple = ()  # of `Problem`: where it isn't what was asked for, in plain words
     unread: tuple = ()  # keys of `config` that nothing reads
 
     @property
@@ -181,7 +182,7 @@ def _unread_settings(
 def _unread_notes(
     unread: dict,  # from `_unread_settings`
     asked: dict,  # training arguments, as in the Studio's config
-) -> list:  # sentences
+) -> list:  # of `Problem`
     "Say of a key that it has no effect, where somebody wrote it, and by the name that they wrote."
     from trl import SFTConfig
     written, defaults, notes = {RENAMED.get(k, k): k for k in asked}, library_defaults(SFTConfig), []
@@ -190,7 +191,9 @@ def _unread_notes(
         name, *part = key.split()
         if not why or name not in written: continue
         value = asked[written[name]]
-        if value != defaults.get(name): notes.append(f"{written[name]} {part[0] if part else repr(value)} has no effect: {why}")
+        if value == defaults.get(name): continue
+        said = part[0] if part else repr(value)
+        notes.append(Problem(written[name], f"{written[name]} {said} has no effect: {why}"))
     return notes
 
 # %% ../nbs/35_settings.ipynb #a68628e2
@@ -336,7 +339,7 @@ def _for_this_machine(
     now, device, cpu = current_names(asked), precision.device, precision.device == "cpu"
     config = {k: v for k, v in now.items() if k not in IGNORED and k not in NOT_FOR_TRL and KNOWN_FIELDS[k].kind != "refused"}
     missing = _missing_speed(config, device)
-    notes = [f"{key} {config.pop(key)!r} has no effect: {why}" for key, why in missing.items()]
+    notes = [Problem(key, f"{key} {config.pop(key)!r} has no effect: {why}") for key, why in missing.items()]
     config["optim"], optimizer_notes = _usable_optimizer(config.get("optim", "adamw_torch"), device)
     config["report_to"], tracker_notes = _usable_trackers(config.get("report_to", "none"))
     if "router_aux_loss_coef" in config: config["router_aux_loss_coef"] = _as_float(config["router_aux_loss_coef"])
@@ -356,7 +359,7 @@ NO_NEWS = {"disable_tqdm": True, "dataset_text_field": TRAINING_DATA_TEXT_FIELD,
 # %% ../nbs/35_settings.ipynb #06a0440c
 def _idle_settings(
     asked: dict,  # training arguments
-) -> list:  # sentences
+) -> list:  # of `Problem`
     "What was asked for and has no effect, as far as the arguments alone tell."
     from trl import SFTConfig
     def asks(key, value): return not (value is False or value in ("", [], {}) or NO_NEWS.get(key, "") == value)
@@ -430,12 +433,13 @@ def model_problems(
 def kernel_notes(
     settings: TrainingSettings,  # of the run
     config,  # of the model, from transformers
-) -> list:  # sentences
+) -> list:  # of `Problem`
     "Kernels that Liger doesn't have for this model; it says so in its own log alone."
     if not settings.config.get("use_liger_kernel"): return []
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as known
     if config.model_type in known: return []
-    return [f"use_liger_kernel True has no effect: liger-kernel has no kernels for {config.model_type}"]
+    text = f"use_liger_kernel True has no effect: liger-kernel has no kernels for {config.model_type}"
+    return [Problem("use_liger_kernel", text)]
 
 # %% ../nbs/35_settings.ipynb #982d3e80
 def held_out_problems(
@@ -452,8 +456,9 @@ def held_out_problems(
 def warmup_notes(
     settings: TrainingSettings,  # of the run
     steps: int,  # of the run
-) -> list:  # sentences
+) -> list:  # of `Problem`
     "A learning rate that the run never reaches."
     warmup = settings.config.get("warmup_steps") or 0
     if warmup < max(1, steps) or "warmup_steps" in settings.unread: return []
-    return [f"warmup_steps {warmup:g}: the run has {steps:,} step{'s' * (steps != 1)}, so it ends while the learning rate still rises"]
+    run = f"the run has {steps:,} step{'s' * (steps != 1)}"
+    return [Problem("warmup_steps", f"warmup_steps {warmup:g}: {run}, so it ends while the learning rate still rises")]

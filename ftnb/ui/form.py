@@ -217,12 +217,24 @@ def _texts_html(
     labels = ("JOB_ARGUMENTS (a click marks all)", "In Python")
     return "".join(f'<div>{label}<pre style="{look}">{escape(text)}</pre></div>' for label, text in zip(labels, texts) if text)
 
+# %% ../../nbs/ui/10_form.ipynb #888a8418
+@patch
+def _found_beside(
+    self: Form,
+    level: str,  # "error" or "warning"
+) -> dict:  # field -> sentence, the first about it
+    "What preflight found about single fields."
+    if self.check is None or self.check.args != self.args: return {}
+    found = [problem for problem in self.check.problems(level) if problem.where in self.notes]
+    return {problem.where: problem.text for problem in reversed(found)}
+
 # %% ../../nbs/ui/10_form.ipynb #7c370663
 @patch
 def _show_problems(self: Form):
     "Bring remarks, texts and buttons up to date."
     self.args, problems = self.judge()
-    remarks = draft.unusual(self.values)
+    problems = self._found_beside("error") | problems
+    remarks = self._found_beside("warning") | draft.unusual(self.values)
     for name, note in self.notes.items():
         if name in problems: note.value = _badge(problems[name])
         else: note.value = _badge(remarks.get(name, ""), "warning")
@@ -283,7 +295,7 @@ def _look_ahead(self: Form):
     self.panel.value = _panel(self.check, None)
     self.panel.value = _panel(self.check, self._estimate(self.check))
     self.state.value = ""
-    self._set_buttons()
+    self._show_problems()
 
 # %% ../../nbs/ui/10_form.ipynb #95816ecd
 @patch
