@@ -23,6 +23,7 @@ from .progress import quiet_libraries
 from .finetune import finetune
 from .ui.form import Form
 from .ui.tuning import tune
+from .advice import explain
 from .cluster.workspace import Workspace, workspace_from_env
 from .cluster.api import ClouderaError
 from .cluster.sending import SubmittedJob, check_sending, submit, submitted
