@@ -58,7 +58,7 @@ from .ui.past_runs import Runs, runs
 from .generation import generate_answers
 from .scoring import exact_match, held_out_loss
 from .evaluate import Comparison, compare, load_models, make_scorer
-from .reading import answer_probabilities, calibrate, confusion
+from .reading import confusion
 from .ui.chats import Chat, chat
 
 # %% ../nbs/99_all.ipynb #92795cd4
