@@ -16,6 +16,7 @@ import contextlib, os, sys
 from dataclasses import replace
 
 import ftnb.adapters as adapters
+import ftnb.card as model_card
 import ftnb.consts as consts
 import ftnb.estimate as estimate
 import ftnb.evaluate as evaluate
@@ -131,6 +132,7 @@ def publish(
         proof = prove(job, saved)
         run = replace(runrecord.describe_run(job, rows, saved), proof=proof, **watch.took())
         runrecord.write_run(run, saved.folder)
+        guards.best_effort("README.md", lambda: model_card.write_card(saved.folder, run))
         adapters.publish_folder(saved.folder, out)
     except BaseException as e:  # Ctrl-C too
         if not os.path.isdir(saved.folder): raise  # it is in its place

@@ -15,6 +15,7 @@ import ftnb.plots as plots
 import ftnb.progress as progress
 import ftnb.runrecord as runrecord
 import ftnb.storage as storage
+import ftnb.usage as usage
 from .rows import RowLedger, describe_ledger
 
 # %% ../nbs/49_report.ipynb #2f8a0c67
@@ -79,19 +80,6 @@ def _settings_rows(
             rows.append([f"{kind}: {name}", asked.get(name, ""), used.get(name, "")])
     return rows[:200]
 
-# %% ../nbs/49_report.ipynb #a25392a5
-def _result_rows(
-    record: runrecord.RunRecord,  # of the run
-    metrics: curves.RunMetrics,  # of the run
-) -> list:  # [what, value]
-    "What came of a run: its last numbers, or those of its curves."
-    held_out, numbers = metrics.curve("eval_loss").means(), {}
-    if held_out: numbers = {"held-out loss before": held_out[0][1], "held-out loss": held_out[-1][1]}
-    names = {"eval_loss_before": "held-out loss before", "eval_loss": "held-out loss", "train_loss": "training loss, mean"}
-    for name, value in record.metrics.items(): numbers[names.get(name, name.replace("_", " "))] = value
-    if record.seconds is not None: numbers["whole job"] = progress.short_time(record.seconds)
-    return [[name, value] for name, value in numbers.items() if isinstance(value, (int, float, str))]
-
 # %% ../nbs/49_report.ipynb #4f8388ea
 def comparison_figures(
     record: runrecord.RunRecord,  # of the run
@@ -103,7 +91,24 @@ def comparison_figures(
     for key, name in names.items():
         pair = tuple(models.get(model, {}).get(key) for model in ("base", "adapter"))
         if all(isinstance(figure, (int, float)) for figure in pair): figures[name] = pair
-    return figures
+    before, after = (record.metrics.get(name) for name in ("eval_loss_before", "eval_loss"))
+    if not all(isinstance(loss, (int, float)) for loss in (before, after)): return figures
+    return {"held-out loss": (before, after)} | {name: pair for name, pair in figures.items() if name == names["score"]}
+
+# %% ../nbs/49_report.ipynb #a25392a5
+def _result_rows(
+    record: runrecord.RunRecord,  # of the run
+    metrics: curves.RunMetrics,  # of the run
+) -> list:  # [what, value]
+    "What came of a run: its last numbers, or those of its curves."
+    held_out, numbers = metrics.curve("eval_loss").means(), {}
+    if held_out and not record.metrics: numbers = {"held-out loss before": held_out[0][1], "held-out loss": held_out[-1][1]}
+    beside = ("eval_loss_before", "eval_loss") if comparison_figures(record) else ()  # they stand with base and adapter
+    names = {"eval_loss_before": "held-out loss before", "eval_loss": "held-out loss", "train_loss": "training loss, mean"}
+    for name, value in record.metrics.items():
+        if name not in beside: numbers[names.get(name, name.replace("_", " "))] = value
+    if record.seconds is not None: numbers["whole job"] = progress.short_time(record.seconds)
+    return [[name, value] for name, value in numbers.items() if isinstance(value, (int, float, str))]
 
 # %% ../nbs/49_report.ipynb #7c2e9f14
 def _answer_rows(
@@ -152,13 +157,14 @@ def _source_rows(
 _STYLE = ("body{font:15px/1.5 system-ui,sans-serif;max-width:900px;margin:2em auto;padding:0 1em;color:#222;background:#fff}"
           "h1{font-size:1.4em}h2{font-size:1.1em;margin-top:1.6em}img{width:100%}table{border-collapse:collapse}"
           "td,th{border-bottom:1px solid #e5e7eb;padding:2px 14px 2px 0;vertical-align:top}"
-          "code{overflow-wrap:anywhere;font-size:13px}")
+          "code,pre{overflow-wrap:anywhere;white-space:pre-wrap;font-size:13px}")
 
 # %% ../nbs/49_report.ipynb #3e6a9c18
 def _page_parts(
     metrics: curves.RunMetrics,  # of the run
     record: runrecord.RunRecord,  # of the run; may be empty
     rows: list,  # sentences on what became of the rows
+    ways: str,  # HTML: how the adapter is used
 ) -> dict:  # heading -> HTML; "" where there is nothing to say
     "What a report says, under its headings."
     def lines(texts): return "".join(f"<div>{html_cell(text)}</div>" for text in texts)
@@ -170,6 +176,7 @@ def _page_parts(
     return {"Results": html_table(["", ""], _result_rows(record, metrics)),
             "Base against adapter": html_table(["", "base", "adapter"], figures) + answers,
             "Rows": lines(rows),
+            "Use it": ways,
             "Notes": lines(notes[:50]),
             "Settings": html_table(["", "asked", "used"], _settings_rows(record)),
             "Made from": html_table(["", "name", "SHA-256"], _source_rows(record)),
@@ -182,14 +189,24 @@ def report_html(
     record: runrecord.RunRecord,  # of the run; may be empty
     rows: list,  # sentences on what became of the rows
     image: bytes,  # a PNG
+    ways: str = "",  # HTML: how the adapter is used
 ) -> str:  # a page
     "A run on a page of its own."
     from base64 import b64encode
     name = html_cell(record.adapter_name or curves.run_name(metrics.path))
     picture = f'<img alt="curves of the run" src="data:image/png;base64,{b64encode(image).decode()}">'
-    parts = [f"<h2>{heading}</h2>{part}" for heading, part in _page_parts(metrics, record, rows).items() if part]
+    parts = [f"<h2>{heading}</h2>{part}" for heading, part in _page_parts(metrics, record, rows, ways).items() if part]
     return (f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{name}</title><style>{_STYLE}</style></head><body>'
             f"<h1>{name}</h1><p>{html_cell(curves.run_headline(metrics))}</p>{picture}{''.join(parts)}</body></html>")
+
+# %% ../nbs/49_report.ipynb #bda8c03b
+def _ways(
+    out_dir: "str | Path | None",  # of an adapter
+) -> str:  # HTML; "" where there is no adapter yet
+    "How an adapter is used."
+    if not out_dir or not (Path(out_dir)/"adapter_config.json").is_file(): return ""
+    try: return usage.how_to_use(out_dir)._repr_html_()
+    except ValueError as e: return html_cell(str(e))
 
 # %% ../nbs/49_report.ipynb #a5cab3bd
 def write_report(
@@ -200,7 +217,7 @@ def write_report(
     folder = Path(train_out_dir)
     record, metrics = runrecord.read_record(folder, out_dir), curves.read_metrics(folder)
     image = plots.figure_png(plots.plot_run(metrics, record.adapter_name or None), 130)
-    page = report_html(metrics, record, _ledger_lines(folder, record), image)
+    page = report_html(metrics, record, _ledger_lines(folder, record), image, _ways(out_dir or record.given.get("out_dir")))
     for name, content in (("run.png", image), ("report.html", page.encode("utf-8", "replace"))):
         with storage.whole_file(folder/name, binary=True) as f: f.write(content)
     return folder/"report.html"

@@ -51,13 +51,13 @@ def asked_in_turns(
     slots = [column for _, column in asked_pieces(record) if column is not None]
     return slots == [MESSAGES] or bool(record.asked.get("training", {}).get("chat_template"))
 
-# %% ../nbs/48b_usage.ipynb #66ed3d39
+# %% ../nbs/48b_usage.ipynb #596c57c7
 def _opener(
     base: str,  # folder or hub name
 ) -> str:  # such as "AutoModelForCausalLM"
     "The class of transformers that opens a base; the usual one where that can't be found out here."
     from transformers import AutoConfig
-    try: found = models.auto_class(AutoConfig.from_pretrained(base))
+    try: found = models.auto_class(AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False))
     except (OSError, ValueError): found = None
     return found.__name__ if found else "AutoModelForCausalLM"
 

@@ -15,8 +15,8 @@ import pytest
 import transformers
 
 import ftnb
-from ftnb import (adapters, checkpoints, estimate, evaluate, finetune, manifest, models, plots, progress, registry,
-                  report, runrecord, studio, trainer)
+from ftnb import (adapters, card, checkpoints, estimate, evaluate, finetune, manifest, models, plots, progress,
+                  registry, report, runrecord, studio, trainer)
 from ftnb.demo.project import demo_data, make_demo_project
 from ftnb.jobargs import parse_job_arguments
 
@@ -50,6 +50,7 @@ CASES = [
     Case("a library without metadata", importlib.metadata, "version", "loaded back", steps=2),
     Case("what was used", runrecord, "used_settings", "used of run.json: failed"),
     Case("hashes of the records", studio, "record_hash", "records of run.json: failed", steps=2),
+    Case("the model card", card, "card_text", "README.md: failed"),
     Case("the report", report, "write_report", "report.html: failed"),
     Case("the report's picture", plots, "plot_run", "report.html: failed"),
     Case("base against adapter", evaluate, "describe_scores", "base against adapter: failed"),
