@@ -91,6 +91,10 @@ JOBS = (
     Job("killed, and gone on with", killed=True,
         training={"num_train_epochs": 10, "save_steps": 2, "save_total_limit": 100, "eval_strategy": "epoch"},
         lora={"lora_dropout": 0.1}),
+    Job("several data sets, killed, and gone on with", "several", killed=True,
+        training={"num_train_epochs": 6, "save_steps": 2, "save_total_limit": 100, "eval_strategy": "epoch",
+                  "validation": "checked.csv", "test": "last.csv", "more_data": {"older.csv": 1.5}, "data_weight": 0.5,
+                  "drop_duplicates": True, "drop_overlap": True}),
     Job("registered", arguments={"auto_add_adapter": "true", "adapter_name": "intents"}, training={"max_steps": 2}),
     Job("refused: wrong settings", refused=True, training={"learning_rat": 1, "weight_decay": "much"}, lora={"r": -1}),
     Job("refused: wrong arguments", refused=True, arguments={"base_modl_id": 1, "train_test_split": 2}),
@@ -124,6 +128,14 @@ def write_bad_csv(folder):
     return write_csv(folder, ["one field\n", "three,of,them\n"])
 
 
+def write_several(folder):
+    "A file, and others beside it that share some of its rows."
+    for name, some in {"older": range(12, 30), "checked": range(3), "last": range(2, 6)}.items():
+        lines = [f"{i} {THINGS[i % 5]},{INTENTS[i % 4]}\n" for i in some]
+        (folder/f"{name}.csv").write_text("message,intent\n" + "".join(lines))
+    return write_csv(folder, [f"{INTENTS[0]} twice,{INTENTS[0]}\n"] * 2 + [f"2 {THINGS[2]},{INTENTS[2]}\n"])
+
+
 def write_jsonl(folder):
     text = "".join(json.dumps(row) + "\n" for row in rows())
     (folder/"rows.jsonl").write_text(text, encoding="utf-8")
@@ -145,7 +157,8 @@ def write_parquet(folder):
     return "project", folder/"data"
 
 
-DATA = {"csv": write_csv, "jsonl": write_jsonl, "json": write_json, "parquet": write_parquet, "bad": write_bad_csv}
+DATA = {"csv": write_csv, "jsonl": write_jsonl, "json": write_json, "parquet": write_parquet, "bad": write_bad_csv,
+        "several": write_several}
 
 
 def write_database(path, records):
