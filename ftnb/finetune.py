@@ -191,13 +191,14 @@ def finetune(
     args: jobargs.JobArgs,  # from `parse_job_arguments`
     env: dict | None = None,  # environment; default: this process's own
     bar: bool | None = None,  # a progress bar; default: where somebody is watching
+    data: "choosing.ChosenCorpus | None" = None,  # the job's rows, where they have been read already
 ) -> runrecord.RunRecord | None:  # as its run.json tells it; None on any process but the first
     "Run a job: the adapter is in `out_dir`, whole and proven, and registered where that is asked for."
     if ranks.process_rank():
         return follow(args)
     watch = runrecord.Stopwatch()
     with ranks.leading() as tell, guards.tracker_scope(args.experimentid):
-        check = preflight.check_job(args, env)
+        check = preflight.check_job(args, env, data=data)
         print(check, flush=True)
         check.raise_errors()
         with storage.only_one(args.train_out_dir), storage.only_one_at(args.out_dir, "out_dir"):

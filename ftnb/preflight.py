@@ -131,8 +131,9 @@ class _Log:
     def __init__(
         self,
         args: jobargs.JobArgs,  # of the job
+        data: "choosing.ChosenCorpus | None" = None,  # its rows, where they have been read already
     ):
-        self.args, self.findings, self.cause = args, [], None
+        self.args, self.data, self.findings, self.cause = args, data, [], None
 
     def add(
         self,
@@ -552,7 +553,8 @@ def _read_rows(
     "Read the data, and try the tokenizer on texts of it."
     choice = log.attempt("rows", choosing.read_choice, records.training or {})
     if choice is None: return None
-    data = log.attempt("rows", job_rows.read_rows, records.dataset, template, log.args.token, choice, engine)
+    if log.data is not None and template: data = log.attempt("rows", job_rows.fit_rows, log.data, template)
+    else: data = log.attempt("rows", job_rows.read_rows, records.dataset, template, log.args.token, choice, engine)
     if data is None: return None
     if job is None or base is None:
         read = ", ".join(f"{len(ds):,} read in split {name}" for name, ds in data.splits.items())
@@ -749,10 +751,11 @@ def check_job(
     args: jobargs.JobArgs,  # from `parse_job_arguments`
     env: dict | None = None,  # environment; default: this process's own
     keep: bool = True,  # the rows' tokens, for a job that goes on
+    data: choosing.ChosenCorpus | None = None,  # the job's rows, where they have been read already
 ) -> Preflight:  # a table in a notebook, lines in a log
     "Check all that can be known of a job before weights are loaded."
     progress.quiet_libraries()
-    log, env = _Log(args), os.environ if env is None else env
+    log, env = _Log(args, data), os.environ if env is None else env
     log.add("ok", "arguments", f"{jobargs.format_job_arguments(args).count(' --') + 1} given")
     engine, records = log.attempt("records", _check_records, log, env) or (None, _NO_RECORDS)
     names = _hub_names(records)

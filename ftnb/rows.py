@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DUPLICATE', 'OVERLAP', 'Drop', 'RowLedger', 'row_ledger', 'twin_notes', 'ledger_notes', 'describe_ledger',
            'RowCounts', 'count_rows', 'SplitSide', 'split_sides', 'weighted_side', 'used_columns', 'Twins',
-           'drop_twins', 'TokenizedSide', 'read_rows', 'some_texts', 'JobRows', 'prepare_rows']
+           'drop_twins', 'TokenizedSide', 'fit_rows', 'read_rows', 'some_texts', 'JobRows', 'prepare_rows']
 
 # %% ../nbs/24_rows.ipynb #c1e0fddc
 import hashlib, json, os
@@ -440,16 +440,11 @@ def _fitting(
     return problems
 
 # %% ../nbs/24_rows.ipynb #00c39732
-def read_rows(
-    job_dataset: SimpleNamespace,  # row of datasets
-    template: prompts.PromptTemplate | None = None,  # checked against the columns
-    token: str | None = None,  # for the Hugging Face hub
-    choice: choosing.DataChoice = choosing.DataChoice(),  # of more data sets
-    engine: "Engine | None" = None,  # of the Studio database, for data sets that are rows of it
-) -> choosing.ChosenCorpus:  # the rows, and what can't be read of them
-    "Read a job's data; raises where the template names columns that aren't there, or where too much can't be read."
-    found = choosing.with_chosen(corpus.read_corpus(job_dataset, token), choice, engine, token)
-    if template is None: return found
+def fit_rows(
+    found: choosing.ChosenCorpus,  # the rows, as read
+    template: prompts.PromptTemplate,  # checked against the columns
+) -> choosing.ChosenCorpus:  # with what can't be read of them
+    "Hold rows against a template; raises where it names columns that aren't there, or where too much can't be read."
     names, several = found.parts.names, len(found.splits) > 1
     raise_problems(_fitting(found, names, template), "The prompt doesn't fit the data set")
     lost, problems = {name: _unreadable(found.splits[name], template) for name in names}, []
@@ -458,6 +453,18 @@ def read_rows(
         problems += [said + why for why in _too_many_lost(lost[name], len(found.splits[name]))]
     raise_problems(problems, "The data set can't be read")
     return replace(found, unread=found.unread | {name: lost[name] | found.unread.get(name, {}) for name in names})
+
+# %% ../nbs/24_rows.ipynb #3481cd5d
+def read_rows(
+    job_dataset: SimpleNamespace,  # row of datasets
+    template: prompts.PromptTemplate | None = None,  # checked against the columns
+    token: str | None = None,  # for the Hugging Face hub
+    choice: choosing.DataChoice = choosing.DataChoice(),  # of more data sets
+    engine: "Engine | None" = None,  # of the Studio database, for data sets that are rows of it
+) -> choosing.ChosenCorpus:  # the rows, and what can't be read of them
+    "Read a job's data; raises as `fit_rows` does."
+    found = choosing.with_chosen(corpus.read_corpus(job_dataset, token), choice, engine, token)
+    return found if template is None else fit_rows(found, template)
 
 # %% ../nbs/24_rows.ipynb #31390465
 def some_texts(

@@ -40,13 +40,14 @@ def add_dataset(
     engine: "Engine",  # of the Studio database
     source: str,  # a .csv, .tsv, .json or .jsonl file, a folder, or a name on the hub
     name: str = "",  # shown; default: the last part of the source
+    data: corpus.Corpus | None = None,  # its rows, where they have been read already
 ) -> str:  # id of the row
     "Put a data set into the database; every row of a file is read first."
     source = source.strip()
     row = choosing.dataset_columns(source) | dict(name=name.strip() or Path(source).name)
-    if row["type"] == "huggingface": return studio.add_row(engine, "datasets", **row)
-    data = corpus.read_corpus(studio.DatasetRecord(id="new", **row)).splits
-    return studio.add_row(engine, "datasets", **row, features=json.dumps(data["train"].column_names))
+    if data is None and row["type"] == "huggingface": return studio.add_row(engine, "datasets", **row)
+    data = data or corpus.read_corpus(studio.DatasetRecord(id="new", **row))
+    return studio.add_row(engine, "datasets", **row, features=json.dumps(data.splits["train"].column_names))
 
 # %% ../../nbs/ui/6_additions.ipynb #491a0af5
 def first_rows(
@@ -101,9 +102,10 @@ def add_prompt(
     dataset: studio.DatasetRecord,  # that it is for
     given: str,  # input template
     completion: str,  # completion template
+    rows: list | None = None,  # some of the data set, where they have been read already
 ) -> str:  # id of the row
     "Put a prompt into the database, once it fits its data set."
     if not name.strip(): raise ValueError("the prompt has no name")
-    read_prompt(given, completion, first_rows(dataset, 1))
-    return studio.add_row(engine, "prompts", type="in_place", name=name.strip(), dataset_id=dataset.id, prompt_template=given + completion,
-                          input_template=given, completion_template=completion)
+    read_prompt(given, completion, first_rows(dataset, 1) if rows is None else rows)
+    texts = dict(prompt_template=given + completion, input_template=given, completion_template=completion)
+    return studio.add_row(engine, "prompts", type="in_place", name=name.strip(), dataset_id=dataset.id, **texts)
