@@ -65,6 +65,7 @@ from .ui.chats import Chat, chat
 from .usage import how_to_use
 from .ui.merging import merge_adapter
 from .ui.exports import export
+from .ui.pushing import push
 
 # %% ../nbs/99_all.ipynb #2d0f9c37
 from .tiny import save_tiny, tiny_model, tiny_tokenizer

@@ -76,12 +76,13 @@ def _rows_sentence(
     except (KeyError, TypeError, ValueError, AttributeError): return ""
     return f"It was trained on {ledger.trained:,} rows; {ledger.held_out:,} were held out."
 
-# %% ../nbs/49b_card.ipynb #9fda0b2d
+# %% ../nbs/49b_card.ipynb #3dd4eed8
 def _for_others(
     adapter: usage.SavedAdapter,  # from `usage.read_adapter`
+    folder: str,  # where they find it
 ) -> usage.SavedAdapter:
     "An adapter as others name it."
-    return replace(adapter, folder=".", base=hub_name(adapter.base) or "BASE")
+    return replace(adapter, folder=folder, base=hub_name(adapter.base) or "BASE")
 
 # %% ../nbs/49b_card.ipynb #441fdd78
 def _prompt_text(
@@ -94,10 +95,11 @@ def _prompt_text(
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}text\n{text}\n{fence}\n\nThe answer goes on from there, and ends in the tokenizer's EOS."
 
-# %% ../nbs/49b_card.ipynb #1be7af9e
+# %% ../nbs/49b_card.ipynb #ea0ee223
 def card_text(
     record: runrecord.RunRecord,  # of the run
     adapter: usage.SavedAdapter,  # from `usage.read_adapter`
+    folder: str = ".",  # where others find it: its own folder, or its name on the hub
 ) -> str:  # the whole README.md
     "A model card."
     base = hub_name(adapter.base) or record.records.get("model", {}).get("name") or "a base model"
@@ -107,7 +109,7 @@ def card_text(
     parts = {"What it is asked": _prompt_text(adapter),
              "What came of it": _markdown_table(["on rows that were held out", "base", "adapter"], _result_rows(record)),
              "How it was trained": _markdown_table(["setting", "value"], _settings_rows(record)),
-             "Use it": usage.ways_to_use(_for_others(adapter)).markdown(),
+             "Use it": usage.ways_to_use(_for_others(adapter, folder)).markdown(),
              "Versions": _markdown_table(["library", "version"], versions)}
     said = [f"## {heading}\n\n{text}" for heading, text in parts.items() if text]
     return "\n\n".join([f"---\n{_head(adapter)}\n---\n\n# {adapter.name}", intro.strip(), *said]) + "\n"

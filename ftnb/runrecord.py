@@ -202,7 +202,7 @@ class RunRecord:
     proof: Proof = Proof()
     started: float | None = field(default=None, repr=False)  # seconds since 1970
     seconds: float | None = None
-    prompt: dict[str, str] = _part()  # its texts: "prompt_template", "input_template", "completion_template"
+    prompt: dict[str, str] = _part()  # its texts: "prompt_template", "input_template", ...; "chat": by turns
     more: dict = _part()  # keys that this version doesn't know, as they were read
     problems: tuple = ()  # of `Problem`: what couldn't be read
 
@@ -340,10 +340,11 @@ def _named_records(
 # %% ../nbs/38_runrecord.ipynb #13634433
 def _prompt_texts(
     job: Job,  # from `preflight.check_job`
-) -> dict:  # name of a column -> text
+) -> dict:  # name of a column -> text; "chat": as in `PromptTemplate`
     "What the model was asked, and what it was to answer, as templates."
     names = ("prompt_template", "input_template", "completion_template")
-    return {name: getattr(job.records.prompt, name) for name in names if getattr(job.records.prompt, name)}
+    texts = {name: getattr(job.records.prompt, name) for name in names}
+    return {name: text for name, text in (texts | {"chat": job.template.chat}).items() if text}
 
 # %% ../nbs/38_runrecord.ipynb #c9d0c1a1
 def describe_run(
