@@ -22,7 +22,7 @@ from .preflight import check_job
 from .progress import quiet_libraries
 from .finetune import finetune
 from .ui.form import Form
-from .ui.tuning import tune
+from .ui.tuning import load_run, tune
 from .advice import explain
 from .cluster.workspace import Workspace, workspace_from_env
 from .cluster.api import ClouderaError

@@ -45,6 +45,10 @@ def adapter_name_taken(
 _SPLIT = ("dataset_fraction", "train_test_split")
 _DEFAULT_SPLIT = (consts.TRAINING_DEFAULT_DATASET_FRACTION, consts.TRAINING_DEFAULT_TRAIN_TEST_SPLIT)
 
+# %% ../nbs/25_registry.ipynb #2d2772ea
+_SETTINGS = {"training_arguments_config": "training_arguments_config", "bnb_config": "model_bnb_config",
+             "lora_config": "lora_config"}  # argument -> column; with _id, of a row of configs
+
 # %% ../nbs/25_registry.ipynb #68e41c4a
 def job_columns(
     args: JobArgs,  # of a job
@@ -53,7 +57,11 @@ def job_columns(
     same = ("base_model_id", "dataset_id", "prompt_id", "out_dir",
             "dataset_fraction", "train_test_split", "adapter_name")
     columns = {key: getattr(args, key) for key in same}
-    return columns | {"num_workers": args.dist_num, "framework_type": args.finetuning_framework_type}
+    columns |= {"num_workers": args.dist_num, "framework_type": args.finetuning_framework_type}
+    for argument, column in _SETTINGS.items():
+        given = getattr(args, argument)
+        if given: columns[column if given.startswith("{") else f"{column}_id"] = given
+    return columns
 
 # %% ../nbs/25_registry.ipynb #8609a17a
 @dataclass(frozen=True)
