@@ -199,15 +199,6 @@ def report_html(
     return (f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{name}</title><style>{_STYLE}</style></head><body>'
             f"<h1>{name}</h1><p>{html_cell(curves.run_headline(metrics))}</p>{picture}{''.join(parts)}</body></html>")
 
-# %% ../nbs/49_report.ipynb #bda8c03b
-def _ways(
-    out_dir: "str | Path | None",  # of an adapter
-) -> str:  # HTML; "" where there is no adapter yet
-    "How an adapter is used."
-    if not out_dir or not (Path(out_dir)/"adapter_config.json").is_file(): return ""
-    try: return usage.how_to_use(out_dir)._repr_html_()
-    except ValueError as e: return html_cell(str(e))
-
 # %% ../nbs/49_report.ipynb #a5cab3bd
 def write_report(
     train_out_dir: "str | Path",  # of a run: its metrics.jsonl and ledger.json
@@ -217,7 +208,7 @@ def write_report(
     folder = Path(train_out_dir)
     record, metrics = runrecord.read_record(folder, out_dir), curves.read_metrics(folder)
     image = plots.figure_png(plots.plot_run(metrics, record.adapter_name or None), 130)
-    page = report_html(metrics, record, _ledger_lines(folder, record), image, _ways(out_dir or record.given.get("out_dir")))
+    page = report_html(metrics, record, _ledger_lines(folder, record), image, usage.usage_html(out_dir or record.given.get("out_dir")))
     for name, content in (("run.png", image), ("report.html", page.encode("utf-8", "replace"))):
         with storage.whole_file(folder/name, binary=True) as f: f.write(content)
     return folder/"report.html"

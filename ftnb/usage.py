@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SavedAdapter', 'asked_pieces', 'read_adapter', 'python_lines', 'vllm_rank', 'shell', 'vllm_command', 'ask_server',
-           'Way', 'Usage', 'ways_to_use', 'how_to_use']
+           'Way', 'Usage', 'ways_to_use', 'how_to_use', 'usage_html']
 
-# %% ../nbs/48b_usage.ipynb #8296d7df
+# %% ../nbs/48b_usage.ipynb #a0745ef2
 import json, re, shlex
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 
 from fastcore.basics import patch
@@ -196,7 +197,7 @@ def _with_ftnb(
     made = f"{shell('ollama', 'create', name, '-f', f'{place}/Modelfile')}\n{shell('ollama', 'run', name)}"
     return [Way("Merge it into its base", "python", merging), Way("Write it for Ollama", "python", exporting), Way("and run it there", "sh", made)]
 
-# %% ../nbs/48b_usage.ipynb #7b9d16a6
+# %% ../nbs/48b_usage.ipynb #7555a31a
 @dataclass(frozen=True, repr=False)
 class Usage:
     "How an adapter is used; prints as text, and shows as HTML in a notebook."
@@ -213,7 +214,6 @@ class Usage:
         return "\n\n".join(f"{way.title}:\n\n```{way.language}\n{way.lines}\n```" for way in self.ways)
 
     def _repr_html_(self):
-        from html import escape
         parts = (f"<div><b>{escape(way.title)}</b><pre tabindex='0'>{escape(way.lines)}</pre></div>" for way in self.ways)
         return "".join(parts)
 
@@ -230,3 +230,12 @@ def how_to_use(
 ) -> Usage:  # prints as lines to copy
     "Lines that ask a trained adapter, merge it, export it and serve it."
     return ways_to_use(read_adapter(out_dir))
+
+# %% ../nbs/48b_usage.ipynb #c009ae3f
+def usage_html(
+    out_dir: "str | Path | None",  # folder of an adapter; None: not known
+) -> str:  # HTML; "" where there is no adapter yet
+    "How an adapter is used, for a page."
+    if not out_dir or not (Path(out_dir)/"adapter_config.json").is_file(): return ""
+    try: return how_to_use(out_dir)._repr_html_()
+    except ValueError as e: return escape(str(e))
