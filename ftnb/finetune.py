@@ -16,6 +16,7 @@ import contextlib, os, sys
 from dataclasses import replace
 
 import ftnb.adapters as adapters
+import ftnb.asking as asking
 import ftnb.card as model_card
 import ftnb.consts as consts
 import ftnb.estimate as estimate
@@ -87,13 +88,14 @@ def save_trained(
     else: expected = guards.best_effort("the logits to prove the adapter by", logits, None, notes)
     comparison = guards.best_effort("base against adapter", lambda: compare(model), {}, notes)
     used = adapters.used_settings(model, job.records.lora)
-    return runrecord.SavedAdapter(folder, expected, probe, run.metrics, used, run.unshared, comparison, notes, identity)
+    return runrecord.SavedAdapter(folder, expected, probe, run.metrics, used, run.unshared, comparison, notes, identity, run.ended)
 
 # %% ../nbs/52_finetune.ipynb #facd596d
 def train_and_save(
     job: runrecord.Job,  # from `preflight.check_job`
     tokenizer,  # with a pad token
     rows: runrecord.JobRows,  # from `prepare_rows`
+    asked: asking.AskedRows | None = None,  # what is asked while the model learns
     bar: bool | None = None,  # a progress bar; default: where somebody is watching
 ) -> runrecord.SavedAdapter | None:  # beside `out_dir`, the model is freed on return; None on any process but the first
     "Build, train, and write the adapter to a folder beside its place."
@@ -102,7 +104,8 @@ def train_and_save(
     def estimated(): print(f"time: {estimate.estimate_time(job, rows, model)}", flush=True)
     if first and not ranks.shards_model(): guards.best_effort("the estimated time", estimated)
     identity = runrecord.job_identity(job, rows) if first else None
-    run = trainer.train_adapter(model, tokenizer, rows.train.dataset, rows.test.dataset, job.settings, bar, identity, rows.numbers)
+    run = trainer.train_adapter(model, tokenizer, rows.train.dataset, rows.test.dataset, job.settings, bar, identity, rows.numbers,
+                                asking.asker(asked, tokenizer))
     return save_trained(job, tokenizer, rows, run, compare, identity)
 
 # %% ../nbs/52_finetune.ipynb #03e46596
@@ -168,9 +171,10 @@ def run_checked(
         return run
     runrecord.check_checkpoints(job, rows)
     runrecord.note_job(job, rows, watch)
-    with handover.handed_over(job, rows) as told:
+    asked = asking.asked_rows(job.settings, rows.held_out, tokenizer, job.template, rows.limit)
+    with handover.handed_over(job, rows, asked) as told:
         tell(told)
-        saved = train_and_save(job, tokenizer, rows, bar)
+        saved = train_and_save(job, tokenizer, rows, asked, bar)
     run = publish(job, rows, saved, watch)
     announce(job, f"({run.proof})")
     return run
@@ -183,8 +187,8 @@ def follow(
     import datasets, peft, trl  # noqa: F401, while the first is at work
     told = ranks.hear()
     if told is None: return  # the first one says why
-    job, tokenizer, rows = handover.take_over(args, handover.Handover(**told))
-    with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet): train_and_save(job, tokenizer, rows, bar=False)
+    taken = handover.take_over(args, handover.Handover(**told))
+    with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet): train_and_save(*taken, bar=False)
 
 # %% ../nbs/52_finetune.ipynb #7d1a352e
 def finetune(

@@ -16,6 +16,7 @@ import ftnb.settings as settings
 import ftnb.storage as storage
 import ftnb.studio as studio
 import ftnb.tokens as tokens
+from .asking import AskedRows
 from .rows import RowLedger
 
 # %% ../nbs/51_handover.ipynb #9788c712
@@ -28,12 +29,14 @@ class Handover:
     lora: dict = field(repr=False)  # LoRA settings
     precision: dict = field(repr=False)  # fields of `Precision`
     settings: dict = field(repr=False)  # fields of `TrainingSettings`
+    asked: dict | None = field(default=None, repr=False)  # fields of `AskedRows`: what is asked while the model learns
 
 # %% ../nbs/51_handover.ipynb #4cf03546
 @contextlib.contextmanager
 def handed_over(
     job: runrecord.Job,  # from `preflight.check_job`
     rows: runrecord.JobRows,  # from `prepare_rows`
+    asked: AskedRows | None = None,  # what is asked while the model learns
 ):
     "Within this, other processes find the rows in `train_out_dir`; gives a `Handover` as a dict, None where there are no others."
     folder = os.path.join(job.args.train_out_dir, ".rows")
@@ -42,7 +45,8 @@ def handed_over(
         yield None
         return
     settled = [asdict(replace(part, notes=())) for part in (job.precision, job.settings)]  # the first process says them
-    told = Handover(os.path.abspath(folder), rows.limit, vars(job.records.model), job.records.lora, *settled)
+    asks = asdict(asked) if asked else None
+    told = Handover(os.path.abspath(folder), rows.limit, vars(job.records.model), job.records.lora, *settled, asks)
     try:
         for name in ("train", "test"): getattr(rows, name).dataset.save_to_disk(os.path.join(folder, name))
         storage.write_json(os.path.join(folder, "numbers.json"), rows.numbers)
@@ -65,12 +69,14 @@ def _told_rows(
 def take_over(
     args: "JobArgs",  # of the job
     told: Handover,  # by the first process
-) -> tuple:  # (job, tokenizer, rows), with what training needs of them
+) -> tuple:  # (job, tokenizer, rows, `AskedRows` or None), with what training needs of them
     "The job as another process takes it up."
     precision = models.Precision(**told.precision)
     if precision.device != "cpu": precision = replace(precision, device=models.local_device())
     records = studio.Records(studio.ModelRecord(**told.model), None, None, None, told.lora, None, None, {})
     token = args.hf_token.reveal() if args.hf_token else None
-    job = runrecord.Job(args, None, records, None, precision, settings.TrainingSettings(**told.settings), token)
+    trained = settings.TrainingSettings(**told.settings | {"ends": settings.Ends(**told.settings["ends"])})
+    job = runrecord.Job(args, None, records, None, precision, trained, token)
     tokenizer, *_ = models.load_base_files(job.source, job.token)
-    return job, tokenizer, _told_rows(told.rows, told.limit)
+    asked = AskedRows(**told.asked) if told.asked else None
+    return job, tokenizer, _told_rows(told.rows, told.limit), asked

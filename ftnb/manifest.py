@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['MANIFEST', 'NEEDED', 'read_manifest', 'seal_checkpoint', 'checkpoint_problem', 'whole_checkpoint',
            'checkpoint_folders', 'identity_differences', 'find_checkpoint', 'drop_old_checkpoints', 'rows_fingerprint',
-           'trained_with', 'run_identity', 'planned_tokens']
+           'trained_with', 'run_identity']
 
 # %% ../nbs/32_manifest.ipynb #0c741b55
-import contextlib, json, os, re, shutil
+import json, os, re, shutil
 
 from .package import library_version
 from .problems import raise_problems
 from .ranks import process_count, rows_per_step
-from .storage import clear_folder, file_hash, flush, open_plain, read_json, set_aside, write_json
+from .storage import clear_folder, file_hash, flush, open_plain, set_aside
 
 # %% ../nbs/32_manifest.ipynb #fa550b7f
 MANIFEST = "manifest.json"
@@ -128,7 +128,7 @@ def _tidy(
         path, half = os.path.join(output_dir, name), re.fullmatch(r"\.checkpoint-(0|[1-9]\d{0,17})\.(part|old)", name, re.ASCII)
         folder = os.path.isdir(path) and not os.path.islink(path)
         if half and folder: shutil.rmtree(path)
-        elif half or name.startswith("checkpoint-") and not re.fullmatch(r"checkpoint-(0|[1-9]\d{0,17})", name, re.ASCII) or name == "stop" and folder:
+        elif half or name.startswith("checkpoint-") and not re.fullmatch(r"checkpoint-(0|[1-9]\d{0,17})", name, re.ASCII) or name in ("stop", "finish") and folder:
             print(f"{path} is nothing that a run has made; it is passed over", flush=True)
 
 # %% ../nbs/32_manifest.ipynb #48a45b5c
@@ -199,19 +199,3 @@ def run_identity(
             "rows": {"train": rows_fingerprint(train), "test": rows_fingerprint(test)},
             "versions": trained_with()}
     return json.loads(json.dumps({**mine, **(more or {})}, default=str))
-
-# %% ../nbs/32_manifest.ipynb #50c9401a
-def planned_tokens(
-    output_dir: str,  # of the run
-    identity: dict,  # this run's
-    tokens: int,  # computed tokens of a pass, as chosen now
-) -> int:  # as chosen when the run began
-    "Read `plan.json` where it is this run's, else write it."
-    path = os.path.join(output_dir, "plan.json")
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        plan = read_json(path)
-        then = plan["tokens_per_pass"]
-        if plan["identity"] == identity and type(then) is int and 0 <= then < 2**40: return then
-        if plan["identity"] == identity: print(f"{path} says that a pass has {str(then)[:40]} tokens; it is written anew", flush=True)
-    write_json(path, {"tokens_per_pass": tokens, "identity": identity})
-    return tokens

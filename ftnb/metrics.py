@@ -54,6 +54,9 @@ class RunState:
     stop_asked_by: str = ""  # "SIGTERM", "SIGINT" or "the file stop"; "" where nobody did
     stopping: bool = False  # have all processes agreed to stop?
     resumed: object = None  # the counts of the checkpoint that the run goes on from; None: it is new
+    plan: object = None  # `RunPlan`: what the run has settled for all its sessions
+    without_gain: int = 0  # evaluations in a row that were no better than the best before them
+    ended: str = ""  # why the run ended before its last step; "" where it didn't
     saved_step: int = -1  # of the last checkpoint
     saved_at: float = 0.0  # when that was, on the monotonic clock
     seconds: float = 0.0  # that earlier sessions took, and from `finish` on this one too

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from fastcore.basics import patch
 
 import ftnb.adapters as adapters
+import ftnb.asking as asking
 import ftnb.choosing as choosing
 import ftnb.consts as consts
 import ftnb.corpus as corpus
@@ -644,14 +645,16 @@ def _check_checkpoints(
 def _check_fit(
     log: _Log,
     settings: training_settings.TrainingSettings | None,
+    template: prompts.PromptTemplate | None,
     base: runrecord.BaseFiles | None,
     plan: estimate.ModelPlan | None,
     rows: job_rows.JobRows | None,
 ):
-    "What the settings ask of this model, and of these rows."
+    "What the settings ask of this model, of its prompt, and of these rows."
     if settings is None or base is None: return
     model = plan.model if plan else None
     problems = training_settings.model_problems(settings, base.config, model)
+    if template: problems += asking.asking_problems(settings, template)
     if rows: problems += training_settings.held_out_problems(settings, len(rows.counts["test"].lengths))
     log.add("error", "settings", *in_argument("training_arguments_config", problems))
     log.add("warning", "settings", *training_settings.kernel_notes(settings, base.config))
@@ -741,7 +744,7 @@ def _check_rest(
     kept = log.attempt("checkpoints", _keeps_tokens, log.args, keep)
     rows = log.attempt("rows", _check_rows, log, engine, usable, template, job, base, kept)
     if kept: log.attempt("checkpoints", _check_checkpoints, log, job, rows)
-    log.attempt("settings and model", _check_fit, log, settings, base, plan, rows)
+    log.attempt("settings and model", _check_fit, log, settings, template, base, plan, rows)
     steps, memory = log.attempt("memory", _check_memory, log, job, plan, rows) or (None, None)
     log.attempt("disk", _check_disk, log, settings, base, plan)
     return Preflight(log.args, tuple(log.findings), engine, records, job, base, plan, rows, steps, memory, log.cause)

@@ -73,6 +73,7 @@ class SavedAdapter:
     comparison: dict = field(default_factory=dict)  # base and adapter on some held-out rows; empty where there is none
     notes: list = field(default_factory=list)  # what failed on the way and withheld nothing, in words
     identity: dict | None = None  # from `job_identity`, as it was before training; None: as it is now
+    ended: str = ""  # why training ended before its last step
 
 # %% ../nbs/38_runrecord.ipynb #8f2fbdf9
 SMALL, BLOCK, MOST = 2**24, 2**12, 4096  # bytes that are hashed whole; bytes of a block; blocks of a file
@@ -198,6 +199,7 @@ class RunRecord:
     rows: dict = _part()  # the ledger, from `RowLedger.as_dict`
     rows_sha256: dict = _part()  # on either side of the split
     metrics: dict = field(default_factory=dict)  # the last of each
+    ended: str = field(default="", repr=False)  # why training ended before its last step; "" where it didn't
     comparison: dict = _part()  # base and adapter, asked the same
     proof: Proof = Proof()
     started: float | None = field(default=None, repr=False)  # seconds since 1970
@@ -310,7 +312,7 @@ def used_settings(
     shared = not saved.unshared
     ours = {"max_length": rows.limit, "completion_only_loss": job.settings.completion_only, "shared_prefix": shared}
     ours |= choosing.read_choice(job.records.training).as_dict()
-    training = job.settings.used(shared, len(rows.test.dataset) > 0) | ours
+    training = job.settings.used(shared, len(rows.test.dataset) > 0) | ours | job.settings.ends.said()
     precision = {"device": job.precision.device, "dtype": job.precision.dtype}
     return {"precision": precision, "bnb": job.precision.bnb or {}, "lora": saved.used, "training": training}
 
@@ -361,7 +363,7 @@ def describe_run(
     return RunRecord(
         job.args.experimentid, saved.identity or job_identity(job, rows), jobargs.format_job_arguments(job.args),
         adapter_sha256=file_hash(weights), asked=asked, notes=notes, rows=rows.ledger.as_dict(), rows_sha256=rows.hashes,
-        metrics=saved.metrics, comparison=saved.comparison,
+        metrics=saved.metrics, ended=saved.ended, comparison=saved.comparison,
         records=told("records", lambda: _named_records(job, asked), {}), used=told("used", lambda: used_settings(job, rows, saved), {}),
         prompt=told("prompt", lambda: _prompt_texts(job), {}), versions=told("versions", library_versions, {}),
         processes=told("processes", ranks.process_count, None))

@@ -116,16 +116,17 @@ _GONE = {
 # %% ../nbs/34b_training_fields.ipynb #e872ba94
 JOB_KEYS = {  # key -> its default
     "completion_only_loss": False, "max_length": None, "shared_prefix": "auto", "tokens_per_pass": None,
-    "group_rows_by_prefix": False}
+    "group_rows_by_prefix": False,
+    "early_stopping_patience": None, "early_stopping_threshold": 0.0, "exact_match_rows": None,
+    "max_seconds": None}
 
 # %% ../nbs/34b_training_fields.ipynb #30edc236
 NOT_FOR_TRL = {*JOB_KEYS, *choosing.DATA_KEYS}  # keys that TRL never sees
 
 # %% ../nbs/34b_training_fields.ipynb #6e71461b
 KNOWN_FIELDS = {
+    **decide("used", "", "warmup_ratio", "group_by_length", *JOB_KEYS, *choosing.DATA_KEYS, *RENAMED),
     **TRAINING_FIELDS, **_GONE,
-    **decide("used", "", "warmup_ratio", "group_by_length", "shared_prefix", "tokens_per_pass",
-             "group_rows_by_prefix", *choosing.DATA_KEYS, *RENAMED),
 }  # all that training arguments may hold
 
 # %% ../nbs/34b_training_fields.ipynb #fb60db1d
@@ -172,7 +173,7 @@ def _name_rules() -> dict:  # key -> `ValueRule`
     from transformers.trainer_utils import SchedulerType
     from transformers.training_args import OptimizerNames
     from transformers.utils.logging import log_levels
-    level, measured = one_of(*log_levels, "passive"), one_of("loss", "entropy", "mean_token_accuracy")
+    level, measured = one_of(*log_levels, "passive"), one_of("loss", "exact_match", "entropy", "mean_token_accuracy")
     return {
         "optim": one_of(*[o.value for o in OptimizerNames]),
         "lr_scheduler_type": one_of(*[o.value for o in SchedulerType]),
@@ -183,14 +184,24 @@ def _name_rules() -> dict:  # key -> `ValueRule`
         "debug": one_of("", "underflow_overflow"),
         "metric_for_best_model": ValueRule(measured.words, lambda v: not measured.wrong(v.removeprefix("eval_")))}
 
+# %% ../nbs/34b_training_fields.ipynb #6d520de6
+def _or_none(
+    rule: Number,  # of a number
+) -> ValueRule:
+    "A rule for a number that needn't be there."
+    return ValueRule(rule.words, lambda value: value is None or not rule.wrong(value))
+
 # %% ../nbs/34b_training_fields.ipynb #b3a0204a
 def _value_rules() -> dict:  # key -> `ValueRule` or `Number`
     "What values training arguments may have, beside their types."
     rules = {name: rule for rule, names in _NUMBERS.items() for name in names.split()}
-    length = Number(whole=True, least=2)
-    rules["max_length"] = ValueRule(length.words, lambda v: v is None or not length.wrong(v))
+    rules["max_length"] = _or_none(Number(whole=True, least=2))
     rules["shared_prefix"] = ValueRule("auto, true or false", lambda v: v in (True, False, "auto"))
     rules["group_rows_by_prefix"] = ValueRule("true or false", lambda v: isinstance(v, bool))
+    rules["early_stopping_patience"] = _or_none(Number(whole=True, least=1))
+    rules["early_stopping_threshold"] = Number(least=0)
+    rules["exact_match_rows"] = _or_none(Number(whole=True, least=0))
+    rules["max_seconds"] = _or_none(Number(above=0))
     return rules | _name_rules()
 
 # %% ../nbs/34b_training_fields.ipynb #cbbf9750
