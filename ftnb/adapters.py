@@ -11,6 +11,7 @@ __all__ = ['get_model_parameters', 'vocabulary_problems', 'without_peft_warnings
 # %% ../nbs/23_adapters.ipynb #66941386
 import contextlib
 import os
+from itertools import chain
 
 import ftnb.models as models
 import ftnb.targets as targets
@@ -46,9 +47,11 @@ def vocabulary_problems(
     rows: list = (),  # token ids of each row
 ) -> list:  # a sentence, or nothing
     "Whether every token that a run uses has an embedding."
-    top = max([tokenizer.eos_token_id or 0, tokenizer.pad_token_id or 0, *map(max, rows)])
+    ends = [tokenizer.eos_token_id or 0, tokenizer.pad_token_id or 0]
+    top = max([*ends, *map(max, rows)])
     if top < vocab_size: return []
-    return [f"the token {tokenizer.convert_ids_to_tokens(top)!r} has the id {top}, and the model only {vocab_size} embeddings: "
+    token = tokenizer.convert_ids_to_tokens(top)
+    return [f"the token {token!r} has the id {top}, and the model only {vocab_size} embeddings: "
             "tokenizer and model don't belong together"]
 
 # %% ../nbs/23_adapters.ipynb #6d6204c4
@@ -58,7 +61,8 @@ def _full_settings(
 ) -> dict:  # for PEFT's LoraConfig
     "LoRA settings with what they leave open, and without what has no effect here."
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as choices
-    full = {k: v for k, v in lora.items() if LORA_RULES[k].kind == "used"} | {"task_type": "CAUSAL_LM"}
+    full = {key: value for key, value in lora.items() if LORA_RULES[key].kind == "used"}
+    full["task_type"] = "CAUSAL_LM"
     if full.get("target_modules") or full.get("target_parameters"): return full
     full["target_modules"] = choices.get(kind, "all-linear")
     if "mamba" in kind or kind == "falcon_h1": full.setdefault("exclude_modules", ["out_proj", "conv1d"])
@@ -69,9 +73,9 @@ def _full_settings(
 def without_peft_warnings():
     "Within this, PEFT doesn't warn of names in the settings that mean no layer."
     import warnings
+    names = ("no module was matched", "no parameter was matched", "no modules were excluded", "did not match any targeted module")
     with warnings.catch_warnings():
-        for words in (".*no module was matched", ".*no parameter was matched", ".*no modules were excluded", ".*did not match any targeted module"):
-            warnings.filterwarnings("ignore", message=words)
+        for words in names: warnings.filterwarnings("ignore", message=f".*{words}")
         yield
 
 # %% ../nbs/23_adapters.ipynb #a3e53b55
@@ -110,13 +114,13 @@ def _start_problems(
 ) -> list:  # of `Problem`
     "Whether each layer can begin as the settings say."
     layers = {n: m for n, m in model.base_model.model.named_modules() if "default" in getattr(m, "lora_A", {})}
+    def said(why, names): return [Problem("init_lora_weights", f"init_lora_weights is {start!r}, and {why} (as {min(names)}); leave it out")]
     turned = [n for n, m in layers.items() if getattr(m, "fan_in_fan_out", False)]
-    what, names = "PEFT can't begin so in layers that hold their matrix turned", turned if start == "olora" else []
-    if not names and (moves_base(start) or start == "mica"):
-        what = "a layer's rank is above the shorter side of its matrix"
-        names = [n for n, m in layers.items() if m.r["default"] > min(m.in_features, m.out_features)]
-    if not names: return []
-    return [Problem("init_lora_weights", f"init_lora_weights is {start!r}, and {what} (as {min(names)}); leave it out")]
+    if start == "olora" and turned: return said("PEFT can't begin so in layers that hold their matrix turned", turned)
+    if not (moves_base(start) or start == "mica"): return []
+    narrow = [n for n, m in layers.items() if m.r["default"] > min(m.in_features, m.out_features)]
+    if narrow: return said("a layer's rank is above the shorter side of its matrix", narrow)
+    return []
 
 # %% ../nbs/23_adapters.ipynb #39458355
 def _head_problems(
@@ -138,10 +142,11 @@ def _token_problems(
     "Whether the embedding has the tokens that are to be trained by themselves."
     asked, most = lora.get("trainable_token_indices"), config.get_text_config().vocab_size
     lists = asked.values() if isinstance(asked, dict) else [asked or []]
-    wrong = [i for ids in lists for i in ids if not (isinstance(i, int) and 0 <= i < most)]
-    if not wrong: return []
-    return [Problem("trainable_token_indices",
-                    f"trainable_token_indices has {wrong[0]!r}: this base has the tokens 0 to {most - 1:,}")]
+    for index in chain.from_iterable(lists):
+        known = isinstance(index, int) and 0 <= index < most
+        if known: continue
+        return [Problem("trainable_token_indices", f"trainable_token_indices has {index!r}: this base has the tokens 0 to {most - 1:,}")]
+    return []
 
 # %% ../nbs/23_adapters.ipynb #05f1759c
 def target_problems(
@@ -154,10 +159,12 @@ def target_problems(
     try:
         model = models.shape_model(config)
         names = [name for name, _ in model.named_modules()]
-        if slow := targets.slow_pattern(targets.name_patterns(lora), names): return [Problem("target_modules", slow)]
+        slow = targets.slow_pattern(targets.name_patterns(lora), names)
+        if slow: return [Problem("target_modules", slow)]
         try:
             with models.on_meta(): tried = apply_lora(model, lora)
-            return _head_problems(tried) + _start_problems(tried, lora.get("init_lora_weights", True))
+            start = lora.get("init_lora_weights", True)
+            return _head_problems(tried) + _start_problems(tried, start)
         except (ValueError, TypeError, AttributeError, re.error) as e: return [Problem("target_modules", str(e))]
     except (NotImplementedError, RuntimeError): return []  # needs weights, which aren't there yet
 
@@ -209,33 +216,34 @@ def _trained_apart(
 ) -> bool:
     "Whether embedding and output layer are one matrix, and one of them is trained apart from the other."
     def changed(layer): return type(layer).__name__ == "ModulesToSaveWrapper" or hasattr(layer, "lora_A")
-    text, whole = model.config.get_text_config(), model.config
-    tied = getattr(text, "tie_word_embeddings", getattr(whole, "tie_word_embeddings", False))  # Qwen2.5-VL's text part doesn't say
-    apart = changed(model.get_input_embeddings()) or changed(model.get_output_embeddings())
-    return bool(tied and apart and not lora.get("ensure_weight_tying"))
+    if lora.get("ensure_weight_tying"): return False
+    whole = getattr(model.config, "tie_word_embeddings", False)
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", whole)  # Qwen2.5-VL's text part doesn't say
+    return bool(tied) and (changed(model.get_input_embeddings()) or changed(model.get_output_embeddings()))
 
 # %% ../nbs/23_adapters.ipynb #875d89ad
+_APART = Problem("ensure_weight_tying", "lora_config: embedding and output layer of this base are one matrix, and one of them is trained "
+                 "apart from the other: they will differ, and a merged model needs tie_word_embeddings false; ensure_weight_tying trains "
+                 "both as one")
+
+# %% ../nbs/23_adapters.ipynb #6cfc20ac
 def plan_warnings(
     model,  # a `PeftModel`, with weights or without
     lora: dict,  # LoRA settings
     architectures: list | None = None,  # of the base's config.json: classes that it is served as
 ) -> list:  # of `Problem`
     "What will be trained and saved, and surprises whoever loads or merges it."
-    inner, found = model.base_model.model, []
-    if _trained_apart(inner, lora):
-        text = ("lora_config: embedding and output layer of this base are one matrix, and one of them is trained apart "
-                "from the other: they will differ, and a merged model needs tie_word_embeddings false; "
-                "ensure_weight_tying trains both as one")
-        found.append(Problem("ensure_weight_tying", text))
-    if architectures and type(inner).__name__ not in architectures:
-        text = (f"the adapter's layers are named as in {type(inner).__name__}, and the base is a {architectures[0]}: "
-                "vLLM won't find them there; to serve it, merge the adapter into the model that was trained")
-        found.append(Problem("base_model_id", text))
-    if door := opened_by(inner):
-        text = (f"a {inner.config.model_type} isn't opened by AutoModelForCausalLM, so neither the Studio nor PEFT's "
-                f"AutoPeftModelForCausalLM opens the adapter: load the base by {door}, and the adapter by PeftModel; "
-                "its README.md says how")
-        found.append(Problem("base_model_id", text))
+    inner = model.base_model.model
+    kind, door = type(inner).__name__, opened_by(inner)
+    found = [_APART] if _trained_apart(inner, lora) else []
+    def surprise(text): found.append(Problem("base_model_id", text))
+    if architectures and kind not in architectures:
+        surprise(f"the adapter's layers are named as in {kind}, and the base is a {architectures[0]}: vLLM won't find them "
+                 "there; to serve it, merge the adapter into the model that was trained")
+    if door:
+        surprise(f"a {inner.config.model_type} isn't opened by AutoModelForCausalLM, so neither the Studio nor PEFT's "
+                 f"AutoPeftModelForCausalLM opens the adapter: load the base by {door}, and the adapter by PeftModel; "
+                 "its README.md says how")
     return found + _unmatched_names(inner, lora)
 
 # %% ../nbs/23_adapters.ipynb #5ff43499
@@ -277,15 +285,16 @@ def plain_settings(
     doubled: bool = False,  # the matrices are `plain_matrices`
 ) -> dict:  # for adapter_config.json
     "Ranks and alphas as every version of PEFT reads them."
-    by = (2, 2**0.5 if config["use_rslora"] else 2) if doubled else (1, 1)
-    def scaled(r, alpha): return r * by[0], alpha * by[1]
-    new = config | dict(zip(("r", "lora_alpha"), scaled(config["r"], config["lora_alpha"])))
+    more_rank = 2 if doubled else 1
+    more_alpha = (2**0.5 if config["use_rslora"] else 2) if doubled else 1
+    new = config | {"r": config["r"] * more_rank, "lora_alpha": config["lora_alpha"] * more_alpha}
     if not (config["rank_pattern"] or config["alpha_pattern"]): return new
-    found = explicit_patterns({n: scaled(*both) for n, both in layers.items()}, new["r"], new["lora_alpha"])
-    if found is None:
-        keys = zip(("rank_pattern", "alpha_pattern"), by)
-        found = tuple({k: v * times for k, v in (config[key] or {}).items()} for key, times in keys)
-    return new | dict(zip(("rank_pattern", "alpha_pattern"), found))
+    scaled = {name: (r * more_rank, alpha * more_alpha) for name, (r, alpha) in layers.items()}
+    found = explicit_patterns(scaled, new["r"], new["lora_alpha"])
+    if found is not None: return new | dict(zip(("rank_pattern", "alpha_pattern"), found))
+    ranks, alphas = config["rank_pattern"] or {}, config["alpha_pattern"] or {}
+    return new | {"rank_pattern": {name: r * more_rank for name, r in ranks.items()},
+                  "alpha_pattern": {name: alpha * more_alpha for name, alpha in alphas.items()}}
 
 # %% ../nbs/23_adapters.ipynb #ddb80300
 def _write_plain(
@@ -405,8 +414,9 @@ def as_loaded(
     model = extract_model_from_parallel(model, keep_fp32_wrapper=False)
     dtypes = getattr(model, "loaded_dtypes", {})
     for name, p in model.named_parameters():
-        right, sharded = _loaded_dtype(name, p, dtypes), hasattr(p, "full_tensor")  # FSDP has a policy of its own
-        if p.dtype != right and not sharded: p.data = p.data.to(right)
+        if hasattr(p, "full_tensor"): continue  # sharded: FSDP has a policy of its own
+        right = _loaded_dtype(name, p, dtypes)
+        if p.dtype != right: p.data = p.data.to(right)
     return model
 
 # %% ../nbs/23_adapters.ipynb #ab9328dd
@@ -453,8 +463,10 @@ def prove_adapter(
 ) -> float:  # largest difference of a logit
     "Load an adapter onto a fresh base and compare; raises where it isn't the model that was trained."
     got = probe_logits(_load_back(folder, source, precision, token), ids)
-    difference = (got - expected).abs().max().item() if got.shape == expected.shape else float("inf")
-    limit = (1e-4 if precision.dtype == "float32" else 2e-2) * max(1.0, expected.abs().max().item())
+    difference = float("inf")
+    if got.shape == expected.shape: difference = (got - expected).abs().max().item()
+    share = 1e-4 if precision.dtype == "float32" else 2e-2
+    limit = share * max(1.0, expected.abs().max().item())
     if difference <= limit: return difference  # a NaN isn't
     raise NotProven(f"the saved adapter, loaded onto {source}, gives logits that differ by {difference:.3g} "
                     f"from the trained model's (limit {limit:.3g})")
@@ -523,8 +535,11 @@ def clear_leftovers(
     import re, shutil
     out = os.path.realpath(out_dir)
     beside, name = os.path.split(out)
-    for o in sorted(os.listdir(beside), reverse=True) if os.path.isdir(beside) else ():  # `.old` comes first
-        if not re.fullmatch(rf"\.{re.escape(name)}\.\w{{8}}(\.old)?", o) or os.path.islink(path := os.path.join(beside, o)): continue
-        if not o.endswith(".old"): shutil.rmtree(path)
+    if not os.path.isdir(beside): return
+    left = re.compile(rf"\.{re.escape(name)}\.\w{{8}}(\.old)?")
+    for found in sorted(filter(left.fullmatch, os.listdir(beside)), reverse=True):  # `.old` comes first
+        path = os.path.join(beside, found)
+        if os.path.islink(path): continue
+        if not found.endswith(".old"): shutil.rmtree(path)
         elif os.path.lexists(out): _take_over(path, out)
         else: os.rename(path, out)
