@@ -90,7 +90,7 @@ def test_the_first_tutorial(notebook, keep):
     shown = notebook.output("preview(rows.train")
     assert "tokens carry loss" in shown.inner_text()
     keep("preview.png", png(part(notebook, shown, shown, above=0)))
-    compared = notebook.output("compare(base").inner_text()
+    compared = notebook.output("run.compare()").inner_text()
     assert all(word in compared for word in ("perplexity", "base", "adapter"))
     outputs_without_errors(notebook)
     left_alone(notebook, "finished")

@@ -31,6 +31,7 @@ import ftnb.studio as studio
 import ftnb.ui.additions as additions
 import ftnb.ui.chats as chats
 import ftnb.ui.draft as drafts
+import ftnb.ui.monitoring as monitoring
 from ..adapters import publish_folder
 from ..lora_settings import LORA_RULES
 
@@ -326,9 +327,12 @@ def answers(
     n: int = 3,  # at most
 ) -> list:  # of (asked, before, after), as text
     "Some answers that the adapter has changed."
-    def short(text, most): return " ".join(text.split())[:most]
-    changed = self.record.comparison.get("changed", [])[:n]
-    return [(" ".join(a["asked"].split())[-60:], short(a["base"], 40), short(a["adapter"], 40)) for a in changed]
+    found = []
+    for answer in self.record.comparison.get("changed", [])[:n]:
+        asked, *given = (" ".join(answer[key].split()) for key in ("asked", "base", "adapter"))
+        if len(asked) > 60: asked = "… " + asked[-60:].partition(" ")[2]
+        found.append((asked, *(text[:40] for text in given)))
+    return found
 
 # %% ../../nbs/ui/7_tuning.ipynb #7b345434
 @patch
@@ -383,6 +387,14 @@ def _complete(
     advised = chosen.training | LOGS
     bnb = given["bnb"] or {"load_in_4bit": False}
     return given | {"training": advised | given["training"], "lora": chosen.lora | given["lora"], "bnb": bnb}
+
+# %% ../../nbs/ui/7_tuning.ipynb #f39a2bae
+def _show_live(
+    args: jobargs.JobArgs,  # of a run that is about to begin
+):
+    "Put a picture of the run below the cell; it moves as the run goes."
+    from IPython.display import display
+    display(monitoring.monitor(args.train_out_dir))
 
 # %% ../../nbs/ui/7_tuning.ipynb #117e83c7
 @dataclass(frozen=True)
@@ -444,6 +456,7 @@ def tune(
     name: str = "tuned",  # of the adapter: letters, digits and -
     db: "str | Path | None" = None,  # of a Studio: its records go there, and the adapter is registered
     bar: bool | None = None,  # a progress bar; default: where somebody is watching
+    watch: bool = False,  # a live picture of the run, in a notebook
     **settings,  # of data, job, LoRA, bitsandbytes or training, by name: validation="dev.csv", r=8, learning_rate=1e-3
 ) -> Run:  # shows what came of it
     "Train an adapter. The same call again goes on, or finds it done."
@@ -451,6 +464,8 @@ def tune(
     model = str(Path(model).expanduser().absolute()) if Path(model).expanduser().is_dir() else str(model)
     args, rows = _prepared(place, model, data, (prompt, completion), name, settings, config=config, split=split)
     args = replace(args, auto_add_adapter=db is not None)
+    if watch: _show_live(args)
+    bar = False if watch and bar is None else bar  # the picture says it
     env = {**os.environ, consts.STUDIO_DB: place.db}
     return Run(args, finetune.finetune(args, env, bar, rows), place.db)
 
