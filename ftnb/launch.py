@@ -59,9 +59,10 @@ def _rank_settings(
     processes: int,  # of this node
 ) -> dict:  # environment of its ranks
     "The interface that ranks talk over, and the threads that each may use; what the environment says already stays."
-    networks = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")[:1 + (at.nodes > 1)]  # on one machine NCCL knows best
-    settings = dict.fromkeys(networks, ranks.interface_to(at.address)) | {"OMP_NUM_THREADS": str(max(1, ranks.usable_cores() // processes))}
-    return {k: v for k, v in settings.items() if v and k not in os.environ}
+    interface, threads = ranks.interface_to(at.address), max(1, ranks.usable_cores() // processes)
+    settings = {"GLOO_SOCKET_IFNAME": interface, "OMP_NUM_THREADS": str(threads)}
+    if at.nodes > 1: settings["NCCL_SOCKET_IFNAME"] = interface  # on one machine NCCL knows best
+    return {name: value for name, value in settings.items() if value and name not in os.environ}
 
 # %% ../nbs/47_launch.ipynb #e9de4e78
 def _open_store(
@@ -71,7 +72,8 @@ def _open_store(
     "The key-value store of a run. The first node holds it, and its launcher uses the same."
     from datetime import timedelta
     from torch.distributed import TCPStore
-    return TCPStore(at.address, at.port, is_master=at.node == 0, timeout=timedelta(seconds=seconds), wait_for_workers=False, multi_tenant=True)
+    timeout = timedelta(seconds=seconds)
+    return TCPStore(at.address, at.port, is_master=at.node == 0, timeout=timeout, wait_for_workers=False, multi_tenant=True)
 
 # %% ../nbs/47_launch.ipynb #8a6d7925
 @dataclass(frozen=True)
@@ -105,16 +107,18 @@ def raise_failure(
     root = root_failure(failures)
     kind, _, said = root.error.partition(": ")
     if kind == "RunStopped": raise guards.RunStopped(said)
-    raise RuntimeError(f"rank {root.rank}{f' on node {root.node}' * (root.node != node)} failed, which ended the run: {root.error}"
-                       + f"\n{root.trace}" * (root.node != node and bool(root.trace)))
+    elsewhere = root.node != node
+    place = f" on node {root.node}" if elsewhere else ""
+    trace = f"\n{root.trace}" if elsewhere and root.trace else ""
+    raise RuntimeError(f"rank {root.rank}{place} failed, which ended the run: {root.error}{trace}")
 
 # %% ../nbs/47_launch.ipynb #c0d1c190
-def _told_by(
+def _raised_by(
     file: "str | Path",  # a rank's error file
 ) -> tuple:  # (error, trace, time)
     "What a rank raised."
-    with open(file, encoding="utf-8") as f: told = json.load(f)["message"]
-    return told["message"], told["extraInfo"]["py_callstack"], os.stat(file).st_mtime
+    with open(file, encoding="utf-8") as f: message = json.load(f)["message"]
+    return message["message"], message["extraInfo"]["py_callstack"], os.stat(file).st_mtime
 
 # %% ../nbs/47_launch.ipynb #bf050cdf
 def _rank_failures(
@@ -123,11 +127,13 @@ def _rank_failures(
 ) -> list:  # of `RankFailure`
     "How each rank of this node failed."
     found = []
-    for rank, f in error.failures.items():
-        if os.path.isfile(f.error_file): told = _told_by(f.error_file)
-        else: told = (f.message if f.exitcode < 0 else f"it ended with exit status {f.exitcode}, and its log says why", "", f.timestamp)
-        hint = " (memory may have run out)" if f.exitcode == -9 else ""
-        found.append(RankFailure(node, rank, told[0] + hint, *told[1:]))
+    for rank, failure in error.failures.items():
+        trace, when = "", failure.timestamp
+        if os.path.isfile(failure.error_file): words, trace, when = _raised_by(failure.error_file)
+        elif failure.exitcode < 0: words = failure.message
+        else: words = f"it ended with exit status {failure.exitcode}, and its log says why"
+        if failure.exitcode == -9: words += " (memory may have run out)"
+        found.append(RankFailure(node, rank, words, trace, when))
     return found
 
 # %% ../nbs/47_launch.ipynb #a6411fd7
@@ -135,10 +141,13 @@ def _rank_failures(
 def _listening(
     said: str,  # what is raised on SIGTERM
 ):
-    "Within this SIGTERM raises `RunStopped`, and afterwards every signal does what it did; in the main thread only, which alone may listen."
+    "Within this SIGTERM raises `RunStopped`; afterwards every signal does what it did."
     import signal, threading
-    if threading.current_thread() is not threading.main_thread(): yield; return
-    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)}  # those that torch's launcher takes, and keeps
+    if threading.current_thread() is not threading.main_thread():  # it alone may listen
+        yield
+        return
+    taken = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # by torch's launcher, which keeps them
+    before = {n: signal.getsignal(n) for n in taken}
     def stop(number, frame): raise guards.RunStopped(said)
     signal.signal(signal.SIGTERM, stop)
     try: yield
@@ -159,9 +168,9 @@ def _launch_config(
     from torch.distributed.launcher.api import LaunchConfig
     patience = {"shutdown_timeout": STOP_SECONDS} if "shutdown_timeout" in LaunchConfig.__dataclass_fields__ else {}
     host = f"[{at.address}]" if ":" in at.address else at.address
+    meeting = dict(rdzv_backend="static", rdzv_endpoint=f"{host}:{at.port}", rdzv_configs={"rank": at.node, "timeout": 300})
     return LaunchConfig(min_nodes=at.nodes, max_nodes=at.nodes, nproc_per_node=processes, run_id=at.run, max_restarts=0,
-                        rdzv_backend="static", rdzv_endpoint=f"{host}:{at.port}", rdzv_configs={"rank": at.node, "timeout": 300},
-                        logs_specs=DefaultLogsSpecs(folder), **patience)
+                        logs_specs=DefaultLogsSpecs(folder), **meeting, **patience)
 
 # %% ../nbs/47_launch.ipynb #41e6e392
 def _stopped_ranks(
@@ -172,8 +181,10 @@ def _stopped_ranks(
     "What the ranks of this node said when they were stopped."
     from pathlib import Path
     files = sorted(Path(folder).rglob("error.json"))
-    return [RankFailure(node, int(f.parent.name), *_told_by(f)) for f in files] or [
-        RankFailure(node, 0, f"RunStopped: stopped by {by}, and no rank had a word to say; run the job again with the same arguments: it goes on from its last checkpoint, where there is one", time=time.time())]
+    if files: return [RankFailure(node, int(f.parent.name), *_raised_by(f)) for f in files]
+    words = (f"RunStopped: stopped by {by}, and no rank had a word to say; run the job again with the same arguments: "
+             "it goes on from its last checkpoint, where there is one")
+    return [RankFailure(node, 0, words, time=time.time())]
 
 # %% ../nbs/47_launch.ipynb #77e407c2
 def run_ranks(
@@ -188,8 +199,10 @@ def run_ranks(
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
-    env = {"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT"} | _rank_settings(at, processes) | (env or {})
-    with tempfile.TemporaryDirectory(prefix="ftnb-ranks-") as folder, _listening("stopped by SIGTERM"), patch_environment(**env):
+    signals = {"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT"}
+    environment = patch_environment(**signals | _rank_settings(at, processes) | (env or {}))
+    folders = tempfile.TemporaryDirectory(prefix="ftnb-ranks-")
+    with folders as folder, _listening("stopped by SIGTERM"), environment:
         try: elastic_launch(_launch_config(at, processes, folder), sys.executable)("-u", *command)
         except ChildFailedError as e: return _rank_failures(e, at.node)
         except SignalException as e: return _stopped_ranks(folder, at.node, e.sigval.name)
@@ -201,7 +214,8 @@ def workers_api():  # a module, or what stands for it; None where this isn't Clo
     from importlib import import_module
     for name in ("cml.workers_v1", "cdsw"):
         with contextlib.suppress(ImportError): return import_module(name)
-    if python := os.environ.get(consts.RUNTIME_PYTHON): return _RuntimeWorkers(python, os.environ.get(consts.RUNTIME_PATH, ""))
+    python = os.environ.get(consts.RUNTIME_PYTHON)
+    return _RuntimeWorkers(python, os.environ.get(consts.RUNTIME_PATH, "")) if python else None
 
 # %% ../nbs/47_launch.ipynb #74477b33
 _ASK_WORKERS = """import sys
@@ -234,8 +248,9 @@ class _RuntimeWorkers:
     def stop_workers(self, *ids): return self._ask("stop_workers", *ids)
 
 # %% ../nbs/47_launch.ipynb #c99ee876
-NODE_RANK, MASTER_IP, MASTER_PORT = "CML_FTS_JOB_NODE_RANK", "CML_FTS_JOB_MASTER_IP", "MASTER_PORT"  # what a worker is told by its environment
-JOIN_SECONDS, JOIN_SECONDS_NAME = 1800.0, "FTNB_JOIN_SECONDS"  # that a node has to come, and the environment variable that says otherwise
+NODE_RANK, MASTER_IP, MASTER_PORT = "CML_FTS_JOB_NODE_RANK", "CML_FTS_JOB_MASTER_IP", "MASTER_PORT"  # in a worker's environment
+JOIN_SECONDS = 1800.0  # that a node has to come
+JOIN_SECONDS_NAME = "FTNB_JOIN_SECONDS"  # in the environment: another number
 
 # %% ../nbs/47_launch.ipynb #ca2150b0
 def _rank_env(
@@ -243,7 +258,9 @@ def _rank_env(
 ) -> dict:  # environment, by which ranks and nodes are told of the job
     "The job's arguments; the token in a variable of its own, as nowhere else."
     token = args.hf_token.reveal() if args.hf_token else os.environ.get(consts.HF_TOKEN)
-    return {consts.JOB_ARGUMENTS: jobargs.format_job_arguments(args)} | ({consts.HF_TOKEN: token} if token else {})
+    env = {consts.JOB_ARGUMENTS: jobargs.format_job_arguments(args)}
+    if token: env[consts.HF_TOKEN] = token
+    return env
 
 # %% ../nbs/47_launch.ipynb #53654475
 def _worker_env(
@@ -253,15 +270,16 @@ def _worker_env(
 ) -> dict:  # environment
     "All that a worker is told. What this job alone was told of the hub and the network goes along."
     own = {k: v for k, v in os.environ.items() if k.startswith(("HF_", "NCCL_", "GLOO_", "FTNB_"))}
-    return own | _rank_env(args) | {consts.STUDIO_DB: studio.studio_url(), NODE_RANK: str(node), MASTER_IP: at.address, MASTER_PORT: str(at.port)}
+    place = {NODE_RANK: str(node), MASTER_IP: at.address, MASTER_PORT: str(at.port)}
+    return own | _rank_env(args) | {consts.STUDIO_DB: studio.studio_url()} | place
 
 # %% ../nbs/47_launch.ipynb #63cbf0ee
 def worker_code() -> str:  # Python, without secrets
     "What a worker runs."
-    if script := os.environ.get(consts.JOB_SCRIPT):
-        return f"import os; os.chdir({os.getcwd()!r}); exec(compile(open({script!r}, encoding='utf-8').read(), {script!r}, 'exec'))"
+    begin, script = f"import os, sys; os.chdir({os.getcwd()!r}); ", os.environ.get(consts.JOB_SCRIPT)
+    if script: return f"{begin}exec(compile(open({script!r}, encoding='utf-8').read(), {script!r}, 'exec'))"
     home = os.path.dirname(package.package_folder())
-    return f"import os, sys; os.chdir({os.getcwd()!r}); sys.path.insert(0, {home!r}); import ftnb.finetune; ftnb.finetune.run_command()"
+    return f"{begin}sys.path.insert(0, {home!r}); import ftnb.finetune; ftnb.finetune.run_command()"
 
 # %% ../nbs/47_launch.ipynb #5f832fb3
 def node_resources(
@@ -284,12 +302,13 @@ def start_worker(
     node: int,  # 1 or more
 ) -> str:  # the worker's id
     "Start a node."
+    failed = f"node {node} of {at.nodes} can't be started"
     try: answer = api.launch_workers(n=1, code=worker_code(), env=_worker_env(args, at, node), **node_resources(args))
-    except Exception as e: raise RuntimeError(f"node {node} of {at.nodes} can't be started: {type(e).__name__}: {e}") from None
+    except Exception as e: raise RuntimeError(f"{failed}: {type(e).__name__}: {e}") from None
     found = answer[0] if isinstance(answer, (list, tuple)) and answer else answer
     if isinstance(found, dict) and found.get("id"): return found["id"]
     said = found.get("message") or found.get("error") if isinstance(found, dict) else found
-    raise RuntimeError(f"node {node} of {at.nodes} can't be started; Cloudera's workers API says: {printable(str(said))}")
+    raise RuntimeError(f"{failed}; Cloudera's workers API says: {printable(str(said))}")
 
 # %% ../nbs/47_launch.ipynb #a5a2c1ba
 def worker_statuses(
@@ -313,6 +332,18 @@ def _describe_worker(
     "A node, as its reader finds it on Cloudera ML."
     return f"node {node} (worker {workers[node]}, {statuses.get(node, 'of unknown status')})"
 
+# %% ../nbs/47_launch.ipynb #84d5b1f0
+def _missing_nodes(
+    missing: list,  # nodes that haven't come
+    workers: dict,  # node -> the worker's id
+    statuses: dict,  # node -> status
+) -> str:  # the nodes, for a message
+    "Nodes that may still come; raises where one won't."
+    for node in missing:
+        if statuses.get(node) not in _DEAD | {"succeeded"}: continue
+        raise RuntimeError(f"{_describe_worker(node, workers, statuses)} ended before it joined the run; its log says why")
+    return ", ".join(_describe_worker(node, workers, statuses) for node in missing)
+
 # %% ../nbs/47_launch.ipynb #25be928b
 def await_nodes(
     store,  # from `_open_store`
@@ -329,12 +360,11 @@ def await_nodes(
             print(f"node {node} has come: {store.get(f'here/{node}').decode()}", flush=True)
             missing.discard(node)
         if not missing: return
-        statuses = worker_statuses(api, workers)
-        for node in sorted(missing):
-            if statuses.get(node) in _DEAD | {"succeeded"}: raise RuntimeError(f"{_describe_worker(node, workers, statuses)} ended before it joined the run; its log says why")
+        named = _missing_nodes(sorted(missing), workers, worker_statuses(api, workers))
         if time.monotonic() > limit:
-            raise RuntimeError(f"{', '.join(_describe_worker(n, workers, statuses) for n in sorted(missing))} didn't join the run within {seconds:g} seconds: no machine is free,"
-                               f" or {at.address}:{at.port} isn't reached from there. {JOIN_SECONDS_NAME} in the environment gives more time")
+            raise RuntimeError(f"{named} didn't join the run within {seconds:g} seconds: no machine is free, or "
+                               f"{at.address}:{at.port} isn't reached from there. "
+                               f"{JOIN_SECONDS_NAME} in the environment gives more time")
         _pause(store, [f"here/{n}" for n in missing], min(look, seconds))
 
 # %% ../nbs/47_launch.ipynb #3f44606b
@@ -373,9 +403,9 @@ def watched(
         while not over.wait(look):
             statuses = worker_statuses(api, workers)
             dead = {n for n, s in statuses.items() if s in _DEAD}
-            if dead & suspects:
-                lost.extend(f"{_describe_worker(n, workers, statuses)} was lost during the run; its log says why" for n in sorted(dead & suspects))
-                return _end_ranks(run)
+            for node in sorted(dead & suspects):
+                lost.append(f"{_describe_worker(node, workers, statuses)} was lost during the run; its log says why")
+            if lost: return _end_ranks(run)
             suspects = dead
     (thread := Thread(target=watch, daemon=True)).start()
     try: yield lost
@@ -407,13 +437,15 @@ def started_workers(
     args: jobargs.JobArgs,  # of the job
     at: Rendezvous,  # of the run
 ):
-    "Within this there are workers, one for each further node; none is left afterwards, whatever happens. Gives node -> the worker's id."
+    "Within this there is a worker for each further node, and none afterwards; gives node -> the worker's id."
     workers, patience = {}, 0.0
     try:
         for node in range(1, at.nodes): workers[node] = start_worker(api, args, at, node)
         yield workers
         patience = 60.0
-    except guards.RunStopped: patience = 60.0; raise  # they end by themselves
+    except guards.RunStopped:
+        patience = 60.0  # they end by themselves
+        raise
     finally:
         if workers: end_workers(api, workers, patience)
 
@@ -426,10 +458,13 @@ def _further_node(
     "What a worker does."
     import socket
     try: store = _open_store(at, seconds)
-    except Exception as e: raise RuntimeError(f"node {at.node} can't reach the first node at {at.address}:{at.port}: {type(e).__name__}: {e}") from None
+    except Exception as e:
+        place = f"{at.address}:{at.port}"
+        raise RuntimeError(f"node {at.node} can't reach the first node at {place}: {type(e).__name__}: {e}") from None
     store.set(f"here/{at.node}", socket.gethostname())
     failures = run_ranks(_job_command(), at, processes_per_node(), _rank_env(args))
-    with contextlib.suppress(Exception): store.set(f"ended/{at.node}", json.dumps([asdict(f) for f in failures]))  # where the first node is there to hear it
+    with contextlib.suppress(Exception):  # the first node may be gone
+        store.set(f"ended/{at.node}", json.dumps([asdict(f) for f in failures]))
     raise_failure(failures, at.node)
 
 # %% ../nbs/47_launch.ipynb #9d96d47f
@@ -446,13 +481,28 @@ def all_failures(
 ) -> list:  # with those of other nodes
     "What other nodes say of their ranks, where those of the first node failed because of them."
     if not failures or not root_failure(failures).echo: return failures
-    limit, told = time.monotonic() + seconds, []
-    while time.monotonic() < limit and not [f for f in told if not f.echo]:
-        there = [n for n in workers if store.check([f"ended/{n}"])]
-        told = [RankFailure(**o) for n in there for o in json.loads(store.get(f"ended/{n}"))]
-        if len(there) == len(workers): break
+    limit, others = time.monotonic() + seconds, []
+    while time.monotonic() < limit and all(failure.echo for failure in others):
+        ended = [node for node in workers if store.check([f"ended/{node}"])]
+        words = [json.loads(store.get(f"ended/{node}")) for node in ended]
+        others = [RankFailure(**failure) for failure in sum(words, [])]
+        if len(ended) == len(workers): break
         time.sleep(0.2)
-    return failures + told
+    return failures + others
+
+# %% ../nbs/47_launch.ipynb #6a0f3d82
+def _raise_silent(
+    failures: list,  # of `RankFailure`, which only tell that another is gone
+    lost: list,  # from `watched`
+    workers: dict,  # node -> the worker's id
+    statuses: dict,  # node -> status
+):
+    "Raise what is known of nodes that left no word; do nothing where all have."
+    first = failures[0]
+    for node in [] if lost else sorted(set(workers) - {failure.node for failure in failures}):
+        worker = _describe_worker(node, workers, statuses)
+        lost = [*lost, f"{worker} was lost during the run; rank {first.rank} says: {first.error}"]
+    if lost: raise RuntimeError("\n".join(lost))
 
 # %% ../nbs/47_launch.ipynb #68ca71cb
 def raise_end(
@@ -469,10 +519,7 @@ def raise_end(
         return
     if lost: failures = [RankFailure(0, 0, "another process is gone")]
     failures = all_failures(failures, store, workers, seconds)
-    if failures and root_failure(failures).echo:
-        statuses, silent = worker_statuses(api, workers), set(workers) - {f.node for f in failures}
-        lost = lost or [f"{_describe_worker(n, workers, statuses)} was lost during the run; rank {failures[0].rank} says: {failures[0].error}" for n in sorted(silent)]
-        if lost: raise RuntimeError("\n".join(lost))
+    if root_failure(failures).echo: _raise_silent(failures, lost, workers, worker_statuses(api, workers))
     raise_failure(failures)
 
 # %% ../nbs/47_launch.ipynb #7e017109
@@ -482,32 +529,38 @@ def _first_node(
     seconds: float,  # that other nodes have to come
 ):
     "What the first of several nodes does."
-    at = Rendezvous(os.environ["CDSW_IP_ADDRESS"], 0, args.dist_num, 0, args.experimentid)
+    address = os.environ.get("CDSW_IP_ADDRESS")
+    if not address: raise ValueError("CDSW_IP_ADDRESS isn't set, which Cloudera ML gives a job: other nodes are told to meet there")
+    at = Rendezvous(address, 0, args.dist_num, 0, args.experimentid)
     store = _open_store(at)
     at = replace(at, port=store.port)
     with started_workers(api, args, at) as workers:
-        print(f"{at.nodes} nodes, this is the first; waiting for worker{'s' * (len(workers) > 1)} {', '.join(workers.values())}", flush=True)
+        named = f"worker{'s' * (len(workers) > 1)} {', '.join(workers.values())}"
+        print(f"{at.nodes} nodes, this is the first; waiting for {named}", flush=True)
         await_nodes(store, at, api, workers, seconds)
-        with watched(api, workers, at.run) as lost: failures = run_ranks(_job_command(), at, processes_per_node(), _rank_env(args))
+        with watched(api, workers, at.run) as lost:
+            failures = run_ranks(_job_command(), at, processes_per_node(), _rank_env(args))
         raise_end(failures, lost, store, workers, api, 2 if lost else 20)
 
 # %% ../nbs/47_launch.ipynb #fb1562d8
 def launch(
     args: jobargs.JobArgs,  # of the job
-    join_seconds: float | None = None,  # that other nodes have to come; default: FTNB_JOIN_SECONDS in the environment, else half an hour
+    join_seconds: float | None = None,  # that other nodes have to come; default: FTNB_JOIN_SECONDS, else half an hour
 ):
-    "Run a job in as many processes as it has devices, on as many nodes as `--dist_num` says; return or raise as a single process would."
-    seconds, node = join_seconds or float(os.environ.get(JOIN_SECONDS_NAME) or JOIN_SECONDS), int(os.environ.get(NODE_RANK) or 0)
+    "Run a job in as many processes and on as many nodes as it asks for; return or raise as a single process would."
+    seconds = join_seconds or float(os.environ.get(JOIN_SECONDS_NAME) or JOIN_SECONDS)
+    node = int(os.environ.get(NODE_RANK) or 0)
     with _listening("stopped by SIGTERM before the run began; nothing was trained"):
         if node:
-            at = Rendezvous(os.environ[MASTER_IP], int(os.environ.get(MASTER_PORT) or 29500), args.dist_num, node, args.experimentid)
+            port = int(os.environ.get(MASTER_PORT) or 29500)
+            at = Rendezvous(os.environ[MASTER_IP], port, args.dist_num, node, args.experimentid)
             return _further_node(args, at, seconds)
         if args.dist_num > 1:
             raise_problems(preflight.processes_problems(args, None))
-            if not os.environ.get("CDSW_IP_ADDRESS"): raise ValueError("CDSW_IP_ADDRESS isn't set, which Cloudera ML gives a job: other nodes are told to meet there")
             return _first_node(args, workers_api(), seconds)
-        store = _open_store(Rendezvous())
-        raise_failure(run_ranks(_job_command(), Rendezvous(port=store.port, run=args.experimentid), processes_per_node(), _rank_env(args)))
+        store = _open_store(Rendezvous())  # kept open, so that nobody else gets its port
+        at = Rendezvous(port=store.port, run=args.experimentid)
+        raise_failure(run_ranks(_job_command(), at, processes_per_node(), _rank_env(args)))
 
 # %% ../nbs/47_launch.ipynb #5a421c02
 def run_without_token(

@@ -94,7 +94,7 @@ def template(server, script="ftnb/finetune.py"):
 
 
 def near(server, **more):
-    return cml.workspace_from_env(server.env, **dict(timeout=0.5, tries=3, pause=0.01) | more)
+    return cml.workspace_from_env(server.env, **dict(timeout=1.0, tries=3, pause=0.01) | more)
 
 
 class Sending:
@@ -213,10 +213,10 @@ def client(request):
 def test_sent_whole_or_not_at_all(sending, client, call, kind, times):
     with StandIn(key=KEY) as server:
         template(server)
-        server.fail(call, *[kind] * times, seconds=0.8)
+        server.fail(call, *[kind] * times, seconds=1.8)
         job, error, printed = sending.send(server)
         if kind == "late":
-            time.sleep(0.5)  # what was kept back comes
+            time.sleep(1.2)  # what was kept back comes
         assert sending.whole(server, job)
         assert bool(job) != bool(error)
         assert KEY not in printed + repr(job) and not shows_key(error)

@@ -48,6 +48,15 @@ TRAINING = {
     "report_to": "none",
 }
 STEPS, STOP_AFTER = 60, 12  # of a run; of a run that is stopped, at least
+HOOKS = """"Each kernel begins with this: while its project holds a file `slow`, a step takes a quarter of a second."
+import os, time
+import ftnb.checkpoints as checkpoints
+real = checkpoints.check_finite
+def check_finite(trainer, norm):
+    if os.path.exists("slow"): time.sleep(0.25)
+    return real(trainer, norm)
+checkpoints.check_finite = check_finite
+"""
 
 
 def wait_for(test, seconds=300):
@@ -105,7 +114,10 @@ class Gateway:
         }
         for path in own.values():
             os.makedirs(path)
-        passed = {**os.environ, **own, **engine_env(), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        (modules := folder / "modules").mkdir()
+        (modules / "sitecustomize.py").write_text(HOOKS)
+        search = os.pathsep.join([str(modules), *filter(None, [os.environ.get("PYTHONPATH")])])
+        passed = {**os.environ, **own, **engine_env(), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": search}
         for name in ("JOB_ARGUMENTS", "FINE_TUNING_STUDIO_SQLITE_DB"):
             passed.pop(name, None)
         env = passed | {
@@ -334,7 +346,8 @@ def nothing_of_it(project):
 
 
 def in_training(k, project):
-    "Send the job, and wait until it trains; returns the kernel's process id."
+    "Send the job, and wait until it trains, with time to disturb it; returns the kernel's process id."
+    (project.folder / "slow").touch()
     k.send()
     wait_for(lambda: any(o["step"] >= STOP_AFTER for o in metrics(project)))
     return k.pid
@@ -386,6 +399,7 @@ def undisturbed(gateway, make_project):
 
 def goes_on(k, project, undisturbed):
     "The same job, sent again, ends in the adapter of a run that nothing happens to, byte for byte."
+    (project.folder / "slow").unlink(missing_ok=True)
     reply = k.run()
     assert reply.ok, reply.error + reply.out
     assert f"going on from {project.train_out_dir}/checkpoint-" in reply.out
@@ -423,7 +437,7 @@ def test_wrong_arguments(gateway, project):
     with kernel(gateway, project, f"--base_modl_id 1 --hf_token {TOKEN}") as k:
         start, reply = time.monotonic(), k.run()
     assert not reply.ok and re.search("--base_modl_id is no key.*base_model_id", reply.error)
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 100
     assert not reply.out + reply.err
     assert (
         reply.traceback.strip().endswith(reply.content["evalue"].strip())

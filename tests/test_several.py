@@ -26,9 +26,10 @@ import ftnb.finetune
 import ftnb.jobargs
 import ftnb.manifest
 import ftnb.preflight
-import ftnb.progress
-import ftnb.tiny
 import ftnb.passes
+import ftnb.progress
+import ftnb.ranks
+import ftnb.tiny
 
 pytestmark = pytest.mark.slow
 
@@ -223,7 +224,7 @@ def command(place, argv, arguments, limit=300):
     return read_run(place, done.returncode, printed, time.monotonic() - began, in_session(done.pid))
 
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TORCHRUN = ftnb.ranks.local_command(2)
 
 
 def at_step(step, rank, act, after=0.0):
@@ -321,7 +322,7 @@ def resumed(place, right, first, then, step, shared):
     return found + differences(again, right[shared], then)
 
 
-def ends(place, rank, act, words, limit=20):
+def ends(place, rank, act, words, limit=120):
     "One process of two ends in its fifth step; so does the other, soon."
     place.renew()
     moment = place.folder / "moment"
@@ -340,10 +341,12 @@ def ends(place, rank, act, words, limit=20):
     return found + [f"{o!r} is not told:\n{done.printed[-4000:]}" for o in words if o not in done.printed]
 
 
-def refused(place, arguments, words, limit=60):
+def refused(place, arguments, words, limit=200):
     "A job that can't run, by torchrun: the first process says so, once."
     place.renew()
     done, found = command(place, [*TORCHRUN, str(SCRIPT)], arguments), []
+    if ftnb.ranks.missed_rendezvous(done.printed):  # which says nothing of the job
+        done = command(place, [*TORCHRUN, str(SCRIPT)], arguments)
     if not done.status:
         found.append("it ends well")
     if done.seconds > limit:
@@ -408,7 +411,7 @@ def wrong_job(place):
 def by_torchrun(place, right):
     "The real launcher by path is sent SIGTERM in training; one process goes on."
     place.renew()
-    env = {**os.environ, **environment(place, place.arguments(2))}
+    env = {**os.environ, **environment(place, place.arguments(2)), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300"}
     with open(place.folder / "log", "w") as log:
         launcher = subprocess.Popen(
             [*TORCHRUN, str(SCRIPT)],
@@ -418,7 +421,7 @@ def by_torchrun(place, right):
             stderr=log,
             start_new_session=True,
         )
-    metrics, limit = place.project.train_out_dir / "metrics.jsonl", time.monotonic() + 200
+    metrics, limit = place.project.train_out_dir / "metrics.jsonl", time.monotonic() + 600
     while (
         launcher.poll() is None
         and time.monotonic() < limit
