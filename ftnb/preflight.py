@@ -41,6 +41,7 @@ import ftnb.tokenizer_trial as tokenizer_trial
 import ftnb.tokens as tokens
 import ftnb.training_fields as training_fields
 from .fields import in_argument
+from .fingerprint import BaseFiles, base_fingerprint
 from .places import place_problems
 from .problems import Problem, printable, problems_of, raise_problems
 
@@ -68,7 +69,7 @@ class Preflight:
     engine: "Engine | None" = None  # of the Studio database
     records: studio.Records | None = None
     job: runrecord.Job | None = None
-    base: runrecord.BaseFiles | None = None  # tokenizer and settings of the base model
+    base: BaseFiles | None = None  # tokenizer and settings of the base model
     plan: estimate.ModelPlan | None = None  # the model to be trained, as shapes
     rows: job_rows.JobRows | None = None
     steps: estimate.StepPlan | None = None
@@ -472,7 +473,7 @@ def _check_adapter(
 def _check_base(
     log: _Log,
     model: studio.ModelRecord | None,  # row of models
-) -> runrecord.BaseFiles | None:
+) -> BaseFiles | None:
     "The base model's files, its tokenizer and its settings."
     if model is None: return None
     source, token = studio.model_source(model), log.args.token
@@ -483,11 +484,11 @@ def _check_base(
     if files is None: return None
     tokenizer, config, notes = files
     commit = getattr(config, "_commit_hash", None)
-    fingerprint = log.attempt("model", runrecord.base_fingerprint, source, commit)
+    fingerprint = log.attempt("model", base_fingerprint, source, commit)
     ends = log.attempt("model", models.own_ends, source, config, token)
     note = tokenizers.end_note(tokenizer, ends or [])
     log.add("warning", "model", *notes, *[note] * bool(note), where="base_model_id")
-    return runrecord.BaseFiles(tokenizer, config, fingerprint)
+    return BaseFiles(tokenizer, config, fingerprint)
 
 # %% ../nbs/46_preflight.ipynb #21b2974b
 def _check_sharing(
@@ -507,7 +508,7 @@ def _check_sharing(
 # %% ../nbs/46_preflight.ipynb #df2f9dfd
 def _check_plan(
     log: _Log,
-    base: runrecord.BaseFiles | None,
+    base: BaseFiles | None,
     lora: dict | None,  # LoRA settings that can be used
     precision: models.Precision | None,  # of the run
     settings: training_settings.TrainingSettings | None,  # of the run
@@ -533,7 +534,7 @@ def _as_job(
     template: prompts.PromptTemplate | None,
     precision: models.Precision | None,
     settings: training_settings.TrainingSettings | None,
-    base: runrecord.BaseFiles | None,
+    base: BaseFiles | None,
 ) -> runrecord.Job | None:
     "The job, where all of it is known."
     rows = (records.model, records.dataset, records.prompt)
@@ -549,7 +550,7 @@ def _read_rows(
     records: studio.Records,  # with what can be used
     template: prompts.PromptTemplate | None,
     job: runrecord.Job | None,
-    base: runrecord.BaseFiles | None,
+    base: BaseFiles | None,
 ) -> choosing.ChosenCorpus | None:  # None where rows can't be looked at further
     "Read the data, and try the tokenizer on texts of it."
     choice = log.attempt("rows", choosing.read_choice, records.training or {})
@@ -594,7 +595,7 @@ def _check_rows(
     records: studio.Records,  # with what can be used
     template: prompts.PromptTemplate | None,
     job: runrecord.Job | None,
-    base: runrecord.BaseFiles | None,
+    base: BaseFiles | None,
     keep: bool,  # the rows' tokens
 ) -> job_rows.JobRows | None:
     "The data set, its columns, the ledger, the tokens."
@@ -617,7 +618,7 @@ def _check_tokens(
     log: _Log,
     rows: job_rows.JobRows,
     job: runrecord.Job,
-    base: runrecord.BaseFiles,
+    base: BaseFiles,
     keep: bool,  # are the rows' tokens there?
 ):
     "Where prompts end, and whether the saved tokenizer gives the same tokens."
@@ -646,7 +647,7 @@ def _check_fit(
     log: _Log,
     settings: training_settings.TrainingSettings | None,
     template: prompts.PromptTemplate | None,
-    base: runrecord.BaseFiles | None,
+    base: BaseFiles | None,
     plan: estimate.ModelPlan | None,
     rows: job_rows.JobRows | None,
 ):
@@ -698,7 +699,7 @@ def _check_memory(
 def _check_disk(
     log: _Log,
     settings: training_settings.TrainingSettings | None,
-    base: runrecord.BaseFiles | None,
+    base: BaseFiles | None,
     plan: estimate.ModelPlan | None,
 ):
     "Room for checkpoints and adapter."
