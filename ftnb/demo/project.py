@@ -15,7 +15,8 @@ from pathlib import Path
 
 from ..adapters import publish_folder
 from ..models import choose_precision, load_base_model
-from ..consts import DEFAULT_LORA_CONFIG, STUDIO_DB
+from ..advice import ADVISED_LORA
+from ..consts import STUDIO_DB
 from ..problems import raise_problems
 from ..corpus import load_dataset_into_memory
 from ..evaluate import answer_table
@@ -213,7 +214,7 @@ def demo_templates(
     return _PROMPT.replace("{intents}", names) + "{message}\nIntent:", " {intent}"
 
 # %% ../../nbs/demo/1_project.ipynb #5becf980
-DEMO_LORA = DEFAULT_LORA_CONFIG | {"target_modules": "all-linear", "lora_dropout": 0.0}
+DEMO_LORA = ADVISED_LORA
 DEMO_TRAINING = {
     "num_train_epochs": 1, "per_device_train_batch_size": 12, "gradient_accumulation_steps": 1, "learning_rate": 1e-3,
     "lr_scheduler_type": "cosine", "warmup_ratio": 0.05, "completion_only_loss": True, "logging_steps": 1,
