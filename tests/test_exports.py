@@ -18,11 +18,15 @@ import torch
 import trl
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
+from ftnb import consts, studio
+from ftnb.finetune import finetune
+from ftnb.jobargs import JobArgs
 from ftnb.tiny import save_tiny, tiny_tokenizer
-from ftnb.ui import chat_formats
+from ftnb.ui import additions, chat_formats
 from ftnb.ui.converting import convert_model, read_gguf
 from ftnb.ui.exports import export
 from ftnb.ui.tuning import tune
+from ftnb.usage import how_to_use
 
 pytestmark = pytest.mark.slow
 logging.set_verbosity_error()
@@ -226,6 +230,40 @@ def test_the_modelfile_is_right(run, python_tools, llama_cpp, go, tmp_path):
     template = text.partition('"""')[2].partition('"""')[0]
     assert go([{"Template": template, "Prompt": "where is parcel 3"}]) == [ASKED]
     assert (made.folder/"tuned.gguf").is_file() and "FROM ./tuned.gguf\n" in text and 'PARAMETER stop "</s>"' in text
+
+
+def talk_job(folder):
+    "A job on conversations, and the adapter that it leaves."
+    base = save_tiny(folder/"base", kind="qwen")
+    shutil.copyfile(Path(trl.__file__).parent/"chat_templates"/"qwen2_5.jinja", base/"chat_template.jinja")
+    talks = [{"messages": chat_formats.conversation(f"hi {i}", f"hello {i % 3}")} for i in range(30)]
+    (folder/"talks.jsonl").write_text("\n".join(map(json.dumps, talks)))
+    env = {consts.STUDIO_DB: str(folder/"state.db")}
+    url = studio.studio_url(env)
+    studio.create_studio(url)
+    engine = studio.open_studio(url)
+    dataset = additions.add_dataset(engine, str(folder/"talks.jsonl"))
+    prompt = studio.add_row(engine, "prompts", name="talk", dataset_id=dataset, prompt_template="{messages}")
+    training = {"max_steps": 2, "per_device_train_batch_size": 4, "report_to": "none", "optim": "adamw_torch"}
+    args = JobArgs(base_model_id=additions.add_model(engine, str(base)), dataset_id=dataset, prompt_id=prompt, adapter_name="talk",
+                   experimentid="11111111-2222-3333-4444-555555555555", out_dir=str(folder/"adapter"), train_out_dir=str(folder/"run"),
+                   lora_config='{"r":4}', bnb_config='{"load_in_4bit":false}', training_arguments_config=json.dumps(training))
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        finetune(args, env, bar=False)
+    return folder/"adapter"
+
+
+def test_a_run_on_conversations_is_asked_in_turns(go, tmp_path):
+    adapter = talk_job(tmp_path)
+    made = export(adapter, "ollama")
+    text = (made.folder/"Modelfile").read_text()
+    template = text.partition('"""')[2].rpartition('"""')[0]
+    messages = chat_formats.conversation("Hi", "Hello.", "Bye")
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    right = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert go([{"Template": template, "Messages": [{"Role": m["role"], "Content": m["content"]} for m in messages]}]) == [right]
+    assert 'PARAMETER stop "<|im_end|>"' in text
+    assert "apply_chat_template" in str(how_to_use(adapter)) and "/v1/chat/completions" in str(how_to_use(adapter))
 
 
 FAMILIES = ("cohere", "deepseekv3", "gemma", "gemma3", "gptoss", "lfm2", "llama3", "llama3_1", "llama3_2", "phi3", "phi3_5", "qwen2_5", "qwen3")
