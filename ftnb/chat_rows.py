@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ChatRow', 'render_rows', 'tokenize_conversations', 'tokenize_dataset', 'ChatQuestion', 'asked_ids',
-           'ask_conversation', 'chat_notes', 'template_unused']
+           'ask_conversation', 'turn_end', 'chat_notes', 'template_unused', 'row_notes']
 
-# %% ../nbs/15c_chat_rows.ipynb #76639d73
+# %% ../nbs/15c_chat_rows.ipynb #9e60f9d7
 from bisect import bisect_left
 from dataclasses import dataclass
 
@@ -14,8 +14,8 @@ import ftnb.chat_templates as chat_templates
 from .boundaries import encode_with_offsets, ids_behind
 from .chat_templates import ChatTemplate, Loss, RenderedConversation
 from .conversations import Conversation, conversations
-from .problems import raise_problems
-from .prompts import PromptTemplate, format_rows
+from .problems import Problem, raise_problems
+from .prompts import PromptTemplate, conversation_warnings, format_rows
 from .special_tokens import Dropped, Forged, PlainTokenizer, encode_plain, forged_reason
 from .tokenizer import call_tokenizer
 from .tokens import TokenizedRows, as_dataset, tokenize_rows, tokenizer_problems
@@ -228,7 +228,16 @@ def tokenize_conversations(
         tables.append(_table(list(good.values())))
     return TokenizedRows(as_dataset(tables), tuple(kept), dropped, joined)
 
-# %% ../nbs/15c_chat_rows.ipynb #c5eb8bf2
+# %% ../nbs/15c_chat_rows.ipynb #373a4808
+def _loss_problems(
+    loss: Loss,  # asked of rows of plain text
+) -> list:  # of `Problem`
+    "What can't be had of plain text."
+    if not loss.assistant: return []
+    return [Problem("assistant_only_loss", "assistant_only_loss needs conversations: a prompt that is {messages} alone, "
+                    "or chat_template true in the training arguments")]
+
+# %% ../nbs/15c_chat_rows.ipynb #c9131cce
 def tokenize_dataset(
     dataset,  # a `Dataset`
     tokenizer,  # a fast transformers tokenizer
@@ -239,13 +248,14 @@ def tokenize_dataset(
 ) -> TokenizedRows:
     "Rows as a model is given them, text or conversation."
     if template.chat: return tokenize_conversations(dataset, tokenizer, template, loss, max_length, day)
+    raise_problems(_loss_problems(loss), "The rows can't be tokenized")
     formatted = format_rows(dataset, template, tokenizer.eos_token)
     rows = tokenize_rows(formatted.dataset, tokenizer, template, loss.completion, max_length)
     dropped = {i: Dropped(why) for i, why in formatted.dropped.items()}
     dropped |= {formatted.kept[i]: why for i, why in rows.dropped.items()}
     return TokenizedRows(rows.dataset, tuple(formatted.kept[i] for i in rows.kept), dropped, rows.joined)
 
-# %% ../nbs/15c_chat_rows.ipynb #eddc9018
+# %% ../nbs/15c_chat_rows.ipynb #7b4702a1
 @dataclass(frozen=True)
 class ChatQuestion:
     "What a model is asked, and what is right."
@@ -254,7 +264,7 @@ class ChatQuestion:
     shown: str  # what was said last
     end: int | None  # id of the token that ends an answer; None where no special token does
 
-# %% ../nbs/15c_chat_rows.ipynb #0aed6777
+# %% ../nbs/15c_chat_rows.ipynb #05250244
 def _text_of(
     turn: dict,  # of a conversation
 ) -> str:
@@ -262,7 +272,7 @@ def _text_of(
     content = turn.get("content") or ""
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
-# %% ../nbs/15c_chat_rows.ipynb #1d273ef7
+# %% ../nbs/15c_chat_rows.ipynb #0065d893
 def asked_ids(
     chat: ChatTemplate,  # from `open_chat_template`
     plain: PlainTokenizer,  # made from its tokenizer
@@ -273,7 +283,7 @@ def asked_ids(
     if rendered.values: return encode_plain(plain, rendered.text, list(rendered.values), add_special_tokens=False)[0]
     return call_tokenizer(plain.tokenizer, rendered.text, add_special_tokens=False)["input_ids"]
 
-# %% ../nbs/15c_chat_rows.ipynb #4298cb90
+# %% ../nbs/15c_chat_rows.ipynb #20c9a9cb
 def _answer(
     plain: PlainTokenizer,  # made from the tokenizer
     text: str,  # from where an answer begins
@@ -286,7 +296,7 @@ def _answer(
     right = plain.pattern.sub("", text[:end.start()] if end else text).strip()
     return right, plain.special[end[0]][0] if end else None
 
-# %% ../nbs/15c_chat_rows.ipynb #7175eb63
+# %% ../nbs/15c_chat_rows.ipynb #930ef25b
 def ask_conversation(
     chat: ChatTemplate,  # from `open_chat_template`
     plain: PlainTokenizer,  # made from its tokenizer
@@ -297,7 +307,17 @@ def ask_conversation(
     right, end = _answer(plain, done.text[done.spans[0][0]:], conversation.turns[conversation.answer])
     return ChatQuestion(asked_ids(chat, plain, conversation), right, _text_of(conversation.asked[-1]), end)
 
-# %% ../nbs/15c_chat_rows.ipynb #01cf62fe
+# %% ../nbs/15c_chat_rows.ipynb #49748422
+def turn_end(
+    chat: ChatTemplate,  # from `open_chat_template`
+    plain: PlainTokenizer,  # made from its tokenizer
+) -> int | None:  # a token's id; None where the template has none
+    "The special token that ends what the assistant says."
+    turns = (dict(role="user", content="a"), dict(role="assistant", content="b"))
+    try: return ask_conversation(chat, plain, Conversation(turns, 1)).end
+    except ValueError: return None
+
+# %% ../nbs/15c_chat_rows.ipynb #094f8580
 def _learns_to_stop(
     plain: PlainTokenizer,  # made from the tokenizer
     rendered: RenderedConversation,
@@ -306,7 +326,7 @@ def _learns_to_stop(
     start, end = rendered.spans[-1]
     return bool(plain.pattern.search(rendered.text, start, end))
 
-# %% ../nbs/15c_chat_rows.ipynb #2d5dbac5
+# %% ../nbs/15c_chat_rows.ipynb #17939d18
 def chat_notes(
     tokenizer,  # with a chat template
     dataset,  # a `Dataset`
@@ -329,7 +349,7 @@ def chat_notes(
                          "them otherwise once a conversation goes on; completion_only_loss trains the last turn by the model's own")
     return list(dict.fromkeys(notes))
 
-# %% ../nbs/15c_chat_rows.ipynb #ed710e6e
+# %% ../nbs/15c_chat_rows.ipynb #1a4e088f
 def template_unused(
     tokenizer,  # of the base model
     template: PromptTemplate,  # of a job
@@ -340,3 +360,15 @@ def template_unused(
     if any(special.search(literal) for literal, _ in template.pieces): return ""  # somebody wrote the turns by hand
     return ("the model has a chat template, and this prompt is trained as plain text: chat_template true in the training arguments "
             "makes prompt and completion a user's and an assistant's turn")
+
+# %% ../nbs/15c_chat_rows.ipynb #4d37a8f6
+def row_notes(
+    tokenizer,  # of the base model
+    dataset,  # a `Dataset`
+    template: PromptTemplate,  # from `settle_template`
+    loss: Loss,  # where it is
+) -> list:  # sentences
+    "What to know of rows and the chat template, whether it is used or not."
+    if template.chat: return chat_notes(tokenizer, dataset, template, loss)
+    unused = template_unused(tokenizer, template)
+    return [*conversation_warnings(dataset, template), *[unused] * bool(unused)]

@@ -382,16 +382,17 @@ def compare(
     precision: Precision | None = None,  # from `choose_precision`; default: fp32, not quantised
     batch_size: int = 16,  # prompts answered at a time
     progress: bool | None = None,  # show bars; default: where somebody is watching
+    assistant_only: bool = False,  # loss on what the assistant says in conversations
+    chat_template: bool = False,  # a plain prompt and completion are a user's and an assistant's turn
 ) -> Comparison:  # shows as a table
     "Score a base model and its adapters on the same held-out rows."
     models = load_models(base, adapters, tokenizer, precision)
     if progress is None: progress = wants_bar()
     try:
-        questions = make_questions(rows, models.tokenizer, template, n, completion_only)
+        questions = make_questions(rows, models.tokenizer, template, n, completion_only, 2048, assistant_only, chat_template)
         return _score_each(models, questions, metric, max_new_tokens, batch_size, stop, progress)
     finally:
-        plain = hasattr(base, "forward") and models.model is not base
-        if plain: models.model.unload()  # a model in memory is found again without adapters
+        if hasattr(base, "forward") and models.model is not base: models.model.unload()  # found again without adapters
 
 # %% ../nbs/44_evaluate.ipynb #86e2f469
 def _or_say(
@@ -411,10 +412,11 @@ def make_scorer(
     completion_only: bool,  # loss on the completion alone
     max_length: int,  # tokens; a longer row is left out
     n: int = 32,  # rows at most, the first ones
+    assistant_only: bool = False,  # loss on what the assistant says in conversations
 ) -> tuple:  # (`Questions` or None, function of a model that gives its `Scores`, or None where it can't)
     "What base and adapter are asked."
     questions = None
-    if len(rows): questions = _or_say(make_questions, rows, tokenizer, template, n, completion_only, max_length)
+    if len(rows): questions = _or_say(make_questions, rows, tokenizer, template, n, completion_only, max_length, assistant_only)
     def score(model):
         if questions is not None: return _or_say(score_model, model, tokenizer, questions, batch_size=8)
     return questions, score

@@ -146,9 +146,10 @@ def generate_answers(
     stop: "str|list|None" = None,  # an answer ends before any of these texts
     progress: bool = False,  # show a bar
     enough: "Callable|None" = None,  # number of a prompt, token ids of its answer so far -> whether no more is needed
+    ends: tuple = (),  # ids of tokens that end an answer, beside the model's own
 ) -> list:  # of str: an answer for each prompt, in order
     "The most likely answer to each prompt, token by token."
-    rows, ends = _prompt_ids(tokenizer, prompts), _end_ids(model, tokenizer)
+    rows, ends = _prompt_ids(tokenizer, prompts), {*_end_ids(model, tokenizer), *ends}
     ended = _Ending(tokenizer, ends, (stop,) if isinstance(stop, str) else tuple(stop or ()), enough)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     answers = {}

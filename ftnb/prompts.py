@@ -393,7 +393,7 @@ def conversation_warnings(
         talk = next((text for text in texts if _conversation_kind(text)), None)
         if talk is None: continue
         found.append(f"{{{field}}} holds conversations, and they are trained as {_conversation_kind(talk)} text, such as {talk[:60]!r}: "
-                     "the model's chat template isn't used; for plain prompts give question and answer columns of their own")
+                     f"a prompt that is {{{field}}} and nothing else trains them as the model's own chat template writes them")
     return found
 
 # %% ../nbs/11_prompts.ipynb #e0dd8c73

@@ -8,9 +8,13 @@ __all__ = ['Questions', 'make_questions']
 # %% ../nbs/41_questions.ipynb #c62fd476
 from dataclasses import dataclass, field
 
+from .chat_rows import ask_conversation, tokenize_conversations
+from .chat_templates import Loss, open_chat_template
+from .conversations import conversations, settle_template
 from .problems import Problem, raise_problems
-from .prompts import PromptTemplate, format_row, map_dataset_with_prompt_template, read_template, value_column
-from .tokens import tokenize_rows
+from .prompts import PromptTemplate, format_row, map_dataset_with_prompt_template, value_column
+from .special_tokens import PlainTokenizer
+from .tokens import TokenizedRows, tokenize_rows
 
 # %% ../nbs/41_questions.ipynb #c5277f91
 @dataclass(frozen=True)
@@ -21,6 +25,7 @@ class Questions:
     references: tuple = field(repr=False)  # the right answers
     shown: tuple = field(repr=False)  # what differs between the prompts, as text
     total: int  # rows that these were taken from
+    ends: tuple = field(default=(), repr=False)  # ids of tokens that end an answer, beside the model's own
 
     def __len__(self): return len(self.features)
 
@@ -65,6 +70,39 @@ def _first_rows(
     first = len(rows) if n is None else min(n, len(rows))
     return rows.select(range(first)), len(rows)
 
+# %% ../nbs/41_questions.ipynb #aec4e348
+def _check_used(
+    used: TokenizedRows,  # to ask about
+):
+    "Raise where no row is left."
+    if len(used): return
+    problems = [Problem("", f"row {i}: {why}") for i, why in used.dropped.items()]
+    raise_problems(problems or [Problem("", "there are no rows")], "There is nothing to compare on")
+
+# %% ../nbs/41_questions.ipynb #ba877083
+def _chat_questions(
+    data,  # a `Dataset`
+    tokenizer,  # with a chat template
+    template: PromptTemplate,  # of conversations
+    loss: Loss,  # where it is
+    max_length: int,  # tokens; a longer row is left out
+    total: int,  # rows that these were taken from
+) -> Questions:
+    "Conversations as questions."
+    used = tokenize_conversations(data, tokenizer, template, loss, max_length)
+    _check_used(used)
+    chat, plain = open_chat_template(tokenizer), PlainTokenizer(tokenizer)
+    features, asked = [], []
+    for row, talk in zip(used.dataset, conversations(data.select(used.kept), template)):
+        try: question = ask_conversation(chat, plain, talk)
+        except ValueError: continue
+        features.append(row)
+        asked.append(question)
+    if not asked: raise_problems([Problem("", "no conversation ends in an answer of the assistant's")], "There is nothing to compare on")
+    ids, right, shown = zip(*((q.ids, q.reference, q.shown) for q in asked))
+    ends = {q.end for q in asked if q.end is not None}
+    return Questions(tuple(features), ids, right, shown, total, tuple(sorted(ends)))
+
 # %% ../nbs/41_questions.ipynb #af299f67
 def make_questions(
     rows,  # a `Dataset`, a `DatasetDict` (its `test` is used), or a list of dicts
@@ -73,19 +111,20 @@ def make_questions(
     n: int | None = 100,  # rows at most, the first ones; None for all
     completion_only: bool | None = None,  # loss on the completion alone; default: where the template has one
     max_length: int = 2048,  # tokens; a longer row is left out
+    assistant_only: bool = False,  # loss on what the assistant says in conversations
+    chat_template: bool = False,  # a plain prompt and completion are a user's and an assistant's turn
 ) -> Questions:  # raises where no row can be used
     "Format and tokenize rows as training does; rows that training would drop are left out."
-    template = read_template(template, strict=False)
-    asks = template.completion is not None
     data, total = _first_rows(rows, n)
+    template = settle_template(template, data, chat_template)
+    loss = Loss(template.asks and not assistant_only if completion_only is None else completion_only, assistant_only)
+    if template.chat: return _chat_questions(data, tokenizer, template, loss, max_length, total)
     text = map_dataset_with_prompt_template(data, template, tokenizer.eos_token)
-    used = tokenize_rows(text, tokenizer, template, asks if completion_only is None else completion_only, max_length)
-    if not len(used):
-        problems = [Problem("", f"row {i}: {why}") for i, why in used.dropped.items()]
-        raise_problems(problems or [Problem("", "there are no rows")], "There is nothing to compare on")
+    used = tokenize_rows(text, tokenizer, template, loss.completion, max_length)
+    _check_used(used)
     values = [{f: text[i][value_column(f)] for f in template.fields} for i in used.kept]
     silent = tuple(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
-    halves = [_halves(template, row, silent, tokenizer.eos_token) for row in values] if asks else []
+    halves = [_halves(template, row, silent, tokenizer.eos_token) for row in values] if template.asks else []
     prompts = tuple(asked for asked, _ in halves)
     references = tuple(right.strip() for _, right in halves)
     return Questions(tuple(used.dataset), prompts, references, tuple(_shown(template, row) for row in values), total)

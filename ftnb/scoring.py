@@ -157,7 +157,7 @@ def score_model(
     "Held-out loss and answers of a model."
     nll, tokens = held_out_loss(model, questions.features)
     asked, right = list(questions.prompts), list(questions.references)
-    how = dict(batch_size=batch_size, stop=stop, progress=progress)
+    how = dict(batch_size=batch_size, stop=stop, progress=progress, ends=questions.ends)
     if metric is is_match: answers = answers_to_match(model, tokenizer, asked, right, max_new_tokens, **how)
     else: answers = generate_answers(model, tokenizer, asked, max_new_tokens, **how)
     return Scores(nll, tokens, tuple(answers), _metric_scores(metric, answers, right))

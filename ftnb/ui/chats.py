@@ -6,16 +6,20 @@
 __all__ = ['Chat', 'chat']
 
 # %% ../../nbs/ui/4_chats.ipynb #500215c9
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fastcore.basics import patch
 
 import ftnb.progress as progress
 import ftnb.ui.stills as stills
+from ..chat_rows import asked_ids, turn_end
+from ..chat_templates import open_chat_template
+from ..conversations import Conversation
 from ..models import Precision
 from ..evaluate import LoadedModels, load_models
 from ..generation import generate_answers
 from ..prompts import PromptTemplate, format_row, read_template
+from ..special_tokens import PlainTokenizer
 
 # %% ../../nbs/ui/4_chats.ipynb #44939132
 def _prompt(
@@ -29,7 +33,7 @@ def _prompt(
 # %% ../../nbs/ui/4_chats.ipynb #12d328e6
 @dataclass
 class Chat:
-    "A base model and adapters that answer the same questions; each question stands alone."
+    "A base model and adapters that answer the same questions; in a conversation each goes on from its own answers."
     models: LoadedModels = field(repr=False)
     template: PromptTemplate | None = None  # of the prompts; None: text as it is typed
     settings: dict = field(default_factory=dict)  # for `generate_answers`
@@ -37,23 +41,65 @@ class Chat:
     still: "stills.Still | None" = field(default=None, init=False, repr=False)  # what stays of its box
 
     @property
+    def talks(self) -> bool:
+        "Whether it is a conversation, in which a question follows from what was said."
+        return self.template is not None and self.template.chat in ("messages", "lists")
+
+    @property
     def slots(self) -> tuple:
         "What a question consists of."
         if self.template is None: return ("prompt",)
+        if self.talks: return ("message",)
         return tuple(dict.fromkeys(f for _, f in self.template.pieces[:self.template.completion] if f is not None))
 
-    def ask(
-        self,
-        *values: str,  # one a slot, in their order
-    ) -> dict:  # model -> answer
-        "Let every model answer."
-        if len(values) != len(self.slots): raise ValueError(f"{len(values)} texts for the slots {', '.join(self.slots)}: give one for each")
-        asked = dict(zip(self.slots, values))
-        text, answers = _prompt(self.template, asked), {}
-        for name in self.models.names:
-            with self.models.using(name) as model: answers[name] = generate_answers(model, self.models.tokenizer, [text], **self.settings)[0].strip()
-        self.said.append((asked, answers))
-        return answers
+# %% ../../nbs/ui/4_chats.ipynb #d87a63eb
+@patch
+def _turns(
+    self: Chat,
+    name: str,  # of a model
+    values: dict,  # slot -> text
+) -> list:  # of dicts
+    "A conversation up to a question."
+    if not self.talks: return [dict(role="user", content=_prompt(self.template, values).strip())]
+    turns = []
+    for asked, answers in self.said:
+        turns.append(dict(role="user", content=asked["message"]))
+        turns.append(dict(role="assistant", content=answers[name]))
+    return turns + [dict(role="user", content=values["message"])]
+
+# %% ../../nbs/ui/4_chats.ipynb #a7264aac
+@patch
+def _questions(
+    self: Chat,
+    values: dict,  # slot -> text
+) -> tuple:  # (name of a model -> text or token ids, ids of tokens that end an answer)
+    "What each model is asked."
+    names = self.models.names
+    if self.template is None or not self.template.chat: return dict.fromkeys(names, _prompt(self.template, values)), ()
+    rendered, plain = open_chat_template(self.models.tokenizer), PlainTokenizer(self.models.tokenizer)
+    found = {}
+    for name in names:
+        turns = tuple(self._turns(name, values))
+        found[name] = asked_ids(rendered, plain, Conversation(turns, len(turns)))
+    end = turn_end(rendered, plain)
+    return found, () if end is None else (end,)
+
+# %% ../../nbs/ui/4_chats.ipynb #54711fcc
+@patch
+def ask(
+    self: Chat,
+    *values: str,  # one a slot, in their order
+) -> dict:  # model -> answer
+    "Let every model answer."
+    if len(values) != len(self.slots): raise ValueError(f"{len(values)} texts for the slots {', '.join(self.slots)}: give one for each")
+    asked = dict(zip(self.slots, values))
+    (questions, ends), answers = self._questions(asked), {}
+    for name, question in questions.items():
+        with self.models.using(name) as model:
+            answer, = generate_answers(model, self.models.tokenizer, [question], ends=ends, **self.settings)
+        answers[name] = answer.strip()
+    self.said.append((asked, answers))
+    return answers
 
 # %% ../../nbs/ui/4_chats.ipynb #e29ff43d
 def chat(
@@ -64,9 +110,11 @@ def chat(
     stop: "str|list|None" = None,  # an answer ends before any of these texts
     tokenizer=None,  # default: the base model's
     precision: Precision | None = None,  # from `choose_precision`; default: fp32, not quantised
+    chat_template: bool = False,  # the prompt is a user's turn, as with `chat_template` in the training arguments
 ) -> Chat:  # a box in a notebook; `ask` anywhere
     "Ask a base model and its adapters the same questions."
     template = None if template is None else read_template(template, strict=False)
+    if chat_template and template and not template.chat: template = replace(template, chat="turns")
     return Chat(load_models(base, adapters, tokenizer, precision), template, dict(max_new_tokens=max_new_tokens, stop=stop))
 
 # %% ../../nbs/ui/4_chats.ipynb #76fbd0f6
