@@ -59,7 +59,9 @@ def score_base(
 ):  # a function of the trained model: base against adapter, {} where nothing was asked
     "Ask the base; what it gives asks the trained model, and compares."
     if ranks.process_rank() or ranks.shards_model(): return lambda trained: {}
-    def scorer(): return evaluate.make_scorer(rows.held_out, tokenizer, job.template, job.settings.completion_only, rows.limit)
+    loss = job.settings.loss
+    def scorer():
+        return evaluate.make_scorer(rows.held_out, tokenizer, job.template, loss.completion, rows.limit, assistant_only=loss.assistant)
     questions, score = guards.best_effort("base against adapter", scorer, (None, None))
     if score is None: return lambda trained: {}
     with adapters.as_base(model): before = guards.best_effort("the base's score", lambda: score(model))

@@ -14,8 +14,10 @@ from fastcore.basics import patch
 
 import ftnb.adapters as adapters
 import ftnb.asking as asking
+import ftnb.chat_rows as chat_rows
 import ftnb.choosing as choosing
 import ftnb.consts as consts
+import ftnb.conversations as conversations
 import ftnb.corpus as corpus
 import ftnb.estimate as estimate
 import ftnb.hub as hub
@@ -339,7 +341,7 @@ def _check_template(
     if template is None: return None
     if note := tokenizers.asked_otherwise(prompt): log.add("warning", "template", f"{where}: {note}", where="prompt_id")
     completion_only = (records.training or {}).get("completion_only_loss")
-    if completion_only and template.completion is None:
+    if completion_only and not template.asks:
         text = f"{where}: completion_only_loss needs a prompt_template that ends in its completion_template"
         log.add("error", "template", Problem("prompt_id", text))
     if not template.fields:
@@ -549,23 +551,33 @@ def _read_rows(
     engine: "Engine | None",  # of the Studio database
     records: studio.Records,  # with what can be used
     template: prompts.PromptTemplate | None,
-    job: runrecord.Job | None,
-    base: BaseFiles | None,
-) -> choosing.ChosenCorpus | None:  # None where rows can't be looked at further
-    "Read the data, and try the tokenizer on texts of it."
+) -> tuple:  # (`ChosenCorpus` or None, the template in the light of it)
+    "Read the data, and see whether its rows are conversations."
+    if records.dataset is None: return None, template
     choice = log.attempt("rows", choosing.read_choice, records.training or {})
-    if choice is None: return None
+    if choice is None: return None, template
     if log.data is not None and template: data = log.attempt("rows", job_rows.fit_rows, log.data, template)
     else: data = log.attempt("rows", job_rows.read_rows, records.dataset, template, log.args.token, choice, engine)
-    if data is None: return None
+    if data is None or template is None: return data, template
+    as_turns = bool((records.training or {}).get("chat_template"))
+    return data, log.attempt("template", conversations.settle_template, template, data.splits["train"], as_turns)
+
+# %% ../nbs/46_preflight.ipynb #f868c305
+def _try_tokenizer(
+    log: _Log,
+    data: choosing.ChosenCorpus,
+    job: runrecord.Job | None,
+    base: BaseFiles | None,
+) -> bool:  # whether rows can be looked at further
+    "Try the tokenizer on texts of the data."
     if job is None or base is None:
         read = ", ".join(f"{len(ds):,} read in split {name}" for name, ds in data.splits.items())
         log.add("ok", "rows", f"{read}; not looked at further")
-        return None
+        return False
     file = models.tokenizer_file(job.source, job.token)
-    problem = log.attempt("tokens", tokenizer_trial.tokenizer_trial, file, job_rows.some_texts(data, template))
+    problem = log.attempt("tokens", tokenizer_trial.tokenizer_trial, file, job_rows.some_texts(data, job.template))
     if problem: log.add("error", "tokens", problem)
-    return data if problem == "" else None
+    return problem == ""
 
 # %% ../nbs/46_preflight.ipynb #ce007880
 def _describe_tokens(
@@ -591,24 +603,22 @@ def _check_twins(
 # %% ../nbs/46_preflight.ipynb #2c784b29
 def _check_rows(
     log: _Log,
-    engine: "Engine | None",  # of the Studio database
-    records: studio.Records,  # with what can be used
-    template: prompts.PromptTemplate | None,
+    data: "choosing.ChosenCorpus | None",  # from `_read_rows`
     job: runrecord.Job | None,
     base: BaseFiles | None,
     keep: bool,  # the rows' tokens
 ) -> job_rows.JobRows | None:
     "The data set, its columns, the ledger, the tokens."
-    data = _read_rows(log, engine, records, template, job, base) if records.dataset else None
-    if data is None: return None
+    if data is None or not _try_tokenizer(log, data, job, base): return None
     rows = log.attempt("rows", job_rows.prepare_rows, job, base.tokenizer, base.config, data, keep)
     if rows is None: return None
-    train = data.splits["train"]
+    train, template = data.splits["train"], job.template
     log.add("ok", "rows", rows.ledger.summary)
     _check_twins(log, rows.ledger)
     log.add("warning", "rows", *job_rows.ledger_notes(rows.ledger), *corpus.corpus_notes(data, template.fields),
             where="dataset_id")
-    log.add("warning", "rows", *prompts.conversation_warnings(train, template), where="prompt_id")
+    notes = log.attempt("rows", chat_rows.row_notes, base.tokenizer, train, template, job.settings.loss) or []
+    log.add("warning", "rows", *notes, where="prompt_id")
     log.add("ok", "rows", *prompts.empty_text_notes(train, template))
     _check_tokens(log, rows, job, base, keep)
     return rows
@@ -741,9 +751,9 @@ def _check_rest(
     log.attempt("adapter", _check_adapter, log, engine, usable.training or {})
     base = log.attempt("model", _check_base, log, usable.model)
     plan = log.attempt("model", _check_plan, log, base, usable.lora, precision, settings)
-    job = _as_job(log, engine, records, template, precision, settings, base)
-    kept = log.attempt("checkpoints", _keeps_tokens, log.args, keep)
-    rows = log.attempt("rows", _check_rows, log, engine, usable, template, job, base, kept)
+    data, template = log.attempt("rows", _read_rows, log, engine, usable, template) or (None, template)
+    job, kept = _as_job(log, engine, records, template, precision, settings, base), _keeps_tokens(log.args, keep)
+    rows = log.attempt("rows", _check_rows, log, data, job, base, kept)
     if kept: log.attempt("checkpoints", _check_checkpoints, log, job, rows)
     log.attempt("settings and model", _check_fit, log, settings, template, base, plan, rows)
     steps, memory = log.attempt("memory", _check_memory, log, job, plan, rows) or (None, None)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DUPLICATE', 'OVERLAP', 'Drop', 'RowLedger', 'row_ledger', 'twin_notes', 'ledger_notes', 'describe_ledger',
            'RowCounts', 'count_rows', 'SplitSide', 'split_sides', 'weighted_side', 'used_columns', 'Twins',
-           'drop_twins', 'TokenizedSide', 'fit_rows', 'read_rows', 'some_texts', 'JobRows', 'prepare_rows']
+           'drop_twins', 'first_day', 'TokenizedSide', 'fit_rows', 'read_rows', 'some_texts', 'JobRows', 'prepare_rows']
 
 # %% ../nbs/24_rows.ipynb #c1e0fddc
 import hashlib, json, os
@@ -15,12 +15,14 @@ from types import SimpleNamespace
 from fastcore.basics import patch
 
 import ftnb.adapters as adapters
+import ftnb.chat_rows as chat_rows
 import ftnb.choosing as choosing
 import ftnb.consts as consts
 import ftnb.corpus as corpus
 import ftnb.jobargs as jobargs
 import ftnb.prompts as prompts
 import ftnb.splits as splits
+import ftnb.storage as storage
 import ftnb.tokens as tokens
 from .problems import Problem, ProblemsError, raise_problems
 
@@ -345,20 +347,25 @@ def drop_twins(
         if lost: train[k] = _without(side, set(lost))
     return sides | {"train": train}, Twins(len(duplicates), len(overlap), tuple(dropped))
 
+# %% ../nbs/24_rows.ipynb #4e2313e6
+def first_day(
+    train_out_dir: str,  # of a job
+) -> "datetime.date":  # today for one that hasn't begun
+    "The day on which a run began."
+    import datetime
+    try: return datetime.date.fromisoformat(storage.read_json(os.path.join(train_out_dir, "job.json"))["day"])
+    except (OSError, ValueError, KeyError, TypeError): return datetime.date.today()
+
 # %% ../nbs/24_rows.ipynb #5da80255
 def _tokenize_part(
     ds,  # a `Dataset`: some rows of one side of the split
     job: "Job",  # for the template and the kind of loss
     tokenizer,  # of the base model
     limit: int,  # tokens a row may have
-) -> tuple:  # (`TokenizedRows`, position of each in `ds`; position -> `Dropped`)
-    "Format and tokenize some rows."
-    ds = used_columns(ds, job.template)
-    formatted = prompts.format_rows(ds, job.template, tokenizer.eos_token)
-    rows = tokens.tokenize_rows(formatted.dataset, tokenizer, job.template, job.settings.completion_only, limit)
-    dropped = {i: tokens.Dropped(why) for i, why in formatted.dropped.items()}
-    dropped |= {formatted.kept[i]: why for i, why in rows.dropped.items()}
-    return rows, [formatted.kept[i] for i in rows.kept], dropped
+) -> tokens.TokenizedRows:  # and why rows are missing, by their positions in `ds`
+    "Format and tokenize some rows, or render them by the model's chat template."
+    ds, day = used_columns(ds, job.template), first_day(job.args.train_out_dir)
+    return chat_rows.tokenize_dataset(ds, tokenizer, job.template, job.settings.loss, limit, day)
 
 # %% ../nbs/24_rows.ipynb #30cb9471
 @dataclass(frozen=True)
@@ -397,10 +404,10 @@ def _tokenize_side(
     counts = count_rows(tokens.TokenizedRows(None, ()), [])
     for at in range(0, max(1, len(ds)), size):
         part = ds.select(range(at, min(at + size, len(ds))))
-        rows, positions, lost = _tokenize_part(part, job, tokenizer, limit)
-        counts += count_rows(rows, [side.numbers[at + i] + 1 for i in positions])
-        kept += [at + i for i in positions]
-        dropped |= {at + i: why for i, why in lost.items()}
+        rows = _tokenize_part(part, job, tokenizer, limit)
+        counts += count_rows(rows, [side.numbers[at + i] + 1 for i in rows.kept])
+        kept += [at + i for i in rows.kept]
+        dropped |= {at + i: why for i, why in rows.dropped.items()}
         joined += rows.joined
         if keep: parts.append(rows.dataset)
     table = concatenate_datasets(parts) if keep else None

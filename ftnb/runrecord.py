@@ -26,7 +26,7 @@ import ftnb.prompts as prompts
 import ftnb.ranks as ranks
 import ftnb.studio as studio
 from .guards import best_effort
-from .rows import JobRows
+from .rows import JobRows, first_day
 from .settings import TrainingSettings
 from .storage import file_hash, read_json, write_json
 from .problems import Problem, raise_problems
@@ -256,6 +256,8 @@ def used_settings(
     "What had an effect, whatever was asked."
     shared = not saved.unshared
     ours = {"max_length": rows.limit, "completion_only_loss": job.settings.completion_only, "shared_prefix": shared}
+    if job.settings.assistant_only: ours["assistant_only_loss"] = True
+    if job.settings.chat_template: ours["chat_template"] = True
     ours |= choosing.read_choice(job.records.training).as_dict()
     training = job.settings.used(shared, len(rows.test.dataset) > 0) | ours | job.settings.ends.said()
     precision = {"device": job.precision.device, "dtype": job.precision.dtype}
@@ -422,8 +424,10 @@ def note_job(
     watch: Stopwatch,  # since the job began
 ):
     "Write job.json and ledger.json."
-    told = {"arguments": jobargs.format_job_arguments(job.args), "started": watch.took()["started"]}
-    write_json(os.path.join(job.args.train_out_dir, "job.json"), told)
+    place = job.args.train_out_dir
+    told = {"arguments": jobargs.format_job_arguments(job.args), "started": watch.took()["started"],
+            "day": first_day(place).isoformat()}
+    write_json(os.path.join(place, "job.json"), told)
     write_json(os.path.join(job.args.train_out_dir, "ledger.json"), rows.ledger.as_dict())
 
 # %% ../nbs/38_runrecord.ipynb #25098c30

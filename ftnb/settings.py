@@ -9,13 +9,17 @@ __all__ = ['MOST_WORKERS', 'SAVE_SECONDS', 'EXACT_MATCH_ROWS', 'NO_NEWS', 'Ends'
 # %% ../nbs/35_settings.ipynb #2122e0ea
 from dataclasses import dataclass, replace
 
+from fastcore.basics import patch
+
+import ftnb.ranks as ranks
+from .chat_templates import Loss
 from .consts import TRAINING_DATA_TEXT_FIELD
 from .fields import idle_notes, in_argument, library_defaults
 from .packing import packing_obstacles, router_coefficient
 from .models import Precision
 from .optimizers import FOLLOW_LOSS, layer_problems, optimizer_problems, unread_by_optimizer, unread_by_schedule
 from .problems import Problem, nearest, raise_problems
-from .ranks import alone, process_count, rows_per_step
+from .ranks import alone, process_count
 from .training_fields import IGNORED, JOB_KEYS, KNOWN_FIELDS, NOT_FOR_TRL, RENAMED, current_names, training_problems
 
 # %% ../nbs/35_settings.ipynb #a3331f26
@@ -93,11 +97,8 @@ class TrainingSettings:
     save_seconds: float | None = None  # a checkpoint after so long, too; None: as `save_strategy` says
     notes: tuple = ()  # of `Problem`: where it isn't what was asked for, in plain words
     unread: tuple = ()  # keys of `config` that nothing reads
-
-    @property
-    def rows_per_step(self) -> int:
-        "Rows that make an optimizer step, on each process."
-        return rows_per_step(self.config)
+    assistant_only: bool = False  # loss on what the assistant says in conversations
+    chat_template: bool = False  # a plain prompt and completion are a user's and an assistant's turn
 
     def used(
         self,
@@ -107,6 +108,18 @@ class TrainingSettings:
         "The settings that acted."
         silent = _silent_keys(self, shared, held_out)
         return {k: v for k, v in self.config.items() if k not in silent}
+
+# %% ../nbs/35_settings.ipynb #25c0c28b
+@patch(as_prop=True)
+def loss(self: TrainingSettings) -> Loss:
+    "What of a row carries loss."
+    return Loss(self.completion_only, self.assistant_only)
+
+# %% ../nbs/35_settings.ipynb #8e2e4bc0
+@patch(as_prop=True)
+def rows_per_step(self: TrainingSettings) -> int:
+    "Rows that make an optimizer step, on each process."
+    return ranks.rows_per_step(self.config)
 
 # %% ../nbs/35_settings.ipynb #f5c85017
 def steps_of(
@@ -407,8 +420,7 @@ def _for_this_machine(
     "Translate training arguments to what TRL takes today on this machine."
     now, device, cpu = current_names(asked), precision.device, precision.device == "cpu"
     config = {k: v for k, v in now.items() if k not in IGNORED and k not in NOT_FOR_TRL and KNOWN_FIELDS[k].kind != "refused"}
-    missing = _missing_speed(config, device)
-    notes = [Problem(key, f"{key} {config.pop(key)!r} has no effect: {why}") for key, why in missing.items()]
+    notes = [Problem(k, f"{k} {config.pop(k)!r} has no effect: {why}") for k, why in _missing_speed(config, device).items()]
     config["optim"], optimizer_notes = _usable_optimizer(config.get("optim", "adamw_torch"), device)
     config["report_to"], tracker_notes = _usable_trackers(config.get("report_to", "none"))
     if "router_aux_loss_coef" in config: config["router_aux_loss_coef"] = _as_float(config["router_aux_loss_coef"])
@@ -423,7 +435,8 @@ def _for_this_machine(
     rows = (job["shared_prefix"], job["tokens_per_pass"], job["group_rows_by_prefix"])
     ends, idle_ends = _ends(config, job)
     notes += [*optimizer_notes, *tracker_notes, *stop_notes, *idle_ends]
-    return TrainingSettings(config, job["completion_only_loss"], job["max_length"], *rows, ends, seconds, tuple(notes))
+    chat = dict(assistant_only=job["assistant_only_loss"], chat_template=job["chat_template"])
+    return TrainingSettings(config, job["completion_only_loss"], job["max_length"], *rows, ends, seconds, tuple(notes), **chat)
 
 # %% ../nbs/35_settings.ipynb #16e4de74
 NO_NEWS = {"disable_tqdm": True, "dataset_text_field": TRAINING_DATA_TEXT_FIELD, "remove_unused_columns": True,

@@ -9,7 +9,7 @@ __all__ = ['RENAMED', 'REFUSED', 'TRAINING_FIELDS', 'JOB_KEYS', 'NOT_FOR_TRL', '
 # %% ../nbs/34b_training_fields.ipynb #b997b2d6
 import ftnb.choosing as choosing
 import ftnb.fields as fields
-from .fields import FieldRule, Number, ValueRule, decide, library_defaults, one_of
+from .fields import FLAG, FieldRule, Number, ValueRule, decide, library_defaults, one_of
 from .packing import ANOTHER_LOSS
 from .problems import Problem, nearest
 
@@ -43,7 +43,7 @@ _USED = decide(
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm", "weight_decay",
     "optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon",
     "bf16", "fp16", "tf32", "use_cpu", "seed", "data_seed", "full_determinism",
-    "completion_only_loss", "router_aux_loss_coef", "liger_kernel_config", "train_sampling_strategy",
+    "completion_only_loss", "assistant_only_loss", "router_aux_loss_coef", "liger_kernel_config", "train_sampling_strategy",
     "gradient_checkpointing", "gradient_checkpointing_kwargs",
     "activation_checkpointing", "activation_checkpointing_kwargs",
     "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
@@ -89,7 +89,7 @@ REFUSED = {
              "output_dir", "push_to_hub", "hub_token", "hub_model_id", "hub_strategy", "hub_private_repo",
              "hub_always_push", "hub_revision", "resume_from_checkpoint", "deepspeed", "fsdp", "fsdp_config",
              "accelerator_config", "parallelism_config", "model_init_kwargs", "trust_remote_code",
-             "chat_template_path", "assistant_only_loss",
+             "chat_template_path",
              "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
     **decide("refused", "would leave the whole adapter in half precision after the last evaluation; leave it out",
              "bf16_full_eval", "fp16_full_eval"),
@@ -118,7 +118,7 @@ JOB_KEYS = {  # key -> its default
     "completion_only_loss": False, "max_length": None, "shared_prefix": "auto", "tokens_per_pass": None,
     "group_rows_by_prefix": False,
     "early_stopping_patience": None, "early_stopping_threshold": 0.0, "exact_match_rows": None,
-    "max_seconds": None}
+    "max_seconds": None, "assistant_only_loss": False, "chat_template": False}
 
 # %% ../nbs/34b_training_fields.ipynb #30edc236
 NOT_FOR_TRL = {*JOB_KEYS, *choosing.DATA_KEYS}  # keys that TRL never sees
@@ -197,11 +197,11 @@ def _value_rules() -> dict:  # key -> `ValueRule` or `Number`
     rules = {name: rule for rule, names in _NUMBERS.items() for name in names.split()}
     rules["max_length"] = _or_none(Number(whole=True, least=2))
     rules["shared_prefix"] = ValueRule("auto, true or false", lambda v: v in (True, False, "auto"))
-    rules["group_rows_by_prefix"] = ValueRule("true or false", lambda v: isinstance(v, bool))
     rules["early_stopping_patience"] = _or_none(Number(whole=True, least=1))
     rules["early_stopping_threshold"] = Number(least=0)
     rules["exact_match_rows"] = _or_none(Number(whole=True, least=0))
     rules["max_seconds"] = _or_none(Number(above=0))
+    rules |= dict.fromkeys(("group_rows_by_prefix", "chat_template"), FLAG)
     return rules | _name_rules()
 
 # %% ../nbs/34b_training_fields.ipynb #cbbf9750

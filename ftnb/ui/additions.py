@@ -10,6 +10,7 @@ import json, os, re
 from pathlib import Path
 
 import ftnb.choosing as choosing
+import ftnb.conversations as conversations
 import ftnb.corpus as corpus
 import ftnb.preflight as preflight
 import ftnb.prompts as prompts
@@ -61,13 +62,33 @@ def first_rows(
 # %% ../../nbs/ui/6_additions.ipynb #14cc9a04
 def read_prompt(
     given: str,  # input template
-    completion: str,  # completion template
+    completion: str,  # completion template; a conversation needs none
     rows: list,  # of the data set
 ) -> prompts.PromptTemplate:  # checked against the rows' columns
     "A prompt as it is typed; raises with what is wrong."
-    if not completion.strip(): raise ValueError("the completion is empty: write what the model is to learn, such as {answer}")
+    from datasets import Dataset
     typed = studio.PromptRecord(name="prompt", input_template=given, completion_template=completion)
-    return prompts.read_template(typed, list(rows[0]) if rows else None)
+    template = prompts.read_template(typed, list(rows[0]) if rows else None)
+    if rows: template = conversations.settle_template(template, Dataset.from_list(rows))
+    if not completion.strip() and not template.chat:
+        raise ValueError("the completion is empty: write what the model is to learn, such as {answer}")
+    return template
+
+# %% ../../nbs/ui/6_additions.ipynb #1a685b1b
+def _talk_html(
+    template: prompts.PromptTemplate,  # of conversations
+    row: dict,  # of the data set
+) -> str:  # HTML
+    "The turns of a row's conversation; what the assistant says is bold."
+    from html import escape
+    from datasets import Dataset
+    talk, = conversations.conversations(Dataset.from_list([row]), template)
+    if isinstance(talk, str): return f"<i>left out: {escape(talk)}</i>"
+    lines = []
+    for turn in talk.turns:
+        said = escape(f"{turn['role']}: {turn.get('content') or ''}")
+        lines.append(f"<b>{said}</b>" if turn["role"] == "assistant" else said)
+    return "\n".join(lines)
 
 # %% ../../nbs/ui/6_additions.ipynb #1c9d6e80
 def _row_html(
@@ -76,6 +97,7 @@ def _row_html(
 ) -> str:  # HTML
     "What a prompt makes of a row."
     from html import escape
+    if template.chat: return _talk_html(template, row)
     missing = [name for name in template.fields if row.get(name) is None]
     if missing: return f"<i>left out: no value for {escape(', '.join(missing))}</i>"
     text, start = prompts.format_row(template, row), prompts.value_spans(template, row)[1]

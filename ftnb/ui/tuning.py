@@ -17,6 +17,7 @@ from fastcore.basics import patch
 import ftnb.advice as advice
 import ftnb.choosing as choosing
 import ftnb.consts as consts
+import ftnb.conversations as conversations
 import ftnb.corpus as corpus
 import ftnb.evaluate as evaluate
 import ftnb.finetune as finetune
@@ -24,14 +25,17 @@ import ftnb.jobargs as jobargs
 import ftnb.models as models
 import ftnb.preflight as preflight
 import ftnb.progress as progress
+import ftnb.prompts as prompts
 import ftnb.quantisation as quantisation
-import ftnb.storage as storage
 import ftnb.runrecord as runrecord
+import ftnb.storage as storage
 import ftnb.studio as studio
 import ftnb.ui.additions as additions
 import ftnb.ui.chats as chats
 import ftnb.ui.draft as drafts
 import ftnb.ui.monitoring as monitoring
+
+# %% ../../nbs/ui/7_tuning.ipynb #5836233a
 from ..adapters import publish_folder
 from ..lora_settings import LORA_RULES
 
@@ -177,6 +181,29 @@ def _same_row(
         if all(getattr(row, k, None) == v for k, v in columns.items()): return row.id
     return add()
 
+# %% ../../nbs/ui/7_tuning.ipynb #53b87452
+def _templates(
+    data: corpus.Corpus,  # its rows
+    prompt: str | None,  # input template
+    completion: str | None,  # completion template
+) -> tuple:  # both, as texts
+    "What was given; where nothing was, what the columns stand for."
+    if prompt is not None or completion is not None: return prompt or "", completion or ""
+    return conversations.usual_prompt(data.splits["train"].column_names)
+
+# %% ../../nbs/ui/7_tuning.ipynb #45f39a14
+def _for_conversations(
+    training: dict,  # training arguments, as given
+    texts: tuple,  # input template, completion template
+    data: corpus.Corpus,  # the rows
+) -> dict:  # the same; for conversations with the loss on what the assistant says, unless said otherwise
+    "Where the loss of conversations is."
+    prompt = studio.PromptRecord(name="prompt", input_template=texts[0], completion_template=texts[1])
+    as_turns = bool(training.get("chat_template"))
+    template = conversations.settle_template(prompt, data.splits["train"], as_turns)
+    if template.chat != "messages": return training
+    return {"completion_only_loss": False, "assistant_only_loss": True} | training
+
 # %% ../../nbs/ui/7_tuning.ipynb #9e1c5aaf
 def _read_data(
     engine: "Engine",  # of the project's database
@@ -276,7 +303,8 @@ def compare_held_out(
     if check.rows is None: check.raise_errors()
     job, adapter = check.job, {args.adapter_name or "adapter": args.out_dir}
     return evaluate.compare(job.source, adapter, check.rows.held_out, job.template, n,
-                            completion_only=job.settings.completion_only, precision=job.precision)
+                            completion_only=job.settings.completion_only, precision=job.precision,
+                            assistant_only=job.settings.assistant_only)
 
 # %% ../../nbs/ui/7_tuning.ipynb #872dd254
 @patch
@@ -304,9 +332,13 @@ def chat(
     max_new_tokens: int = 64,  # most tokens of an answer
 ) -> chats.Chat:  # a box in a notebook; `ask` anywhere
     "Ask the base model and the adapter."
+    from datasets import Dataset
     records = studio.resolve_records(studio.open_studio(studio.studio_url(self.env)), self.args)
-    adapter = {self.args.adapter_name: self.args.out_dir}
-    return chats.chat(studio.model_source(records.model), adapter, records.prompt, max_new_tokens)
+    adapter, template = {self.args.adapter_name: self.args.out_dir}, prompts.read_template(records.prompt, strict=False)
+    if conversations.is_bare(template):  # the data say what it means
+        template = conversations.settle_template(template, Dataset.from_list(additions.first_rows(records.dataset, 20)))
+    as_turns = bool((records.training or {}).get("chat_template"))
+    return chats.chat(studio.model_source(records.model), adapter, template, max_new_tokens, chat_template=as_turns)
 
 # %% ../../nbs/ui/7_tuning.ipynb #5300d2bf
 def _figures(
@@ -438,7 +470,9 @@ def _prepared(
     _job(place.folder, name, dict.fromkeys(("base_model_id", "dataset_id", "prompt_id"), "id"), rows, given["job"])  # raises where a job can't take them
     dataset_id, read = _read_data(place.engine, source.name, token)
     whole = choosing.with_chosen(read, choice, place.engine, token)
+    texts = _templates(read, *texts)
     records = _records(place.engine, model, dataset_id, read, texts)
+    given["training"] = _for_conversations(given["training"], texts, read)
     filled = _complete(_width(model, token), _rows_an_epoch(whole, given["job"]), given)
     records |= _config_rows(place.engine, name, filled)
     return _job(place.folder, name, records, rows, filled["job"]), whole
@@ -448,8 +482,8 @@ def tune(
     model: "str | Path",  # a folder with a causal language model, or its name on the hub
     data,  # a file, a folder or a name on the hub; a DataFrame, a list of dicts, a `Dataset`; several: a list, or an object of names and weights
     *,
-    prompt: str,  # what the model is asked, with a {column} where a row's value goes
-    completion: str,  # what it is to answer, with a {column} too
+    prompt: str | None = None,  # what the model is asked, with a {column} where a row's value goes; conversations need none
+    completion: str | None = None,  # what it is to answer, with a {column} too
     config: str | None = None,  # configuration of a data set that has several
     split: "str | list | None" = None,  # of a data set: the one to train on; and the one to hold out, behind a comma
     folder: "str | Path | None" = None,  # gets adapters and checkpoints, and the project's database; default: ftnb_runs
@@ -525,8 +559,8 @@ def _parser() -> "ArgumentParser":
     parser = ArgumentParser("ftnb_tune", description=about, epilog=epilog)
     parser.add_argument("data", metavar="DATA", nargs="+", help="a file, a folder, or a name on the hub; several are trained together")
     parser.add_argument("--model", required=True, help="a folder with a model, or its name on the hub")
-    parser.add_argument("--prompt", required=True, help="what the model is asked: 'Message: {message}\\nIntent:'")
-    parser.add_argument("--completion", required=True, help="what it is to answer: ' {intent}'")
+    parser.add_argument("--prompt", help="what the model is asked: 'Message: {message}\\nIntent:'; conversations need none")
+    parser.add_argument("--completion", help="what it is to answer: ' {intent}'")
     for name, about in _OPTIONS.items(): parser.add_argument(f"--{name}", help=about)
     return parser
 
@@ -537,7 +571,7 @@ def tune_command(
     "The console script `ftnb_tune`."
     given, rest = _parser().parse_known_args(argv)
     asked = {k: v for k, v in vars(given).items() if v is not None}
-    for key in ("prompt", "completion"): asked[key] = asked[key].replace("\\n", "\n")
+    for key in {"prompt", "completion"} & set(asked): asked[key] = asked[key].replace("\\n", "\n")
     model, data = asked.pop("model"), asked.pop("data")
     progress.quiet_libraries()
     try: run = tune(model, data[0] if len(data) == 1 else data, **asked, **_shell_settings(rest))
