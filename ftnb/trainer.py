@@ -15,6 +15,7 @@ from .manifest import run_identity
 from .metrics import RunState, RunTotals, append_metrics
 from .packing import packing_attention
 from .passes import in_passes, run_step, settle_budget, tell_all
+from .plan import RunPlan
 from .prefix import PrefixSampler
 from .progress import progress_bar, wants_bar
 from .ranks import batch_size, dealing, process_count, settings_for_all, sum_over_all, taken_memory, usable_cores
@@ -197,7 +198,7 @@ def _new_run(
     "A run that hasn't begun."
     rows = {mode: settings.config.get(f"per_device_{mode}_batch_size", 8) for mode in ("train", "eval")}
     return RunState(budget=budget, pass_rows=rows["train"], eval_rows=rows["eval"], save_seconds=settings.save_seconds,
-                    rows_per_step=settings.rows_per_step * process_count())
+                    rows_per_step=settings.rows_per_step * process_count(), plan=RunPlan(budget))
 
 # %% ../nbs/36_trainer.ipynb #a5737ef1
 def _make_folder(
