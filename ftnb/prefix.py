@@ -166,6 +166,17 @@ def places_of(
     import numpy as np
     return np.concatenate([np.arange(start, end) for start, end in path])
 
+# %% ../nbs/26_prefix.ipynb #820dd75a
+def _all_places(
+    paths: list,  # of runs
+):  # an array
+    "Each key of each path, one path after the other."
+    import numpy as np
+    edges = np.fromiter((edge for path in paths for run in path for edge in run), np.int64)
+    starts, ends = edges[::2], edges[1::2]
+    lengths = ends - starts
+    return np.arange(lengths.sum()) + np.repeat(starts - lengths.cumsum() + lengths, lengths)
+
 # %% ../nbs/26_prefix.ipynb #ac7b0412
 def _loss_pairs(
     paths: list,  # of each row
@@ -173,8 +184,10 @@ def _loss_pairs(
 ) -> tuple:  # (key that predicts, target), one for each label token
     "What each row predicts, and where."
     import numpy as np
-    before = np.concatenate([places_of(path)[:-1] for path in paths])
-    targets = np.concatenate([o[1:] for o in labels]).astype(np.int64)
+    lengths = np.array([len(row) for row in labels])
+    ends = lengths.cumsum()
+    before = np.delete(_all_places(paths), ends - 1)
+    targets = np.delete(np.concatenate(labels), ends - lengths).astype(np.int64)
     keep = targets != -100
     return before[keep], targets[keep]
 
@@ -248,11 +261,11 @@ def make_trie(
     "Bring rows into dictionary order, and settle what they share."
     import numpy as np
     _check_rows(features)
-    rows = [np.asarray(f["input_ids"]) for f in features]
+    rows = [np.asarray(f["input_ids"], dtype=np.int64) for f in features]
     order = _dictionary_order(rows)
     rows = [rows[i] for i in order]
     shared = _worth_sharing([len(row) for row in rows], _shared_with_previous(rows), least)
-    return Trie(tuple(rows), tuple(np.asarray(features[i]["labels"]) for i in order), tuple(shared))
+    return Trie(tuple(rows), tuple(np.asarray(features[i]["labels"], dtype=np.int64) for i in order), tuple(shared))
 
 # %% ../nbs/26_prefix.ipynb #e8ce65da
 def _flat_batch(
@@ -265,10 +278,9 @@ def _flat_batch(
     "Token ids, positions and loss of a pass."
     import numpy as np, torch
     top = max(tree.kept, *(path[-1].end for path in paths))
-    ids, places = np.zeros(top, dtype=np.int64), np.zeros(top, dtype=np.int64)
-    for row, path in zip(rows, paths):
-        at = places_of(path)
-        ids[at], places[at] = row, np.arange(len(row))
+    ids, places, at = np.zeros(top, dtype=np.int64), np.zeros(top, dtype=np.int64), _all_places(paths)
+    ids[at] = np.concatenate(rows)
+    places[at] = np.concatenate([np.arange(len(row)) for row in rows])
     flat, positions = torch.from_numpy(ids[None, tree.kept:]), torch.from_numpy(places)
     return PackedBatch(flat, positions[None, tree.kept:], replace(tree, positions=positions, longest=max(map(len, rows))), rows=given,
                        tokens_given=sum(map(len, rows)) if given else 0, tokens_computed=top - tree.kept, **_predictions(*pairs))
