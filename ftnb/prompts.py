@@ -470,9 +470,13 @@ def map_dataset_with_prompt_template(
     eos_token: str = "</s>",  # pass your tokenizer's own; "" or None: it has none
 ):  # the same kind of object, with the column `prediction`
     "Format every row; one with a missing value or an empty completion is left out, and it is an error if no row to train on stays."
+    import warnings
     from datasets import DatasetDict
     splits = dataset if isinstance(dataset, DatasetDict) else {"the data set": dataset}
     template = read_template(template, next(iter(splits.values())).column_names)
+    if template.chat:
+        warnings.warn(f"{{{template.fields[0]}}} is formatted as JSON here, where no model is known; "
+                      "ftnb.chat_rows.tokenize_conversations writes conversations by the model's own chat template", stacklevel=2)
     problems = [problem for ds in splits.values() for problem in template_problems(template, ds.column_names)]
     raise_problems(list(dict.fromkeys(problems)), "The prompt template doesn't fit the data set")
     done = {name: _format_split(ds, template, eos_token, name) for name, ds in splits.items()}
