@@ -699,9 +699,11 @@ def _check_memory(
     log.add("warning", "settings", *training_settings.warmup_notes(job.settings, steps.steps))
     words = f"{need} of {storage.in_units(free)} free on {device}"
     if need.fixed > free:
-        log.add("error", "memory", f"{words}: the model alone doesn't fit; quantise it, take a smaller one, or a machine with more memory")
+        advice = "quantise it, take a smaller one, or a machine with more memory"
+        log.add("error", "memory", f"{words}: the model alone doesn't fit; {advice}")
     elif need.total > free:
-        log.add("warning", "memory", f"{words}: this may not fit; set gradient_checkpointing, a smaller max_length, tokens_per_pass or batch")
+        advice = "set gradient_checkpointing, a smaller max_length, tokens_per_pass or batch"
+        log.add("warning", "memory", f"{words}: this may not fit; {advice}")
     else: log.add("ok", "memory", words)
     return steps, need
 

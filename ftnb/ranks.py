@@ -54,7 +54,8 @@ def missed_rendezvous(
 ) -> bool:
     "Did the processes not find one another? An error of a process itself comes with its traceback, and is none."
     import re
-    words = "RendezvousConnectionError|RendezvousTimeoutError|EADDRINUSE|[Aa]ddress already in use|TCPStore.*(timed out|failed to connect)"
+    words = ("RendezvousConnectionError|RendezvousTimeoutError|EADDRINUSE|[Aa]ddress already in use|"
+             "TCPStore.*(timed out|failed to connect)")
     return bool(re.search(words, said))
 
 # %% ../nbs/28_ranks.ipynb #2e9bc536
