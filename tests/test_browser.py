@@ -91,7 +91,7 @@ def test_the_first_tutorial(notebook, keep):
     assert "tokens carry loss" in shown.inner_text()
     keep("preview.png", png(part(notebook, shown, shown, above=0)))
     compared = notebook.output("run.compare()").inner_text()
-    assert all(word in compared for word in ("perplexity", "base", "adapter"))
+    assert all(word in compared for word in ("perplexity", "base", "tuned"))
     outputs_without_errors(notebook)
     left_alone(notebook, "finished")
 
