@@ -53,6 +53,8 @@ console.log(JSON.stringify({ids, answer}));
 process.exit(0);
 """
 
+LOADS = 'import {getLlama} from "node-llama-cpp"; await getLlama({gpu: false, build: "never"}); process.exit(0);'
+
 # Templates as Ollama runs them: messages with fields, the system text beside them, zero for what is missing.
 GO = """
 package main
@@ -98,6 +100,14 @@ func main() {
 """
 
 
+def fetched(command, **where):
+    "Whether a command that fetches something, or tries it, ends well, and in time."
+    try:
+        return not subprocess.run(command, capture_output=True, timeout=240, **where).returncode
+    except subprocess.TimeoutExpired:
+        return False
+
+
 @pytest.fixture(scope="module")
 def tools(tmp_path_factory):
     "A folder for what is fetched."
@@ -110,7 +120,7 @@ def python_tools(tools):
     folder = tools/"python"
     if not folder.is_dir():
         pip = [sys.executable, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-deps", "--target", str(folder)]
-        if subprocess.run([*pip, *PYTHON]).returncode:
+        if not fetched([*pip, *PYTHON]):
             shutil.rmtree(folder, ignore_errors=True)
             pytest.skip(f"{', '.join(PYTHON)} can't be installed here")
     return folder
@@ -133,9 +143,11 @@ def reader(tools):
         if not shutil.which("npm"):
             pytest.skip("there is no npm, which would bring llama.cpp as a library")
         folder.mkdir(parents=True, exist_ok=True)
-        done = subprocess.run(["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", NODE], cwd=folder, capture_output=True)
-        if done.returncode:
+        if not fetched(["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", NODE], cwd=folder):
             pytest.skip(f"{NODE} can't be installed here")
+    (folder/"loads.mjs").write_text(LOADS)
+    if not fetched(["node", "loads.mjs"], cwd=folder):
+        pytest.skip(f"{NODE} has no program for this machine")
     (folder/"read.mjs").write_text(READER)
 
     def read(file, text, adapter=""):
