@@ -162,6 +162,19 @@ PICTURE = """async image => {
     const bytes = new Uint8Array(await (await fetch(image.src)).arrayBuffer())
     return btoa(Array.from(bytes, b => String.fromCharCode(b)).join(''))
 }"""
+PICTURE_OF_RUN = ".widget-html-content img.ftnb-picture"  # the live one, not that of a still
+THEME = """async name => {
+    await window.jupyterapp.commands.execute('apputils:change-theme', {theme: name})
+}"""
+SCROLLING = """() => [...document.querySelectorAll('.jp-NotebookPanel:not(.lm-mod-hidden) .jp-OutputArea-output *')].filter(e => {
+    const look = getComputedStyle(e), scrolls = way => way === 'auto' || way === 'scroll'
+    if (e.closest('[role=log]') || ['TEXTAREA', 'SELECT', 'INPUT'].includes(e.tagName) || !e.clientHeight) return false
+    return scrolls(look.overflowX) && e.scrollWidth > e.clientWidth + 1 || scrolls(look.overflowY) && e.scrollHeight > e.clientHeight + 1
+}).map(e => `${e.tagName}.${e.className}: ${e.innerText.slice(0, 60)}`)"""
+FOCUSED = """() => {
+    const e = document.activeElement, label = e.labels?.[0]?.innerText || e.getAttribute('aria-label') || e.innerText || e.title
+    return e === document.body ? null : label.trim()
+}"""
 SHUT_DOWN = "() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()"
 
 
@@ -247,14 +260,14 @@ class Notebook:
     def picture(self):
         "The bytes of the picture of a run."
         try:
-            return base64.b64decode(self.root.locator("img.widget-image").last.evaluate(PICTURE, timeout=5000) or b"")
+            return base64.b64decode(self.root.locator(PICTURE_OF_RUN).last.evaluate(PICTURE, timeout=5000) or b"")
         except Error:  # it was being replaced
             return b""
 
     def row(self, label, number=-1):
         "The row of a field in the form; of several with one label, the last."
         field = self.page.get_by_label(label, exact=True)
-        return self.root.locator(".widget-hbox:not(:has(.widget-hbox))", has=field).nth(number)
+        return self.root.locator(".ftnb-field", has=field).nth(number)
 
     def fill(self, **fields):
         for label, value in fields.items():
@@ -266,6 +279,23 @@ class Notebook:
 
     def button(self, name):
         return self.root.get_by_role("button", name=re.compile(rf"^\W*{name}$"))  # before its name stands its icon
+
+    def theme(self, name):
+        "JupyterLab Light or JupyterLab Dark."
+        self.page.evaluate(THEME, name)
+        self.until(f"the theme is {name}", lambda: self.page.evaluate("() => document.body.dataset.jpThemeName") == name)
+
+    def scrolling(self):
+        "What has a scroll bar."
+        return self.page.evaluate(SCROLLING)
+
+    def tabbed(self, most=200):
+        "What the Tab key comes to, from where the focus is, until it comes round or leaves."
+        seen = []
+        for _ in range(most):
+            self.page.keyboard.press("Tab")
+            seen.append(self.page.evaluate(FOCUSED))
+        return seen
 
     def press(self, name):
         self.button(name).click()

@@ -1,7 +1,8 @@
 """A newcomer's first hour in JupyterLab, in headless Chromium.
 
 The first tutorial from top to bottom; then the form: a wrong field, a run that is watched, stopped, resumed and left alone,
-base against adapter. `--pictures nbs/images` also writes the README's pictures.
+base against adapter, and the run found again by another kernel. What they show is read by axe-core, in a light and a dark theme,
+as a screen reader would. `--pictures nbs/images` also writes the README's pictures.
 """
 import json
 import os
@@ -13,7 +14,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from lab import Notebook, chromium, end_all, find_chromium, held, jobs, jupyter_lab, until
+from axe_playwright_python.sync_playwright import Axe
+from lab import PICTURE_OF_RUN, Notebook, chromium, end_all, find_chromium, held, jobs, jupyter_lab, until
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from pictures import animation, part, png
 
@@ -90,6 +92,7 @@ def test_the_first_tutorial(notebook, keep):
     shown = notebook.output("preview(rows.train")
     assert "tokens carry loss" in shown.inner_text()
     keep("preview.png", png(part(notebook, shown, shown, above=0)))
+    everybody_can_read_it(notebook)
     compared = notebook.output("run.compare()").inner_text()
     assert all(word in compared for word in ("perplexity", "base", "tuned"))
     outputs_without_errors(notebook)
@@ -102,6 +105,19 @@ def outputs_without_errors(notebook):
     bad = [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
     assert not bad
     return outputs
+
+
+THEMES = ("JupyterLab Dark", "JupyterLab Light")
+
+
+def everybody_can_read_it(notebook):
+    "axe-core finds nothing in what we show, and nothing has a scroll bar that it doesn't need, in either theme."
+    for theme in THEMES:
+        notebook.theme(theme)
+        found = Axe().run(notebook.page, context={"include": [[".jp-NotebookPanel:not(.lm-mod-hidden) .jp-OutputArea-output"]]})
+        wrong = [f"{v['id']}: {v['help']}: {[n['html'][:200] for n in v['nodes'][:3]]}" for v in found.response["violations"]]
+        assert not wrong, (theme, wrong)
+        assert not notebook.scrolling(), theme
 
 
 SEEN = """() => [...document.querySelectorAll('.jp-NotebookPanel:not(.lm-mod-hidden) .jp-OutputArea-child')]
@@ -128,15 +144,19 @@ def test_the_form(notebook, keep):
     "From an empty form to an adapter; the steps are below, in their order."
     shots = []
     open_form(notebook)
+    nothing_is_red(notebook)
     a_wrong_field_is_marked(notebook, keep)
+    every_control_is_reached(notebook)
     fill_form(notebook)
     train_and_stop(notebook, MOVES_OF_PICTURES if keep.asked else MOVES, shots)
     resume_and_close_the_tab(notebook, shots)
     adapters = adapter_rows(notebook)
     assert [name for name, place in adapters if Path(place, "adapter_model.safetensors").exists()] == ["shop-intents"]
     keep("run_live.gif", animation(shots[:-1:2] + shots[-1:]))
+    everybody_can_read_it(notebook)
     base_against_adapter(notebook)
     left_alone(notebook, "run this cell again")
+    found_again(notebook)
 
 
 def open_form(notebook):
@@ -146,20 +166,29 @@ def open_form(notebook):
     notebook.run_all()
     notebook.finished()
     notebook.until("the form has checked its job", lambda: notebook.widgets_say("the job can run|to put right"))
-    notebook.row("Quantisation").locator("select").select_option(label="none")
-    for label in ("Base model", "Data set", "Prompt"):
-        notebook.row(label).locator("select").select_option(index=1)
+
+
+def nothing_is_red(notebook):
+    "Defaults fit the machine; the columns of the data set are listed; the completion alone is learnt."
+    assert notebook.root.get_by_role("alert").count() == 0
+    notebook.until("the job can run as it stands", lambda: notebook.widgets_say("the job can run"))
+    assert "columns: {message}, {intent}" in notebook.row("Data set").inner_text()
+    assert notebook.row("Learn the completion only").locator("input").is_checked()
     notebook.until("a time is told", lambda: notebook.widgets_say(r"time\s+about"))
 
 
 def a_wrong_field_is_marked(notebook, keep):
     "A remark stands beside its field while it is wrong, and the run can't be started."
-    rank, dropout = (notebook.row(label).get_by_role("alert") for label in ("Rank", "Dropout"))
+    rank, dropout = notebook.row("Rank").get_by_role("alert"), notebook.row("Dropout").get_by_role("status")
     assert rank.count() == 0 and notebook.can("Train here")
     notebook.fill(Rank=-1, Dropout=0.5)
     rank.wait_for()
     dropout.wait_for()
     assert "r is -1" in rank.inner_text()
+    field = notebook.row("Rank").locator("input")
+    notebook.until("the field says that it is wrong", lambda: field.get_attribute("aria-invalid") == "true")
+    assert field.get_attribute("aria-describedby") == rank.get_attribute("id")
+    everybody_can_read_it(notebook)
     notebook.until("the button is off", lambda: not notebook.can("Train here"))
     assert not notebook.can("Resume")
     notebook.until("the panel tells of it", lambda: notebook.widgets_say("^Put right what is marked"))
@@ -168,7 +197,21 @@ def a_wrong_field_is_marked(notebook, keep):
     notebook.fill(Rank=8, Dropout=0)
     rank.wait_for(state="detached")
     dropout.wait_for(state="detached")
+    notebook.until("the field is right", lambda: field.get_attribute("aria-invalid") is None)
     notebook.until("the button is on", lambda: notebook.can("Train here"))
+
+
+FIELDS = ["Run", "Base model", "Add a base model", "Data set", "Add a data set", "Prompt", "Write a prompt", "Share of rows to keep", "Rank",
+          "Learn the completion only", "Epochs", "Schedule", "Longest row, in tokens", "Evaluation", "Stop early after", "Adapter's name",
+          "Check", "Train here", "This run as text"]
+
+
+def every_control_is_reached(notebook):
+    "By the Tab key alone, in the order in which one goes."
+    notebook.page.get_by_label("Run", exact=True).focus()
+    reached = ["Run", *notebook.tabbed(60)]
+    places = [reached.index(name) for name in FIELDS]
+    assert places == sorted(places), reached
 
 
 def fill_form(notebook):
@@ -188,7 +231,7 @@ def fill_form(notebook):
 
 def shot_of_run(notebook):
     "The picture of the run, and what stands above it."
-    parts = notebook.root.locator(".widget-vbox:has(> img.widget-image)").last.locator("> *")
+    parts = notebook.root.locator(f".widget-vbox:has(> .widget-html {PICTURE_OF_RUN.split()[-1]})").last.locator("> *")
     return part(notebook, parts.first, parts.nth(1), margin=0, above=0)
 
 
@@ -237,7 +280,9 @@ def train_and_stop(notebook, moves, shots):
         assert notebook.output("6 * 7").inner_text() == "42"
         notebook.press("Stop")
         notebook.until("what will happen is said", lambda: notebook.widgets_say("will stop after this step"))
-    notebook.until("the form says that the run has stopped", lambda: notebook.widgets_say("not running any more"))
+    notebook.until("the form says that the run has stopped",
+                   lambda: notebook.widgets_say(r"stopped at step [\d,]+ of [\d,]+; a checkpoint is saved; Resume goes on"))
+    assert "Traceback" not in notebook.root.get_by_role("log").inner_text()
     notebook.until("the picture says so, too", lambda: notebook.step()[0] in ("stopped", "finished"))
     assert notebook.step()[0] == "stopped"  # before its end
     assert not jobs()
@@ -277,3 +322,23 @@ def base_against_adapter(notebook):
     compared = "\n".join(text for text in texts if "perplexity" in text)
     loss = {m[1]: float(m[2]) for m in re.finditer(r"^(base|shop-intents) +([\d.]+)", compared, re.M)}
     assert loss["shop-intents"] < loss["base"] / 2, compared
+
+
+AGAIN = [new_code_cell("from ftnb.all import *\nfound = runs('.')\nfound"), new_code_cell("check = check_job(parse_job_arguments(found[0].repeat().job_arguments))\ncheck"),
+         new_code_cell("box = chat('base', {'mine': found[0].record.given['out_dir']}, check.job.template, 8)\nprint(box.ask('Where is my card?'))"),
+         new_code_cell("again = Form()\nagain")]
+
+
+def found_again(notebook):
+    "In another kernel: the run is in the list, and loads; check and chat say nothing in red."
+    nbformat.write(new_notebook(cells=AGAIN), notebook.folder/"again.ipynb")
+    notebook.open("again.ipynb")
+    notebook.run_all()
+    notebook.finished()
+    outputs_without_errors(notebook)
+    chosen = notebook.page.get_by_label("Run", exact=True)
+    label = f"shop-intents: trained, {STEPS} steps"
+    notebook.until("the run is in the list", lambda: label in chosen.inner_text())
+    chosen.select_option(label=label)
+    notebook.until("its picture is shown", lambda: notebook.step() == ("finished", STEPS))
+    assert notebook.number("Learning rate") == 5e-3

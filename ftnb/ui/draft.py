@@ -21,7 +21,7 @@ import ftnb.studio as studio
 import ftnb.training_fields as training_fields
 from fastcore.basics import patch
 from ..problems import Problem, nearest, problems_of, raise_problems
-from .past_runs import fresh_place, python_call
+from .past_runs import fresh_place, python_call, run_arguments
 
 # %% ../../nbs/ui/5_draft.ipynb #e24e5ac9
 SECTIONS = {  # heading -> field -> label
@@ -332,6 +332,7 @@ def machine_settings(
     training = found["training_arguments_config"]
     if not gpu:
         training |= {"optim": "adamw_torch", "fp16": False}
+        del training["warmup_ratio"]  # a constant schedule doesn't read it
         found["bnb_config"] = QUANTISATION["none"]
     if not gpu or find_spec("mlflow") is None: training["report_to"] = "none"
     return found
@@ -443,10 +444,12 @@ def problems(
 @patch
 def load(
     self: Draft,
-    text: str,  # JOB_ARGUMENTS, or Python that holds them
+    text: "str | Path",  # JOB_ARGUMENTS, Python that holds them, or the folder of a run
 ) -> Draft:  # the same
     "Fill in everything from text; raises with what is wrong, and then leaves the draft as it was."
-    args = jobargs.parse_job_arguments(find_arguments(text), {})
+    found = run_arguments(text) if os.path.isdir(text) else find_arguments(str(text))
+    args = jobargs.parse_job_arguments(found, {})
+    self.touched = set(self.values)
     self.values = values_of(args, self.project.configs)
     self.token = args.hf_token or self.token
     return self

@@ -14,14 +14,17 @@ from pathlib import Path
 from fastcore.basics import patch
 
 import ftnb.evaluate as evaluate
+import ftnb.jobargs as jobargs
 import ftnb.preflight as preflight
 import ftnb.progress as progress
 import ftnb.studio as studio
 import ftnb.ui.additions as additions
+import ftnb.ui.controls as controls
 import ftnb.ui.draft as draft
 import ftnb.ui.expectations as expectations
 import ftnb.ui.processes as processes
 import ftnb.ui.monitoring as monitoring
+import ftnb.ui.past_runs as past_runs
 import ftnb.ui.stills as stills
 from ..problems import problems_of, raise_problems
 from .tuning import compare_held_out
@@ -71,7 +74,7 @@ def as_text(
 @patch
 def load(
     self: Form,
-    text: str,  # JOB_ARGUMENTS, or Python that holds them
+    text: "str | Path",  # JOB_ARGUMENTS, Python that holds them, or the folder of a run
 ) -> Form:  # the same
     "Fill in everything from text; raises with what is wrong, and then leaves the form as it was."
     self.draft.load(text)
@@ -118,67 +121,54 @@ def stop(
     "Ask the run to stop."
     return processes.stop_job(self.values["train_out_dir"])
 
-# %% ../../nbs/ui/10_form.ipynb #c6a695bb
-_COLOURS = {"error": "#f4b6b0", "warning": "#ffe08a", "ok": "#cfe8cf"}
+# %% ../../nbs/ui/10_form.ipynb #c72d6f6a
+@patch
+def finish(
+    self: Form,
+) -> str:  # what will happen
+    "Ask the run to end now, with its adapter."
+    return processes.finish_job(self.values["train_out_dir"])
 
-# %% ../../nbs/ui/10_form.ipynb #2f6c0d98
-def _badge(
-    text: str,  # what there is to say
-    level: str = "error",  # or "warning", "ok"
-) -> str:  # HTML, readable on light and dark pages
-    "A remark beside a field."
-    if not text: return ""
-    look = f"background:{_COLOURS[level]};color:#000;border-radius:4px;padding:1px 7px;line-height:1.4;display:inline-block"
-    return f'<span role="alert" style="{look}">{escape(text)}</span>'
-
-# %% ../../nbs/ui/10_form.ipynb #8e0d5a36
-def _badges(
-    problems: list,  # of `Problem`, or sentences
-) -> str:  # HTML
-    "Remarks below one another."
-    return "".join(f"<div>{_badge(str(problem))}</div>" for problem in problems)
-
-# %% ../../nbs/ui/10_form.ipynb #512eb600
-def _input(
-    name: str,  # of the field
-    label: str,  # beside it
-    value,  # text, or True or False
-    options: list | None,  # (label, value) pairs, where it is picked
-):  # a widget
-    "The widget of a field, with its label."
-    import ipywidgets as w
-    look = dict(description=label, style={"description_width": "160px"}, layout=w.Layout(width="410px", flex="0 0 auto"))
-    hints = dict(target_modules="those usual for the model", adapter_name="letters, digits and -")
-    if options is not None: return w.Dropdown(options=options, value=value, **look)
-    if isinstance(value, bool): return w.Checkbox(value=value, **look)
-    if name.startswith("other_"): return w.Textarea(value=value, rows=3, placeholder="JSON", **look)
-    return w.Text(value=value, placeholder=hints.get(name, ""), **look)
-
-# %% ../../nbs/ui/10_form.ipynb #3c9e0f57
-def _heading(
-    text: str,
-):  # a widget
-    "A heading with a line below it."
-    import ipywidgets as w
-    return w.HTML(f'<div style="font-weight:600;border-bottom:1px solid #9ca3af;margin-top:6px">{text}</div>')
+# %% ../../nbs/ui/10_form.ipynb #0d6a9e27
+@patch
+def _make_state(self: Form):
+    "What the form remembers while it is shown."
+    self.inputs, self.notes = {}, {}  # field -> widget
+    self.filling, self.running, self.followed, self.checking = False, False, False, False
+    self.status = processes.RunStatus()
+    self.shown, self.watched = None, None  # the run below the form: its folder, its monitor
+    self.measured, self.sample = {}, (None, [])  # times of a token; id of a data set and its first rows
+    self.args, self.looked = None, None  # the job as it stands; the one that was checked last
+    self.pause = 0.7  # seconds without typing
+    self.ready, self.changed = threading.Event(), threading.Event()
+    self.closed, self.given_up = threading.Event(), threading.Event()
 
 # %% ../../nbs/ui/10_form.ipynb #c65fde55
 @patch
-def _field_rows(
+def _field_row(
+    self: Form,
+    heading: str,  # a key of `draft.SECTIONS`
+    name: str,  # of the field
+):  # a widget
+    "A field and its remark, filed in `inputs` and `notes`."
+    hints = dict(target_modules="those usual for the model", adapter_name="letters, digits and -", early_stopping_patience="evaluations without a better loss",
+                 max_length="no limit")
+    hint, lines = ("JSON", 3) if name.startswith("other_") else (hints.get(name, ""), 1)
+    field = controls.field_input(draft.SECTIONS[heading][name], self.values[name], self.draft.options(name), hint, lines)
+    field.tooltip = f"{heading}: {draft.SECTIONS[heading][name]} ({name})"
+    field.observe(lambda change: self._typed(name, change["new"]), "value")
+    row, note = controls.field_row(field)
+    self.inputs[name], self.notes[name] = field, note
+    return row
+
+# %% ../../nbs/ui/10_form.ipynb #0e3e329c
+@patch
+def _section(
     self: Form,
     heading: str,  # a key of `draft.SECTIONS`
 ) -> list:  # widgets
-    "A section, its widgets filed in `inputs` and `notes`."
-    import ipywidgets as w
-    rows = [_heading(heading)]
-    for name, label in draft.SECTIONS[heading].items():
-        field = _input(name, label, self.values[name], self.draft.options(name))
-        field.tooltip = f"{heading}: {label} ({name})"
-        field.observe(lambda change, name=name: self._typed(name, change["new"]), "value")
-        note = w.HTML(layout=w.Layout(flex="1 1 auto", min_width="0", margin="2px 0 2px 8px"))
-        self.inputs[name], self.notes[name] = field, note
-        rows.append(w.HBox([field, note]))
-    return rows
+    "A heading, and the rows below it."
+    return [controls.heading(heading), *(self._field_row(heading, name) for name in draft.SECTIONS[heading])]
 
 # %% ../../nbs/ui/10_form.ipynb #9acd3a5e
 @patch
@@ -230,17 +220,30 @@ def _found_beside(
 
 # %% ../../nbs/ui/10_form.ipynb #7c370663
 @patch
+def _remark(
+    self: Form,
+    name: str,  # of a field
+    problems: dict,  # field -> what is wrong
+    remarks: dict,  # field -> what is odd
+) -> str:  # HTML
+    "What stands beside a field."
+    if name in self.draft.still_open(): return controls.badge("choose one, or add yours below" if name in draft.TABLES else "give it a name", "hint")
+    if name in problems: return controls.badge(problems[name])
+    if name in remarks: return controls.badge(remarks[name], "warning")
+    columns = self.draft.columns() if name == "dataset_id" else []
+    return controls.badge("columns: " + ", ".join(f"{{{column}}}" for column in columns), "hint") if columns else ""
+
+# %% ../../nbs/ui/10_form.ipynb #8d17ea39
+@patch
 def _show_problems(self: Form):
     "Bring remarks, texts and buttons up to date."
     self.args, problems = self.judge()
     problems = self._found_beside("error") | problems
     remarks = self._found_beside("warning") | draft.unusual(self.values)
-    for name, note in self.notes.items():
-        if name in problems: note.value = _badge(problems[name])
-        else: note.value = _badge(remarks.get(name, ""), "warning")
+    for name, note in self.notes.items(): note.value = self._remark(name, problems, remarks)
     unreadable = self.draft.project.problem
     other = [text for name, text in problems.items() if name not in self.notes]
-    self.general.value = _badges([unreadable, *other] if unreadable else other)
+    self.general.value = controls.badges(other) + controls.badge(unreadable, "warning")
     self.texts.value = _texts_html(self.as_text())
     self._set_buttons()
 
@@ -254,7 +257,7 @@ def _panel(
     lines = [f'<tr><td style="{left}">{escape(what)}</td><td style="text-align:left">{escape(words)}</td></tr>'
              for what, words in expectations.expectations(check, seconds).items()]
     errors = check.lines("error")
-    head = _badge(f"{len(errors)} to put right") if errors else _badge("the job can run", "ok")
+    head = controls.badge(f"{len(errors)} to put right") if errors else controls.badge("the job can run", "ok")
     return (f'{head}<table style="margin:6px 0;line-height:1.4">{"".join(lines)}</table>'
             f'<div style="line-height:1.4">{_found_html(check, "error")}{_found_html(check, "warning")}</div>')
 
@@ -264,8 +267,8 @@ def _found_html(
     level: str,  # "error" or "warning"
 ) -> str:  # HTML
     "What a check found, each sentence once."
-    badge = _badge(level, level)
-    return "".join(f'<div style="margin:3px 0;overflow-wrap:anywhere">{badge} {escape(text)}</div>' for text in dict.fromkeys(check.lines(level)))
+    mark = controls.badge(level, level)
+    return "".join(f'<div style="margin:3px 0;overflow-wrap:anywhere">{mark} {escape(text)}</div>' for text in dict.fromkeys(check.lines(level)))
 
 # %% ../../nbs/ui/10_form.ipynb #ad2b224d
 @patch
@@ -281,21 +284,63 @@ def _estimate(
     each = self.measured.get(key)
     return None if each is None else expectations.train_seconds(check, each)
 
+# %% ../../nbs/ui/10_form.ipynb #9666dbd6
+@patch
+def _not_ready(self: Form) -> str:
+    "What stands in the place of a check."
+    names = [draft.LABELS[name].lower() for name in draft.LABELS if name in self.draft.still_open()]
+    words = f"Still to be chosen: {', '.join(names)}." if names else "Put right what is marked, to see what the run comes to."
+    return f'<div style="line-height:1.4"><i>{words}</i></div>'
+
+# %% ../../nbs/ui/10_form.ipynb #278c0a61
+@patch
+def _check_in_background(
+    self: Form,
+    args: jobargs.JobArgs,  # of the job
+) -> preflight.Preflight | None:  # None where somebody gave up
+    "Check a job, for as long as somebody wants to know."
+    found = []
+    def check():
+        try: found.append(preflight.check_job(args, self.draft.project.env, keep=False))
+        except Exception as e: found.append(e)
+    thread = threading.Thread(target=check, name="ftnb form's check", daemon=True)
+    self.given_up.clear()
+    self.checking = True
+    self._set_buttons()
+    thread.start()
+    while thread.is_alive() and not self.given_up.is_set() and not self.closed.is_set(): thread.join(0.1)
+    self.checking = False
+    if not found: return None
+    if isinstance(found[0], Exception): raise found[0]
+    return found[0]
+
+# %% ../../nbs/ui/10_form.ipynb #e596437b
+@patch
+def _show_check(
+    self: Form,
+    check: preflight.Preflight,  # of the job
+):
+    "Show what a check found, and then how long the run will train."
+    self.check = check
+    self.panel.value = _panel(check, None)
+    self._show_problems()
+    self.panel.value = _panel(check, self._estimate(check))
+
 # %% ../../nbs/ui/10_form.ipynb #df425b1f
 @patch
 def _look_ahead(self: Form):
     "Check the job as the fields stand, unless that has been done."
     args = self.args
-    if args is None: self.panel.value = '<div style="line-height:1.4"><i>Put right what is marked, to see what the run comes to.</i></div>'
+    if args is None: self.panel.value = self._not_ready()
     if args == self.looked: return
     self.looked, self.check = args, None  # what fails isn't tried again each second
     if args is None: return
     self.state.value = "<i>checking …</i>"
-    self.check = preflight.check_job(args, self.draft.project.env, keep=False)
-    self.panel.value = _panel(self.check, None)
-    self.panel.value = _panel(self.check, self._estimate(self.check))
+    check = self._check_in_background(args)
     self.state.value = ""
-    self._show_problems()
+    if check is None: self.panel.value = "<i>Given up. <b>Check</b> looks again.</i>"
+    else: self._show_check(check)
+    self._set_buttons()
 
 # %% ../../nbs/ui/10_form.ipynb #95816ecd
 @patch
@@ -311,25 +356,86 @@ def _watch(
 # %% ../../nbs/ui/10_form.ipynb #5f8d0b26
 def _log_html(
     folder: str,  # of a run
+    traceback: bool = True,  # False: without one
 ) -> str:  # HTML
     "The end of a run's output, the last line in view."
-    box = "max-height:14em;overflow:auto;display:flex;flex-direction:column-reverse;border-left:3px solid #9ca3af;padding-left:8px"
-    log = escape(processes.last_lines(os.path.join(folder, "output.log")))
-    return f'<div style="{box}"><pre style="flex:none;overflow:visible;white-space:pre-wrap;line-height:1.3;margin:0">{log}</pre></div>'
+    text = processes.last_lines(os.path.join(folder, "output.log"), 15 if traceback else 60)
+    if not traceback: text = "\n".join(text.split("Traceback (most recent call last):")[0].splitlines()[-8:])
+    box = "max-height:14em;overflow-y:auto;display:flex;flex-direction:column-reverse;border-left:3px solid #9ca3af;padding-left:8px"
+    look = "flex:none;overflow:visible;white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.3;margin:0"
+    return f'<div style="{box}" tabindex="0" role="log" aria-label="output of the run"><pre style="{look}">{escape(text)}</pre></div>'
 
 # %% ../../nbs/ui/10_form.ipynb #9c7bf284
 @patch
 def _follow(self: Form):
     "Look at the run in these folders."
-    folder, process = self.values["train_out_dir"], processes.running_process(self.values["train_out_dir"])
-    begun = process or os.path.exists(os.path.join(folder, "metrics.jsonl"))
-    if (folder if begun else None) != self.shown or (process and not self.followed): self._watch(folder if begun else None)
-    if process or self.followed: self.log.value = _log_html(folder)
-    if self.followed and not process:
-        trained = os.path.exists(os.path.join(self.values["out_dir"], "run.json"))
-        self.state.value = _badge("trained", "ok") if trained else _badge("not running any more: see its last lines below", "warning")
-    self.running = self.followed = process is not None
+    folder, before = self.values["train_out_dir"], self.status
+    self.status = processes.run_status(folder, self.values["out_dir"])
+    self.running = self.status.state in ("starting", "running") and processes.running_process(folder) is not None
+    seen = folder if self.running or os.path.exists(os.path.join(folder, "metrics.jsonl")) else None
+    if seen != self.shown or (self.running and not self.followed): self._watch(seen)
+    if seen: self.log.value = _log_html(folder, self.status.state not in ("stopped", "trained"))
+    elif self.status.state == "failed": self.log.value = _log_html(folder)
+    else: self.log.value = ""
+    if self.status.state != before.state or (self.running and self.status != before): self._say_status()
+    self.followed = self.running
     self._set_buttons()
+
+# %% ../../nbs/ui/10_form.ipynb #ffb45c5c
+_LEVELS = {"trained": "ok", "failed": "error", "stopped": "warning", "killed": "warning", "silent": "warning"}  # state of a run -> level of what is said
+
+# %% ../../nbs/ui/10_form.ipynb #36754d3a
+@patch
+def _say_status(self: Form):
+    "Say where the run is, and bring the list of runs up to date."
+    state = self.status.state
+    text = "trained" if state == "trained" else str(self.status)
+    self.state.value = controls.badge(text, _LEVELS.get(state, "hint")) if state else ""
+    self._list_runs()
+
+# %% ../../nbs/ui/10_form.ipynb #1d721f0d
+def _run_options(
+    found: past_runs.Runs,
+    most: int = 50,  # of them, the latest
+) -> list:  # (label, train_out_dir) pairs
+    "Runs to pick."
+    options = [("a new run", "")]
+    for run in found.found[:most]:
+        label = f"{run.name}: {run.status}"
+        if label in dict(options): label += f" ({run.record.experimentid[:8]})"
+        options.append((label, str(run.train_out_dir)))
+    return options
+
+# %% ../../nbs/ui/10_form.ipynb #85cd416c
+@patch
+def _list_runs(self: Form):
+    "Bring the list of runs up to date."
+    project = self.draft.project
+    if not project.folder.is_dir(): return
+    options = _run_options(past_runs.runs(project.folder, project.url if project.engine is not None else None))
+    places, here = [place for _, place in options], self.values["train_out_dir"]
+    self.filling = True
+    try:
+        if tuple(options) != tuple(self.chosen_run.options): self.chosen_run.options = options
+        self.chosen_run.value = here if here in places else ""
+    finally: self.filling = False
+
+# %% ../../nbs/ui/10_form.ipynb #c59f5c99
+@patch
+def _choose_run(
+    self: Form,
+    folder: str,  # train_out_dir; "": a new run
+):
+    "Show another run."
+    if self.filling: return
+    try:
+        if folder: self.load(folder)
+        else: self.draft.values = draft.renewed(self.values)
+        self._fill()
+        self.state.value = ""
+    except ValueError as e: self.state.value = controls.badges(problems_of(e))
+    self.status = processes.RunStatus()
+    if self.ready.is_set(): self._show_problems()
 
 # %% ../../nbs/ui/10_form.ipynb #f2dde4eb
 @patch
@@ -338,7 +444,8 @@ def _set_buttons(self: Form):
     begun = os.path.isdir(self.values["train_out_dir"]) and not os.path.exists(os.path.join(self.values["out_dir"], "run.json"))
     right = self.args is not None and self.draft.project.engine is not None
     free = right and not self.running
-    able = dict(check=right, train=free, stop=self.running, resume=begun and free)
+    able = dict(check=right and not self.checking, give_up=self.checking, train=free, stop=self.running,
+                finish=self.running and self.status.state == "running", resume=begun and free)
     for name, button in self.buttons.items():
         if button.disabled == able[name]: button.disabled = not able[name]
 
@@ -353,9 +460,19 @@ def _warm_up(
             form._show_problems()
             form.ready.set()
         except ImportError as e:
-            form.state.value = _badge(f"{e}: trying again", "warning")
+            form.state.value = controls.badge(f"{e}: trying again", "warning")
             form.closed.wait(2)
     form.state.value = ""
+
+# %% ../../nbs/ui/10_form.ipynb #4a7a12ae
+@patch
+def _try(
+    self: Form,
+    work: "Callable",  # without arguments
+):
+    "Do a part of the thread's work; what fails is said."
+    try: work()
+    except Exception as e: self.state.value = controls.badge(f"{type(e).__name__}: {e}")
 
 # %% ../../nbs/ui/10_form.ipynb #005fffe4
 def _work(
@@ -363,6 +480,7 @@ def _work(
 ):
     "What the form's thread does, for as long as it is shown."
     _warm_up(form)
+    form._try(form._list_runs)
     while not form.closed.is_set():
         if form.changed.wait(1):
             while form.changed.is_set():  # until typing pauses
@@ -370,9 +488,7 @@ def _work(
                 form.closed.wait(form.pause)
             form._show_problems()
         if form.closed.is_set(): return form.still.renew()
-        for work in (form._look_ahead, form._preview, form._follow):
-            try: work()
-            except Exception as e: form.state.value = _badge(f"{type(e).__name__}: {e}")
+        for work in (form._look_ahead, form._preview, form._follow): form._try(work)
         form.still.renew()
 
 # %% ../../nbs/ui/10_form.ipynb #4523e938
@@ -384,7 +500,9 @@ def _press(
     "Do what a button says, and say what came of it."
     try:
         if name == "check": self.looked, said = None, ""
+        elif name == "give_up": said = self.given_up.set() or "given up"
         elif name == "stop": said = self.stop()
+        elif name == "finish": said = self.finish()
         elif name == "resume":
             self.resume()
             said = "started again"
@@ -394,7 +512,7 @@ def _press(
             said = "started"
         self.running = processes.running_process(self.values["train_out_dir"]) is not None
         self.state.value = escape(said)
-    except Exception as e: self.state.value = _badges(problems_of(e))
+    except Exception as e: self.state.value = controls.badges(problems_of(e))
     self._show_problems()
     self.changed.set()
 
@@ -474,9 +592,9 @@ def _add_pane(
     def click(_):
         try: self.add(field, *(text.value for text in texts))
         except Exception as e:
-            said.value = _badges(problems_of(e))
+            said.value = controls.badges(problems_of(e))
             return
-        said.value = _badge("added and chosen", "ok")
+        said.value = controls.badge("added and chosen", "ok")
         if self.ready.is_set(): self._show_problems()
     button.on_click(click)
     pane = w.VBox([*texts, w.HBox([button, said])])
@@ -490,7 +608,7 @@ def _preview(self: Form):
     _, given, completion = (text.value for text in self.panes["prompt_id"].texts)
     id, engine = self.values["dataset_id"], self.draft.project.engine
     if not (given or completion): page = ""
-    elif not id or engine is None: page = _badge("choose the data set that the prompt is for")
+    elif not id or engine is None: page = controls.badge("choose the data set that the prompt is for")
     else:
         if self.sample[0] != id: self.sample = (id, additions.first_rows(studio.fetch(engine, "datasets", id)))
         page = additions.preview_html(given, completion, self.sample[1])
@@ -507,22 +625,10 @@ def create_database(self: Form) -> Form:  # the same
     self.values["train_out_dir"] = str(project.folder/"runs"/id)
     return self
 
-# %% ../../nbs/ui/10_form.ipynb #0d6a9e27
-@patch
-def _make_state(self: Form):
-    "What the form remembers while it is shown."
-    self.inputs, self.notes = {}, {}  # field -> widget
-    self.filling, self.running, self.followed = False, False, False
-    self.shown, self.watched = None, None  # the run below the form: its folder, its monitor
-    self.measured, self.sample = {}, (None, [])  # times of a token; id of a data set and its first rows
-    self.args, self.looked = None, None  # the job as it stands; the one that was checked last
-    self.pause = 0.7  # seconds without typing
-    self.ready, self.changed, self.closed = threading.Event(), threading.Event(), threading.Event()
-
 # %% ../../nbs/ui/10_form.ipynb #7e4c0b85
 _BUTTONS = {  # method -> description, style, icon
-    "check": ("Check", "", "check"), "train": ("Train here", "success", "play"),
-    "stop": ("Stop", "warning", "stop"), "resume": ("Resume", "", "forward")}
+    "check": ("Check", "", "check"), "give_up": ("Give up", "", "times"), "train": ("Train here", "success", "play"),
+    "stop": ("Stop", "warning", "stop"), "finish": ("Finish now", "", "flag"), "resume": ("Resume", "", "forward")}
 _PANES = {  # field -> what is asked to add a row for it
     "base_model_id": (_Asked("Model", "a folder, or a name on the hub"), _Asked("Name", "as it will be shown")),
     "dataset_id": (_Asked("Data", "a .csv, .json or .jsonl file, a folder, or a name on the hub"), _Asked("Name", "as it will be shown")),
@@ -543,35 +649,55 @@ def _make_parts(self: Form):
         self.buttons[name] = button
     self.panes = {field: self._add_pane(field, asked) for field, asked in _PANES.items()}
     for text in self.panes["prompt_id"].texts: text.observe(lambda _: self.changed.set(), "value")
+    self.chosen_run = controls.field_input("Run", "", [("a new run", "")])
+    self.chosen_run.observe(lambda change: self._choose_run(change["new"]), "value")
 
 # %% ../../nbs/ui/10_form.ipynb #8c5d1e70
 @patch
 def _text_pane(self: Form):  # a widget
     "The run as text, and a place to load one."
     import ipywidgets as w
-    typed = w.Textarea(rows=3, placeholder="JOB_ARGUMENTS or a Python call, from here or elsewhere", layout=w.Layout(width="98%"))
+    look = dict(description="Load", layout=w.Layout(width="98%"), style={"description_width": "90px"})
+    typed = w.Textarea(rows=3, placeholder="JOB_ARGUMENTS, a Python call, or the folder of a run", **look)
     button, said = w.Button(description="Load", icon="upload"), w.HTML()
     def click(_):
         try:
             self.load(typed.value)
-            said.value = _badge("loaded", "ok")
-        except Exception as e: said.value = _badges(problems_of(e))
+            said.value = controls.badge("loaded", "ok")
+        except Exception as e: said.value = controls.badges(problems_of(e))
         if self.ready.is_set(): self._show_problems()
     button.on_click(click)
-    pane = w.VBox([self.texts, typed, w.HBox([button, said])])
+    pane = self.panes["text"] = w.VBox([self.texts, typed, w.HBox([button, said])])
     pane.typed, pane.button, pane.said = typed, button, said
     return pane
 
 # %% ../../nbs/ui/10_form.ipynb #4d8310ea
-@patch
-def _folds(self: Form):  # a widget
-    "What isn't needed every time."
+def _fold(
+    title: str,  # of the button
+    pane,  # a widget
+    is_open: bool = False,  # at first
+):  # a widget
+    "A button that opens and closes what is below it; the keyboard reaches it, too."
     import ipywidgets as w
+    button = w.ToggleButton(value=is_open, description=title, layout=w.Layout(width="max-content", margin="2px 0 2px 168px"))
+    def show(_=None):
+        pane.layout.display = "" if button.value else "none"
+        button.icon = "caret-down" if button.value else "caret-right"
+    button.observe(show, "value")
+    show()
+    return w.VBox([button, pane])
+
+# %% ../../nbs/ui/10_form.ipynb #2fe2da14
+@patch
+def _choices(self: Form) -> list:  # widgets
+    "Model, data set and prompt, each with a place to add one."
+    titles = {"base_model_id": "Add a base model", "dataset_id": "Add a data set", "prompt_id": "Write a prompt"}
     self.panes["prompt_id"].children += (self.preview,)
-    self.panes["text"] = self._text_pane()
-    titles = {"base_model_id": "Add a base model", "dataset_id": "Add a data set", "prompt_id": "Write a prompt", "text": "This run as text"}
-    panes = [self.panes[name] for name in titles]
-    return w.Accordion(panes, titles=tuple(titles.values()), selected_index=None, layout=w.Layout(width="99%"))
+    found = [controls.heading("What")]
+    for name, title in titles.items():
+        nothing = len(self.draft.options(name)) == 1
+        found += [self._field_row("What", name), _fold(title, self.panes[name], nothing)]
+    return found
 
 # %% ../../nbs/ui/10_form.ipynb #6a7e2c95
 @patch
@@ -585,9 +711,20 @@ def _create_button(self: Form):  # a widget, seen where there is no database
             self.create_database()
             button.layout.display = "none"
             self._fill()
-        except Exception as e: self.state.value = _badge(str(e))
+        except Exception as e: self.state.value = controls.badge(str(e))
     button.on_click(click)
     return button
+
+# %% ../../nbs/ui/10_form.ipynb #3d0ed080
+@patch
+def _fields(self: Form):  # a widget
+    "The fields at the left, and what they come to at the right."
+    import ipywidgets as w
+    others = [heading for heading in draft.SECTIONS if heading != "What"]
+    fields = [*self._choices(), *(row for heading in others for row in self._section(heading))]
+    left = w.VBox(fields, layout=w.Layout(flex="3 1 560px", min_width="0", overflow="visible"))
+    right = w.VBox([controls.heading("What it comes to"), self.panel], layout=w.Layout(flex="2 1 300px", min_width="0", overflow="visible"))
+    return w.HBox([left, right], layout=w.Layout(flex_flow="row wrap", grid_gap="0 24px", overflow="visible"))
 
 # %% ../../nbs/ui/10_form.ipynb #881102b8
 @patch
@@ -598,13 +735,10 @@ def show(
     import ipywidgets as w
     if self.box is not None: return self.box
     self._make_parts()
-    fields = [row for heading in draft.SECTIONS for row in self._field_rows(heading)]
-    left = w.VBox(fields, layout=w.Layout(flex="3 1 560px", min_width="0"))
-    right = w.VBox([_heading("What it comes to"), self.panel], layout=w.Layout(flex="2 1 300px", min_width="0"))
-    both = w.HBox([left, right], layout=w.Layout(flex_flow="row wrap", grid_gap="0 24px"))
     row = w.HBox([*self.buttons.values(), self.state], layout=w.Layout(align_items="center", flex_flow="row wrap", margin="8px 0"))
     self.create = self._create_button()
-    self.box = w.VBox([self.general, self.create, both, row, self._folds(), self.log, self.picture], layout=w.Layout(max_width="1100px"))
+    parts = [self.chosen_run, self.general, self.create, self._fields(), row, _fold("This run as text", self._text_pane()), self.log, self.picture]
+    self.box = w.VBox(parts, layout=w.Layout(max_width="1100px", overflow="visible"))
     self.box.form = self
     self.thread = threading.Thread(target=_work, args=(self,), name="ftnb form", daemon=True)
     self.thread.start()
@@ -615,7 +749,7 @@ def show(
 def _still_html(self: Form) -> str:
     "What the form says, and the picture of its run."
     picture = self.watched.still_html() if self.watched else ""
-    return f"<pre>{escape(repr(self))}</pre>{picture}<p>The form is live while its kernel runs: run this cell again to use it.</p>"
+    return f"<pre>{escape(repr(self))}</pre>{picture}<p>The form is live while its kernel runs: run this cell again to use it.</p>{controls.TIE_REMARKS}"
 
 # %% ../../nbs/ui/10_form.ipynb #dd56d040
 @patch

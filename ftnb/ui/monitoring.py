@@ -15,6 +15,7 @@ import ftnb.curves as curves
 import ftnb.plots as plots
 import ftnb.progress as progress
 import ftnb.storage as storage
+import ftnb.ui.controls as controls
 import ftnb.ui.stills as stills
 from ..report import run_notes
 
@@ -105,14 +106,21 @@ class Monitor:
         self.look()
         return self.still_html()
 
+# %% ../../nbs/ui/2_monitoring.ipynb #f5cb8d93
+def _picture(
+    metrics: curves.RunMetrics,  # from `read_metrics`
+    dpi: float,  # dots an inch
+) -> str:  # HTML
+    "The curves of a run."
+    losses = ", ".join(curves.loss_ends(metrics)) or "none yet"
+    text = f"Curves of the run {curves.run_name(metrics.path)}: {curves.run_headline(metrics)}; loss {losses}"
+    return controls.picture_html(plots.figure_png(plots.plot_run(metrics), dpi), text)
+
 # %% ../../nbs/ui/2_monitoring.ipynb #4b8d0f26
 @patch
 def still_html(self: Monitor) -> str:
     "Head, picture and notes, as they were last read."
-    from base64 import b64encode
-    image = b64encode(plots.figure_png(plots.plot_run(self.metrics), 80)).decode()
-    picture = f'<img alt="curves of the run" style="max-width:100%" src="data:image/png;base64,{image}">'
-    return f"{_page_head(self.metrics)}{picture}{_page_notes(self.metrics)}"
+    return f"{_page_head(self.metrics)}{_picture(self.metrics, 80)}{_page_notes(self.metrics)}"
 
 # %% ../../nbs/ui/2_monitoring.ipynb #5ac79c1b
 @patch
@@ -126,7 +134,7 @@ def look(
         head, image, notes = self.box.children[:3]
         head.value, notes.value = _page_head(self.metrics), _page_notes(self.metrics)
         changed = self.drawn != state
-        if new or changed: image.value = plots.figure_png(plots.plot_run(self.metrics), 110)
+        if new or changed: image.value = _picture(self.metrics, 110)
         self.drawn = state
     self.still.renew(now=changed)
     return new
@@ -188,7 +196,7 @@ def show(
     wide = w.Layout(width="100%", max_width="900px")
     close = w.Button(description="Stop watching", tooltip="Leave the picture as it is; the run goes on", layout=w.Layout(width="max-content"))
     close.on_click(lambda _: self.close())
-    self.box = w.VBox([w.HTML(layout=wide), w.Image(format="png", layout=wide), w.HTML(layout=wide), close])
+    self.box = w.VBox([*(w.HTML(layout=wide) for _ in range(3)), close])
     self.look()
     _start_watching(self)
     return self.box
