@@ -193,7 +193,7 @@ def a_wrong_field_is_marked(notebook, keep):
     assert not notebook.can("Resume")
     notebook.until("the panel tells of it", lambda: notebook.widgets_say("^Put right what is marked"))
     top = notebook.root.locator(".widget-hbox:has(> .widget-vbox)").first
-    keep("form_error.png", png(part(notebook, top, notebook.row("Quantisation"))))
+    keep("form_error.png", png(part(notebook, top, notebook.row("Quantisation"), above=2)))
     notebook.fill(Rank=8, Dropout=0)
     rank.wait_for(state="detached")
     dropout.wait_for(state="detached")
