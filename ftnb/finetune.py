@@ -26,6 +26,7 @@ import ftnb.handover as handover
 import ftnb.jobargs as jobargs
 import ftnb.launch as launch
 import ftnb.models as models
+import ftnb.parents as parents
 import ftnb.preflight as preflight
 import ftnb.progress as progress
 import ftnb.ranks as ranks
@@ -47,6 +48,7 @@ def build_model(
     print(f"model: {name} on {precision.device}, {models.held_as(precision)}", flush=True)
     print("before LoRA: {:,} parameters, {:,} trainable".format(*adapters.get_model_parameters(base)), flush=True)
     model = adapters.apply_lora(base, job.records.lora, job.settings.config["seed"])
+    if job.parent: parents.begin_with(model, job.parent)
     print("with LoRA:   {:,} parameters, {:,} trainable".format(*adapters.get_model_parameters(model)), flush=True)
     return model
 
@@ -64,7 +66,8 @@ def score_base(
         return evaluate.make_scorer(rows.held_out, tokenizer, job.template, loss.completion, rows.limit, assistant_only=loss.assistant)
     questions, score = guards.best_effort("base against adapter", scorer, (None, None))
     if score is None: return lambda trained: {}
-    with adapters.as_base(model): before = guards.best_effort("the base's score", lambda: score(model))
+    untrained = model.disable_adapter() if job.parent else adapters.as_base(model)
+    with untrained: before = guards.best_effort("the base's score", lambda: score(model))
     if before is None: return lambda trained: {}
     return lambda trained: evaluate.describe_scores(questions, before, score(trained))
 

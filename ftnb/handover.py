@@ -17,6 +17,7 @@ import ftnb.storage as storage
 import ftnb.studio as studio
 import ftnb.tokens as tokens
 from .asking import AskedRows
+from .parents import Parent
 from .rows import RowLedger
 
 # %% ../nbs/51_handover.ipynb #9788c712
@@ -30,6 +31,7 @@ class Handover:
     precision: dict = field(repr=False)  # fields of `Precision`
     settings: dict = field(repr=False)  # fields of `TrainingSettings`
     asked: dict | None = field(default=None, repr=False)  # fields of `AskedRows`: what is asked while the model learns
+    parent: dict | None = field(default=None, repr=False)  # fields of `Parent`: the adapter that the job goes on from
 
 # %% ../nbs/51_handover.ipynb #4cf03546
 @contextlib.contextmanager
@@ -46,7 +48,7 @@ def handed_over(
         return
     settled = [asdict(replace(part, notes=())) for part in (job.precision, job.settings)]  # the first process says them
     asks = asdict(asked) if asked else None
-    told = Handover(os.path.abspath(folder), rows.limit, vars(job.records.model), job.records.lora, *settled, asks)
+    told = Handover(os.path.abspath(folder), rows.limit, vars(job.records.model), job.records.lora, *settled, asks, asdict(job.parent) if job.parent else None)
     try:
         for name in ("train", "test"): getattr(rows, name).dataset.save_to_disk(os.path.join(folder, name))
         storage.write_json(os.path.join(folder, "numbers.json"), rows.numbers)
@@ -76,7 +78,8 @@ def take_over(
     records = studio.Records(studio.ModelRecord(**told.model), None, None, None, told.lora, None, None, {})
     token = args.hf_token.reveal() if args.hf_token else None
     trained = settings.TrainingSettings(**told.settings | {"ends": settings.Ends(**told.settings["ends"])})
-    job = runrecord.Job(args, None, records, None, precision, trained, token)
+    parent = Parent(**told.parent) if told.parent else None
+    job = runrecord.Job(args, None, records, None, precision, trained, token, parent=parent)
     tokenizer, *_ = models.load_base_files(job.source, job.token)
     asked = AskedRows(**told.asked) if told.asked else None
     return job, tokenizer, _told_rows(told.rows, told.limit), asked

@@ -26,6 +26,7 @@ import ftnb.prompts as prompts
 import ftnb.ranks as ranks
 import ftnb.studio as studio
 from .guards import best_effort
+from .parents import Parent
 from .rows import JobRows, first_day
 from .settings import TrainingSettings
 from .storage import file_hash, read_json, write_json
@@ -43,6 +44,7 @@ class Job:
     settings: TrainingSettings
     token: str | None = field(default=None, repr=False)  # Hugging Face token
     base: dict | None = field(default=None, repr=False)  # which base model it is, from `base_fingerprint`
+    parent: Parent | None = None  # the adapter that it goes on from
 
     @property
     def source(self) -> str:
@@ -100,6 +102,7 @@ def job_identity(
     rows_per_step = job.settings.rows_per_step * ranks.process_count()
     identity = {"arguments": arguments, "records": _record_hashes(job.records), "base": job.base,
                 "data": rows.hashes, "rows_per_step": rows_per_step}
+    if job.parent: identity["parent"] = job.parent.sha256
     return json.loads(json.dumps(identity, default=str))
 
 # %% ../nbs/38_runrecord.ipynb #fbb1c42e
@@ -138,6 +141,7 @@ class RunRecord:
     proof: Proof = Proof()
     started: float | None = field(default=None, repr=False)  # seconds since 1970
     seconds: float | None = None
+    parent: dict = _part()  # the adapter that it went on from: "folder", "sha256", "experimentid"; empty where there is none
     prompt: dict[str, str] = _part()  # its texts: "prompt_template", "input_template", ...; "chat": by turns
     more: dict = _part()  # keys that this version doesn't know, as they were read
     problems: tuple = ()  # of `Problem`: what couldn't be read
@@ -308,7 +312,7 @@ def describe_run(
         arguments=jobargs.format_job_arguments(job.args), adapter_sha256=file_hash(weights),
         asked={kind: getattr(job.records, kind) for kind in ("lora", "bnb", "training")},
         rows=rows.ledger.as_dict(), rows_sha256=rows.hashes, metrics=saved.metrics, ended=saved.ended,
-        comparison=saved.comparison)
+        comparison=saved.comparison, parent=job.parent.as_dict() if job.parent else {})
     notes = list(map(str, job.notes))
     if saved.unshared: notes.append(f"rows were trained in padded batches: {saved.unshared}")
     notes += saved.notes

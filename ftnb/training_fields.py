@@ -118,7 +118,7 @@ JOB_KEYS = {  # key -> its default
     "completion_only_loss": False, "max_length": None, "shared_prefix": "auto", "tokens_per_pass": None,
     "group_rows_by_prefix": False,
     "early_stopping_patience": None, "early_stopping_threshold": 0.0, "exact_match_rows": None,
-    "max_seconds": None, "assistant_only_loss": False, "chat_template": False}
+    "max_seconds": None, "parent_adapter": None, "assistant_only_loss": False, "chat_template": False}
 
 # %% ../nbs/34b_training_fields.ipynb #30edc236
 NOT_FOR_TRL = {*JOB_KEYS, *choosing.DATA_KEYS}  # keys that TRL never sees
@@ -202,6 +202,8 @@ def _value_rules() -> dict:  # key -> `ValueRule` or `Number`
     rules["exact_match_rows"] = _or_none(Number(whole=True, least=0))
     rules["max_seconds"] = _or_none(Number(above=0))
     rules |= dict.fromkeys(("group_rows_by_prefix", "chat_template"), FLAG)
+    named = ValueRule("the id of an adapter in the Studio, or its folder", lambda v: v is None or isinstance(v, str) and v.strip())
+    rules["parent_adapter"] = named
     return rules | _name_rules()
 
 # %% ../nbs/34b_training_fields.ipynb #cbbf9750
