@@ -25,6 +25,7 @@ import ftnb.jobargs as jobargs
 import ftnb.lora_settings as lora_settings
 import ftnb.models as models
 import ftnb.packing as packing
+import ftnb.parents as parents
 import ftnb.progress as progress
 import ftnb.prompts as prompts
 
@@ -471,6 +472,20 @@ def _check_adapter(
     log.add("warning", "adapter", *notes, where="adapter_name")
     if taken is False and not problems: log.add("ok", "adapter", f"the name {name} is free")
 
+# %% ../nbs/46_preflight.ipynb #d5aaf192
+def _check_parent(
+    log: _Log,
+    engine: "Engine | None",  # of the Studio database
+    records: studio.Records,  # with settings that can be used
+) -> tuple:  # (the same with the parent's LoRA settings, `Parent`), None where there is no parent
+    "The adapter that a job goes on from."
+    name = (records.training or {}).get("parent_adapter")
+    if not name: return records, None
+    parent = parents.read_parent(parents.parent_folder(engine, name))
+    log.add("ok", "parent", f"the run goes on from the adapter in {parent.folder}")
+    log.add("warning", "parent", *parents.settings_notes(parent, records.lora or {}), *parents.split_notes(parent, log.args))
+    return replace(records, lora=parent.lora), parent
+
 # %% ../nbs/46_preflight.ipynb #8f20533f
 def _check_base(
     log: _Log,
@@ -537,13 +552,16 @@ def _as_job(
     precision: models.Precision | None,
     settings: training_settings.TrainingSettings | None,
     base: BaseFiles | None,
+    parent: parents.Parent | None = None,  # the adapter that it goes on from
 ) -> runrecord.Job | None:
     "The job, where all of it is known."
     rows = (records.model, records.dataset, records.prompt)
     blobs = (records.lora, records.bnb, records.training)
     if None in (*rows, *blobs, template, precision, settings): return None
     fingerprint = base.fingerprint if base else None
-    return runrecord.Job(log.args, engine, records, template, precision, settings, log.args.token, fingerprint)
+    if parent: log.add("error", "parent", *parents.parent_problems(parent, studio.model_source(records.model), fingerprint))
+    if parent: records = replace(records, lora=parent.lora)
+    return runrecord.Job(log.args, engine, records, template, precision, settings, log.args.token, fingerprint, parent)
 
 # %% ../nbs/46_preflight.ipynb #bcfa2766
 def _read_rows(
@@ -738,14 +756,14 @@ def _keeps_tokens(
 # %% ../nbs/46_preflight.ipynb #3c22e12a
 def _check_rest(
     log: _Log,
-    engine,  # of the Studio database; None: it can't be opened
-    records: studio.Records,  # of the job
+    engine, records: studio.Records,  # the Studio database or None; what the job's arguments name
     usable: studio.Records,  # the same, None for what can't be had
     env: dict,  # environment
     keep: bool,  # the rows' tokens, for a job that goes on
 ) -> Preflight:
     "Check what comes after the records."
     usable = log.attempt("settings", _check_blobs, log, usable) or usable
+    usable, parent = log.attempt("parent", _check_parent, log, engine, usable) or (usable, None)
     precision, settings = log.attempt("settings", _check_settings, log, usable, env) or (None, None)
     template = log.attempt("template", _check_template, log, usable)
     usable = log.attempt("files", _check_places, log, usable) or usable
@@ -754,7 +772,7 @@ def _check_rest(
     base = log.attempt("model", _check_base, log, usable.model)
     plan = log.attempt("model", _check_plan, log, base, usable.lora, precision, settings)
     data, template = log.attempt("rows", _read_rows, log, engine, usable, template) or (None, template)
-    job, kept = _as_job(log, engine, records, template, precision, settings, base), _keeps_tokens(log.args, keep)
+    job, kept = _as_job(log, engine, records, template, precision, settings, base, parent), _keeps_tokens(log.args, keep)
     rows = log.attempt("rows", _check_rows, log, data, job, base, kept)
     if kept: log.attempt("checkpoints", _check_checkpoints, log, job, rows)
     log.attempt("settings and model", _check_fit, log, settings, template, base, plan, rows)
