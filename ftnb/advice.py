@@ -74,7 +74,7 @@ _REASONS = {
     "target_modules": "LoRA on all linear layers learns more than on attention alone, at the same rank",
     "r": "16 is enough for the rows of most files; more rank costs time in each step",
     "lora_alpha": "twice the rank: with other ratios the same rate is another rate",
-    "lora_dropout": "a few passes over the rows overfit little, and dropout costs time",
+    "lora_dropout": "as in the measured trainings; where the held-out loss rises before the end, fewer passes or some dropout may help",
 }  # key -> why its value doesn't depend on model and rows
 
 # %% ../nbs/35c_advice.ipynb #f83afa32

@@ -66,7 +66,8 @@ def _linear_forward(
     usual = layer.forward
     def forward(x):
         weight, many = layer.weight, x.numel() >= 16 * x.shape[-1]
-        plain = x.dtype == weight.dtype == torch.float32 and not weight.requires_grad and not torch.is_autocast_enabled("cpu")
+        trained = weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad)  # a bias alone, by LoRA's `bias`
+        plain = x.dtype == weight.dtype == torch.float32 and not trained and not torch.is_autocast_enabled("cpu")
         return _frozen_linear()(x, weight, layer.bias) if plain and many else usual(x)
     return forward
 

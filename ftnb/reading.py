@@ -194,7 +194,7 @@ def calibrate(
     "Hold what a model thinks of its answers against how many are right."
     if len(probabilities) != len(scores) or not scores:
         raise ValueError(f"there are {len(probabilities)} probabilities and {len(scores)} scores: give as many of both, and one at least")
-    pairs = sorted(zip(probabilities, scores))
+    pairs = sorted(zip(probabilities, scores), key=lambda pair: pair[0])  # among equals, wrong answers don't come first
     parts = max(1, min(groups, len(pairs) // 10))
     edges = [len(pairs) * i // parts for i in range(parts + 1)]
     found = []

@@ -276,7 +276,7 @@ def __repr__(self: LearnResult):
     for kind in dict.fromkeys(run.kind for run in self.runs):
         runs = [run for run in self.runs if run.kind == kind]
         right, asked = (sum(numbers) for numbers in zip(*self.final(kind)))
-        least, most = share_interval(right, asked)
+        least, most = share_interval(right / len(runs), asked / len(runs))  # each seed is asked the same: more seeds aren't more questions
         rows, seconds = (mean(run.points[-1][i] for run in runs) for i in (1, 0))
         lines.append(f"{kind:6}{right / asked:>7.1%}   {f'{least:.1%} to {most:.1%}':>14}{rows:>13,.0f}{seconds:>10.0f}{len(runs):>8}")
     return "\n".join([*lines, f"{self.machine['device']}, {self.machine['threads']} threads; {self.job.questions} questions at most"])
