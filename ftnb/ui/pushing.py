@@ -27,7 +27,7 @@ from .tuning import Run
 class Pushed:
     "What was sent to the hub."
     url: str
-    private: bool
+    private: bool  # as the hub has it: a repository that was there keeps what it is
     files: tuple  # their names
 
 # %% ../../nbs/ui/8e_pushing.ipynb #ea07dc2a
@@ -66,17 +66,18 @@ def _send(
     repo: str,  # name on the hub
     private: bool,  # of a new repository
     token: str | None,  # default: the one that is logged in
-) -> str:  # its address
+) -> tuple:  # (its address, is it private?)
     "Send a folder to the hub; what goes wrong is told without the token."
     from huggingface_hub import HfApi
     api = HfApi(token=token)
     try:
         url = str(api.create_repo(repo, private=private, exist_ok=True))
+        private = bool(api.repo_info(repo).private)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="An adapter")
     except Exception as e:
         said = str(e).replace(token, "...") if token else str(e)
         raise RuntimeError(f"{repo} couldn't be pushed: {type(e).__name__}: {said}") from None
-    return url
+    return url, private
 
 # %% ../../nbs/ui/8e_pushing.ipynb #ccd957bb
 def push(
@@ -92,7 +93,7 @@ def push(
     if not (out_dir/"adapter_model.safetensors").is_file(): raise ValueError(f"{out_dir} holds no adapter_model.safetensors")
     with tempfile.TemporaryDirectory() as work:
         _copy_for_others(out_dir, Path(work), repo, known)
-        url = _send(work, repo, private, token)
+        url, private = _send(work, repo, private, token)
         return Pushed(url, private, tuple(sorted(str(p.relative_to(work)) for p in Path(work).rglob("*") if p.is_file())))
 
 # %% ../../nbs/ui/8e_pushing.ipynb #727c3347
