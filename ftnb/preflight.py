@@ -17,7 +17,6 @@ import ftnb.asking as asking
 import ftnb.chat_rows as chat_rows
 import ftnb.choosing as choosing
 import ftnb.consts as consts
-import ftnb.conversations as conversations
 import ftnb.corpus as corpus
 import ftnb.estimate as estimate
 import ftnb.hub as hub
@@ -578,7 +577,7 @@ def _read_rows(
     else: data = log.attempt("rows", job_rows.read_rows, records.dataset, template, log.args.token, choice, engine)
     if data is None or template is None: return data, template
     as_turns = bool((records.training or {}).get("chat_template"))
-    return data, log.attempt("template", conversations.settle_template, template, data.splits["train"], as_turns)
+    return log.attempt("template", job_rows.settle_rows, data, template, as_turns) or (data, None)
 
 # %% ../nbs/46_preflight.ipynb #f868c305
 def _try_tokenizer(

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['DUPLICATE', 'OVERLAP', 'Drop', 'RowLedger', 'row_ledger', 'twin_notes', 'ledger_notes', 'describe_ledger',
            'RowCounts', 'count_rows', 'SplitSide', 'split_sides', 'weighted_side', 'used_columns', 'Twins',
-           'drop_twins', 'first_day', 'TokenizedSide', 'fit_rows', 'read_rows', 'some_texts', 'JobRows', 'prepare_rows']
+           'drop_twins', 'first_day', 'TokenizedSide', 'share_tools', 'settle_rows', 'fit_rows', 'read_rows',
+           'some_texts', 'JobRows', 'prepare_rows']
 
 # %% ../nbs/24_rows.ipynb #c1e0fddc
 import hashlib, json, os
@@ -18,6 +19,7 @@ import ftnb.adapters as adapters
 import ftnb.chat_rows as chat_rows
 import ftnb.choosing as choosing
 import ftnb.consts as consts
+import ftnb.conversations as conversations
 import ftnb.corpus as corpus
 import ftnb.jobargs as jobargs
 import ftnb.prompts as prompts
@@ -309,7 +311,7 @@ def _found_twins(
     columns: list,  # that the template uses
 ) -> tuple:  # two lists of (index of a side to train on, position in it): duplicates, overlap
     "Which rows to train on stand twice, in the order of their sources."
-    def digests(side): return splits.row_digests(side.rows, columns)
+    def digests(side): return splits.row_digests(side.rows, columns, ("tools",))
     held = {digest for name in ("test", "asked") for side in sides[name] for digest in digests(side)} - {None}
     at, found = [], []
     for k, side in enumerate(sides["train"]):
@@ -446,12 +448,38 @@ def _fitting(
         problems += [Problem(p.where, f"{said}{p}") for p in prompts.template_problems(template, columns)]
     return problems
 
+# %% ../nbs/24_rows.ipynb #81d7694e
+def share_tools(
+    found: choosing.ChosenCorpus,  # the rows, as read
+    template: prompts.PromptTemplate,  # from `settle_rows`
+) -> choosing.ChosenCorpus:  # with a column `tools` everywhere, where the template reads it
+    "Give every data set the column `tools`, where one has it."
+    lacking = [name for name, ds in found.splits.items() if "tools" not in ds.column_names]
+    if not template.tools or not lacking: return found
+    from datasets import Value
+    def filled(ds): return ds.add_column("tools", [None] * len(ds), feature=Value("string"))
+    more = {name: filled(found.splits[name]) for name in lacking}
+    return replace(found, splits=type(found.splits)({**found.splits, **more}))
+
+# %% ../nbs/24_rows.ipynb #9174a47a
+def settle_rows(
+    found: choosing.ChosenCorpus,  # the rows, as read
+    template: prompts.PromptTemplate,  # of the job
+    as_turns: bool = False,  # make a plain prompt and completion a user's and an assistant's turn
+) -> tuple:  # (the rows, the template in their light)
+    "See whether rows are conversations, and whether any of them have tools."
+    template = conversations.settle_template(template, found.splits["train"], as_turns)
+    has_tools = any("tools" in found.splits[name].column_names for name in found.parts.names)
+    template = replace(template, tools=bool(template.chat) and has_tools)
+    return share_tools(found, template), template
+
 # %% ../nbs/24_rows.ipynb #00c39732
 def fit_rows(
     found: choosing.ChosenCorpus,  # the rows, as read
     template: prompts.PromptTemplate,  # checked against the columns
 ) -> choosing.ChosenCorpus:  # with what can't be read of them
     "Hold rows against a template; raises where it names columns that aren't there, or where too much can't be read."
+    found = share_tools(found, template)
     names, several = found.parts.names, len(found.splits) > 1
     raise_problems(_fitting(found, names, template), "The prompt doesn't fit the data set")
     lost, problems = {name: _unreadable(found.splits[name], template) for name in names}, []
@@ -655,7 +683,7 @@ def prepare_rows(
     "Read, sample, split, format and tokenize; raises where no row is left to train on."
     choice = choosing.read_choice(job.records.training)
     if data is None: data = read_rows(job.records.dataset, job.template, job.token, choice, job.engine)
-    data = _as_chosen(data)
+    data = share_tools(_as_chosen(data), job.template)
     read = data.splits if keep else {name: used_columns(data.splits[name], job.template) for name in data.splits}
     sides, twins = _job_sides(read, data.parts, job, choice)
     limit = tokens.length_limit(job.settings.max_length, getattr(config, "max_position_embeddings", None))

@@ -174,14 +174,17 @@ def rows_hash(
 def row_digests(
     ds: "datasets.Dataset",  # some rows
     columns: "Iterable[str]",  # to look at, in this order
+    may_miss: tuple = (),  # columns that needn't have a value
 ) -> list:  # an int a row; None where a value is missing
     "A number for each row, the same where the texts are the same."
-    found = []
-    for batch in _batches(ds, list(columns)):
+    columns, found = list(columns), []
+    needed = [i for i, column in enumerate(columns) if column not in may_miss]
+    for batch in _batches(ds, columns):
         texts = [column_texts(column)[0].to_pylist() for column in batch]
         for row in zip(*texts):
             hashed = hashlib.blake2b(_json_line(row).encode(), digest_size=8).digest()
-            found.append(None if None in row else int.from_bytes(hashed, "big"))
+            missing = None in row and any(row[i] is None for i in needed)
+            found.append(None if missing else int.from_bytes(hashed, "big"))
     return found
 
 # %% ../nbs/12_splits.ipynb #08ef1475

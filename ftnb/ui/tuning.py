@@ -107,7 +107,8 @@ def _held_out_source(
     folder: Path,  # of the project
 ) -> Source:
     "Where rows to hold out are; a bare word is a split of the data set itself, or a name of the Studio's."
-    if isinstance(data, str) and data.isidentifier(): return Source(data, data)
+    if isinstance(data, str) and data.isidentifier():
+        return Source(data, _content_hash(Path(data)) if os.path.exists(data) else data)
     return find_source(data, folder)
 
 # %% ../../nbs/ui/7_tuning.ipynb #a521ecc0
@@ -116,6 +117,8 @@ def _weighed(
 ) -> list:  # of (data set, weight)
     "Data sets with their weights; a list of dicts is one data set."
     import datasets
+    if isinstance(data, (list, tuple, dict)) and not len(data):
+        raise ValueError("data has no rows: give a path, a name on the hub, a DataFrame, or a list of dicts")
     if isinstance(data, dict) and not isinstance(data, datasets.DatasetDict): return list(data.items())
     several = isinstance(data, (list, tuple)) and data and not isinstance(data[0], dict)
     return [(one, 1.0) for one in data] if several else [(data, 1.0)]
@@ -268,6 +271,9 @@ def _job(
     return jobargs.JobArgs(**records, **job, experimentid=key, adapter_name=name,
                            out_dir=str(folder/"adapters"/place), train_out_dir=str(folder/"runs"/place))
 
+# %% ../../nbs/ui/7_tuning.ipynb #e09ab5d0
+_LATER = ("merge", "export", "push")  # what later modules add to a run
+
 # %% ../../nbs/ui/7_tuning.ipynb #3216910b
 @dataclass(frozen=True, repr=False)
 class Run:
@@ -290,6 +296,10 @@ class Run:
     def env(self) -> dict:
         "What a job must find in its environment."
         return {**os.environ, consts.STUDIO_DB: str(self.db)}
+
+    def __getattr__(self, name):
+        if name in _LATER: raise AttributeError(f"{name} comes with the whole package: from ftnb.all import *")
+        raise AttributeError(f"a Run has no {name!r}")
 
 # %% ../../nbs/ui/7_tuning.ipynb #0e8ee937
 def compare_held_out(
