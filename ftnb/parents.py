@@ -91,7 +91,8 @@ def settings_notes(
     "Which LoRA settings have no effect beside those of a parent."
     differs = [key for key, value in asked.items() if key in parent.lora and parent.lora[key] != value]
     if not differs: return []
-    words = ", ".join(f"{key} {parent.lora[key]} (not {asked[key]})" for key in differs)
+    def shorten(value): return str(value) if len(str(value)) <= 60 else f"{str(value)[:59]}…"
+    words = ", ".join(f"{key} {shorten(parent.lora[key])} (not {shorten(asked[key])})" for key in differs)
     return [Problem("lora_config", f"lora_config: the settings are those of the parent adapter: {words}")]
 
 # %% ../nbs/23b_parents.ipynb #92250ef3

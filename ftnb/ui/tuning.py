@@ -123,6 +123,16 @@ def _weighed(
     several = isinstance(data, (list, tuple)) and data and not isinstance(data[0], dict)
     return [(one, 1.0) for one in data] if several else [(data, 1.0)]
 
+# %% ../../nbs/ui/7_tuning.ipynb #5e0a11d2
+def _parent_source(
+    parent: "str | Path",  # folder of an adapter, or its id in a Studio
+) -> tuple:  # (the same, a folder in full; what makes it what it is)
+    "Where an adapter is that a run goes on from."
+    place = os.path.expanduser(str(parent))
+    if not os.path.isdir(place): return str(parent), str(parent)
+    weights = os.path.join(place, "adapter_model.safetensors")
+    return os.path.abspath(place), storage.file_hash(weights) if os.path.isfile(weights) else ""
+
 # %% ../../nbs/ui/7_tuning.ipynb #99cc86f7
 def place_data(
     settings: dict,  # of a run, by name
@@ -135,6 +145,8 @@ def place_data(
         if settings.get(key) is None: continue
         found = _held_out_source(settings[key], folder)
         placed[key], contents[key] = found.name, found.content
+    parent = settings.get("parent_adapter")
+    if isinstance(parent, (str, Path)): placed["parent_adapter"], contents["parent_adapter"] = _parent_source(parent)
     along = [*more, *(_weighed(settings["more_data"]) if "more_data" in settings else [])]
     sources = [(find_source(data, folder), weight) for data, weight in along]
     if sources: placed["more_data"] = {source.name: weight for source, weight in sources}
