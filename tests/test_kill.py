@@ -19,7 +19,7 @@ from forks import fork_logged, import_all, in_fork
 from peft import PeftModel
 from waiting import wait_for
 
-from ftnb import adapters, checkpoints, finetune, manifest, models, progress, prompts, registry, rows as job_rows, studio, tiny, tokens, trainer
+from ftnb import adapters, chat_rows, checkpoints, finetune, manifest, models, progress, prompts, registry, rows as job_rows, studio, tiny, trainer
 from ftnb.demo.project import demo_data, make_demo_project
 
 pytestmark = pytest.mark.slow
@@ -61,7 +61,7 @@ CASES = [
     killed("looking up the records", studio, "find_records", ALL),
     killed("reading the rows", job_rows, "read_rows", ALL, after=True),
     killed("formatting", prompts, "format_rows", ALL, after=True),
-    killed("tokenizing", tokens, "tokenize_rows", ALL),
+    killed("tokenizing", chat_rows, "tokenize_rows", ALL),
     killed("writing ledger.json", os, "replace", ALL, path="ledger.json"),
     killed("loading the model", models, "load_base_model", ALL),
     killed("the model is loaded", models, "load_base_model", ALL, after=True),
