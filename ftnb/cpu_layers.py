@@ -155,10 +155,10 @@ def _is_gated(
     wide = getattr(mlp.gate_proj, "in_features", None)
     if type(getattr(mlp, "act_fn", None)).__name__ not in ("SiLU", "SiLUActivation") or not wide or weight.is_meta: return False
     modes = [(m, m.training) for m in mlp.modules()]
-    x = torch.linspace(-1, 1, 3 * wide, dtype=weight.dtype, device=weight.device).view(1, 3, wide)
     try:
+        x = torch.linspace(-1, 1, 3 * wide, dtype=weight.dtype, device=weight.device).view(1, 3, wide)
         with torch.no_grad(): return torch.equal(mlp.eval()(x), _mlp_forward(mlp)(x))
-    except (RuntimeError, TypeError, ValueError): return False
+    except Exception: return False  # a module of somebody else's may raise anything
     finally:
         for m, mode in modes: m.training = mode
 
