@@ -71,7 +71,7 @@ def test_plain_prompt_as_turns(base, tmp_path):
     run = tune(base, data, **asks, chat_template=True, **QUICK)
     assert run.chat(max_new_tokens=8).ask("Where is my order?")["tuned"] == "track"
     assert not any("chat template" in line for line in check_job(run.args, {**os.environ, **run.env}).lines("warning"))
-    plain = json.loads(run.args.training_arguments_config) | {"chat_template": False}
+    plain = run.record.asked["training"] | {"chat_template": False}
     report = check_job(parse_job_arguments(_arguments(run.args, plain), {}), {**os.environ, **run.env})
     assert any("chat_template true in the training arguments" in line for line in report.lines("warning"))
     assert not report.problems()
