@@ -20,7 +20,7 @@ from .models import Precision
 from .optimizers import FOLLOW_LOSS, layer_problems, optimizer_problems, unread_by_optimizer, unread_by_schedule
 from .problems import Problem, nearest, raise_problems
 from .ranks import alone, process_count
-from .training_fields import IGNORED, JOB_KEYS, KNOWN_FIELDS, NOT_FOR_TRL, RENAMED, current_names, training_problems
+from .training_fields import GREATER_IS_BETTER, IGNORED, JOB_KEYS, KNOWN_FIELDS, NOT_FOR_TRL, RENAMED, current_names, training_problems
 
 # %% ../nbs/35_settings.ipynb #a3331f26
 def _usable_optimizer(
@@ -310,6 +310,13 @@ def _compile_problems(
         return [Problem("torch_compile", "torch_compile needs triton (pip install triton); or leave it out")]
     return []
 
+# %% ../nbs/35_settings.ipynb #a44dd16c
+def _measured(
+    name: str | None,  # `metric_for_best_model`
+) -> str:  # as in `GREATER_IS_BETTER`; "" where there is none
+    "A number of an evaluation, by its plain name."
+    return (name or "").removeprefix("eval_")
+
 # %% ../nbs/35_settings.ipynb #c39cd87f
 def _ending_problems(
     args,  # TRL's `SFTConfig`
@@ -321,7 +328,7 @@ def _ending_problems(
     if ends.patience is not None and not evaluates:
         problems.append(Problem("early_stopping_patience", "early_stopping_patience needs evaluations to look at, and eval_strategy is no: "
                                 "set it to epoch, or to steps with eval_steps"))
-    named = (args.metric_for_best_model or "").removeprefix("eval_")
+    named = _measured(args.metric_for_best_model)
     if named == "exact_match" and evaluates and not ends.exact_match_rows:
         problems.append(Problem("exact_match_rows", "exact_match_rows is 0, and metric_for_best_model is exact_match: ask some rows, 32 say"))
     return problems
@@ -391,6 +398,17 @@ def _with_evaluations(
     key = "early_stopping_patience"
     return config | missing, [Problem(key, f"{key} {patience}: held-out rows are evaluated after each epoch, as eval_strategy isn't set")]
 
+# %% ../nbs/35_settings.ipynb #ec80a7fc
+def _with_direction(
+    config: dict,  # training arguments, by the names of today
+) -> dict:  # with `greater_is_better`, where transformers would guess it wrong
+    "Say whether more or less of a number is better."
+    name = _measured(config.get("metric_for_best_model"))
+    guess = not name.endswith("loss")
+    better = GREATER_IS_BETTER.get(name, guess)
+    if better == guess or config.get("greater_is_better") is not None: return config
+    return config | {"greater_is_better": better}
+
 # %% ../nbs/35_settings.ipynb #eef58db1
 EXACT_MATCH_ROWS = 32  # held-out rows that are asked in each evaluation, unless `exact_match_rows` says how many
 
@@ -401,7 +419,7 @@ def _ends(
 ) -> tuple:  # (`Ends`, notes)
     "When a run ends before its last step."
     patience, threshold = job["early_stopping_patience"], job["early_stopping_threshold"]
-    asks = (config.get("metric_for_best_model") or "").removeprefix("eval_") == "exact_match"
+    asks = _measured(config.get("metric_for_best_model")) == "exact_match"
     used = config.get("load_best_model_at_end") or patience is not None or config.get("save_strategy") == "best"
     rows = job["exact_match_rows"]
     if rows is None: rows = EXACT_MATCH_ROWS if asks and used else 0
@@ -425,7 +443,7 @@ def _for_this_machine(
     config["report_to"], tracker_notes = _usable_trackers(config.get("report_to", "none"))
     if "router_aux_loss_coef" in config: config["router_aux_loss_coef"] = _as_float(config["router_aux_loss_coef"])
     config, stop_notes = _with_evaluations(config, now.get("early_stopping_patience"))
-    config, seconds = _when_to_save(config)
+    config, seconds = _when_to_save(_with_direction(config))
     usual = {"eval_on_start": True, "logging_steps": 1, "save_total_limit": 2, "seed": 42, "dataloader_pin_memory": not cpu}
     config = usual | config | dict(
         output_dir=str(output_dir), use_cpu=cpu, bf16=precision.mixed == "bf16", fp16=precision.mixed == "fp16",
