@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field, replace
 import ftnb.guards as guards
 import ftnb.consts as consts
 import ftnb.jobargs as jobargs
+import ftnb.nodes as nodes
 import ftnb.package as package
-import ftnb.preflight as preflight
 import ftnb.progress as progress
 import ftnb.ranks as ranks
 import ftnb.studio as studio
@@ -288,7 +288,7 @@ def node_resources(
     "What each node has: as the job says, else as much as this one. The label of a kind of GPU only where one is given."
     found = {"cpu": args.dist_cpu or int(os.environ.get("CDSW_CPU_MILLICORES") or 0) / 1000,
              "memory": args.dist_mem or int(os.environ.get("CDSW_MEMORY_MB") or 0) / 1024}
-    raise_problems(preflight.missing_resources(args))
+    raise_problems(nodes.missing_resources(args))
     if args.dist_gpu is None: import torch
     gpus = torch.cuda.device_count() if args.dist_gpu is None else args.dist_gpu
     label = {} if args.gpu_label_id in (None, -1) else {"accelerator_label_id": args.gpu_label_id}
@@ -556,7 +556,7 @@ def launch(
             at = Rendezvous(os.environ[MASTER_IP], port, args.dist_num, node, args.experimentid)
             return _further_node(args, at, seconds)
         if args.dist_num > 1:
-            raise_problems(preflight.processes_problems(args, None))
+            raise_problems(nodes.processes_problems(args, None))
             return _first_node(args, workers_api(), seconds)
         store = _open_store(Rendezvous())  # kept open, so that nobody else gets its port
         at = Rendezvous(port=store.port, run=args.experimentid)
