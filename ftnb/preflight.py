@@ -617,6 +617,7 @@ def _check_checkpoints(
     rows: job_rows.JobRows | None,  # with their tokens
 ):
     "Whether the job can go on from what is in its folder."
+    if any((found.level, found.about) == ("error", "parent") for found in log.findings): return  # the run is another without it
     if job is None or rows is None or runrecord.finished_run(job, rows): return
     problems = log.attempt("checkpoints", runrecord.checkpoint_problems, job, rows)
     log.add("error", "checkpoints", *problems or [])
