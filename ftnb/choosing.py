@@ -132,6 +132,8 @@ def dataset_columns(
     bare = re.sub(r"\.(gz|bz2|xz|zst|zip)$", "", path.lower())
     kind = _KINDS.get(Path(bare).suffix)
     if os.path.isdir(path): return dict(type="project", location=path + part)
+    if kind and part not in ("", "[train]"):
+        raise ValueError(f"{place} is a single file, and has neither configurations nor splits: leave out {part}")
     if kind: return dict(type=kind, location=path)
     if not os.path.exists(path) and re.fullmatch(HUB_NAME, place): return dict(type="huggingface", huggingface_name=source)
     raise ValueError(f"{source or 'nothing'} is no .csv, .tsv, .json or .jsonl file, no folder and no name on the hub")
