@@ -276,8 +276,7 @@ def _job(
     job: dict,  # settings of the job itself, from `sort_settings`
 ) -> jobargs.JobArgs:  # the job
     "The arguments of a run."
-    aside = ("hf_token", "auto_add_adapter")  # another token, or registering, makes no other run
-    alike = {k: v for k, v in job.items() if k not in aside}
+    alike = {k: v for k, v in job.items() if k != "hf_token"}  # another token makes no other run
     key = str(uuid.uuid5(uuid.NAMESPACE_URL, json.dumps([records, rows, alike, name], sort_keys=True, default=str)))
     place = f"{name}-{key[:8]}"
     return jobargs.JobArgs(**records, **job, experimentid=key, adapter_name=name,
@@ -586,13 +585,28 @@ def _parser() -> "ArgumentParser":
     for name, about in _OPTIONS.items(): parser.add_argument(f"--{name}", help=about)
     return parser
 
+# %% ../../nbs/ui/7_tuning.ipynb #9d822312
+def _read_command(
+    argv: list,  # arguments
+) -> tuple:  # (option -> value, settings and what else there is as `_shell_settings` takes them)
+    "Take a command line apart."
+    parser = _parser()
+    known = [f"--{name}" for name in ("help", "model", "prompt", "completion", *_OPTIONS)]
+    words = [word.partition("=")[0] for word in argv if word.startswith("--")]
+    names = [word for word in dict.fromkeys(words) if " " not in word and not any(option.startswith(word) for option in known)]
+    for name in names: parser.add_argument(name, dest=name, metavar="VALUE")
+    given, rest = parser.parse_known_args(argv)
+    found = {name: value for name, value in vars(given).items() if value is not None}
+    settings = {name: found.pop(name) for name in names if name in found}
+    return found, [word for pair in settings.items() for word in pair] + rest
+
+
 # %% ../../nbs/ui/7_tuning.ipynb #bc2e2d93
 def tune_command(
     argv: list | None = None,  # arguments; default: the command line's
 ):
     "The console script `ftnb_tune`."
-    given, rest = _parser().parse_known_args(argv)
-    asked = {k: v for k, v in vars(given).items() if v is not None}
+    asked, rest = _read_command(sys.argv[1:] if argv is None else argv)
     for key in {"prompt", "completion"} & set(asked): asked[key] = asked[key].replace("\\n", "\n")
     model, data = asked.pop("model"), asked.pop("data")
     progress.quiet_libraries()
