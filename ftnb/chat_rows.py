@@ -10,6 +10,8 @@ __all__ = ['ChatRow', 'render_rows', 'tokenize_conversations', 'tokenize_dataset
 from bisect import bisect_left
 from dataclasses import dataclass
 
+from fastcore.basics import chunked
+
 import ftnb.chat_templates as chat_templates
 from .boundaries import encode_with_offsets, ids_behind
 from .chat_templates import ChatTemplate, Loss, RenderedConversation
@@ -18,7 +20,7 @@ from .problems import Problem, raise_problems
 from .prompts import PromptTemplate, conversation_warnings, format_rows
 from .special_tokens import Dropped, Forged, PlainTokenizer, encode_plain, forged_reason
 from .tokenizer import call_tokenizer
-from .tokens import TokenizedRows, as_dataset, tokenize_rows, tokenizer_problems
+from .tokens import TokenizedRows, gather_rows, most_characters, tokenize_rows, tokenizer_problems, too_many_characters
 
 # %% ../nbs/15c_chat_rows.ipynb #2840c472
 class _Pieces:
@@ -84,6 +86,8 @@ class ChatRow:
     ids: list
     labels: list  # the ids, with -100 where there is no loss
     joined: bool = False  # put together of pieces, since a token of the text would reach over the edge of a turn
+
+    def __len__(self): return len(self.ids)
 
 # %% ../nbs/15c_chat_rows.ipynb #a740cbb2
 def _piece_ids(
@@ -167,14 +171,6 @@ def render_rows(
         try: yield chat_templates.render_conversation(chat, found, loss, special)
         except ValueError as e: yield Dropped(str(e))
 
-# %% ../nbs/15c_chat_rows.ipynb #829be355
-def _too_long(
-    rendered: RenderedConversation,
-    max_length: int,  # tokens that a row may have
-) -> bool:
-    "Whether a conversation is over the limit by its characters: no tokenizer makes a token of 128 on the average."
-    return len(rendered.text) > 128 * max_length
-
 # %% ../nbs/15c_chat_rows.ipynb #95f08f8b
 def _tokenize_batch(
     rendered: list,  # of `RenderedConversation`, or `Dropped`
@@ -182,17 +178,14 @@ def _tokenize_batch(
     max_length: int,  # tokens that a row may have
 ) -> list:  # a `ChatRow` each, or `Dropped`
     "Tokenize conversations together."
-    rows = list(rendered)
-    over = f"over max_length {max_length}"
-    texts = {i: row for i, row in enumerate(rows) if not isinstance(row, Dropped)}
-    for i in [i for i, row in texts.items() if _too_long(row, max_length)]:
-        rows[i] = Dropped(f"{over}: it has more than {128 * max_length:,} characters")
-        del texts[i]
+    rows, texts = list(rendered), {}
+    for i, row in enumerate(rows):
+        if isinstance(row, Dropped): continue
+        if len(row.text) > most_characters(max_length): rows[i] = too_many_characters(max_length)
+        else: texts[i] = row
     if not texts: return rows
     found = encode_with_offsets(pieces.plain.tokenizer, [row.text for row in texts.values()], add_special_tokens=False)
-    for (i, row), (ids, offsets) in zip(texts.items(), found):
-        rows[i] = _chat_row(row, ids, offsets, pieces)
-        if isinstance(rows[i], ChatRow) and len(rows[i].ids) > max_length: rows[i] = Dropped(over, len(rows[i].ids))
+    for (i, row), (ids, offsets) in zip(texts.items(), found): rows[i] = _chat_row(row, ids, offsets, pieces)
     return rows
 
 # %% ../nbs/15c_chat_rows.ipynb #49c67610
@@ -216,17 +209,9 @@ def tokenize_conversations(
     "Token ids and labels of conversations; raises where the tokenizer can't be used."
     raise_problems(tokenizer_problems(tokenizer), "The conversations can't be tokenized")
     chat, pieces = chat_templates.open_chat_template(tokenizer, day), _Pieces(PlainTokenizer(tokenizer))
-    tables, kept, dropped, joined = [_table([])], [], {}, 0
-    for at in range(0, len(dataset), 1000):
-        part = dataset.select(range(at, min(at + 1000, len(dataset))))
-        rendered = list(render_rows(part, template, chat, loss, pieces.plain.pattern))
-        rows = dict(enumerate(_tokenize_batch(rendered, pieces, max_length), at))
-        good = {i: row for i, row in rows.items() if isinstance(row, ChatRow)}
-        dropped |= {i: row for i, row in rows.items() if i not in good}
-        kept += good
-        joined += sum(row.joined for row in good.values())
-        tables.append(_table(list(good.values())))
-    return TokenizedRows(as_dataset(tables), tuple(kept), dropped, joined)
+    rendered = chunked(render_rows(dataset, template, chat, loss, pieces.plain.pattern), 1000)
+    batches = (_tokenize_batch(some, pieces, max_length) for some in rendered)
+    return gather_rows(batches, range(len(dataset)), max_length, _table)
 
 # %% ../nbs/15c_chat_rows.ipynb #373a4808
 def _loss_problems(
