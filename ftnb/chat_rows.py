@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from fastcore.basics import chunked
 
 import ftnb.chat_templates as chat_templates
-from .boundaries import encode_with_offsets, ids_behind
+from .boundaries import encode_with_offsets
 from .chat_templates import ChatTemplate, Loss, RenderedConversation
 from .conversations import Conversation, conversations
 from .problems import Problem, raise_problems
 from .prompts import PromptTemplate, conversation_warnings, format_rows
-from .special_tokens import Dropped, Forged, PlainTokenizer, encode_plain, forged_reason
+from .special_tokens import Dropped, Forged, PlainTokenizer, encode_piece, encode_plain, forged_reason
 from .tokenizer import call_tokenizer
 from .tokens import TokenizedRows, gather_rows, most_characters, tokenize_rows, tokenizer_problems, too_many_characters
 
@@ -89,21 +89,6 @@ class ChatRow:
 
     def __len__(self): return len(self.ids)
 
-# %% ../nbs/15c_chat_rows.ipynb #a740cbb2
-def _piece_ids(
-    plain: PlainTokenizer,  # made from the rows' tokenizer
-    rendered: RenderedConversation,
-    start: int,  # of the piece, in characters
-    end: int,
-) -> list:  # ids
-    "Token ids of a piece as it stands behind what comes before it; raises `Forged` where there's no way round."
-    inside = [(max(a, start) - start, min(b, end) - start) for a, b in rendered.values if b > start and a < end]
-    for anchor in (*plain.anchors, "") if start else ("",):
-        moved = [(a + len(anchor), b + len(anchor)) for a, b in inside]
-        text = anchor + rendered.text[start:end]
-        found = ids_behind(anchor, *encode_plain(plain, text, moved, add_special_tokens=False))
-        if found is not None: return found
-
 # %% ../nbs/15c_chat_rows.ipynb #6e6d9c39
 def _row_of_pieces(
     plain: PlainTokenizer,  # made from the rows' tokenizer
@@ -114,7 +99,7 @@ def _row_of_pieces(
     edges = {0, len(rendered.text)} | {place for span in rendered.spans for place in span}
     places, ids, labels = sorted(edges), [], []
     for start, end in zip(places, places[1:]):
-        piece = _piece_ids(plain, rendered, start, end)
+        piece = encode_piece(plain, rendered.text, rendered.values, start, end)
         trained = any(a <= start < b for a, b in rendered.spans)
         ids += piece
         labels += piece if trained else [-100] * len(piece)

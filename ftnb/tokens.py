@@ -11,12 +11,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 
-from .boundaries import completion_ids, encode_with_offsets, ids_behind
+from .boundaries import completion_ids, encode_with_offsets
 from .consts import TRAINING_DATA_TEXT_FIELD
 from .problems import Problem, raise_problems
 from .prompts import PromptTemplate, format_row, read_template, text_columns, value_column, value_spans
 from .shared_text import SharedStart, find_prompt_end, find_reach, find_shared_start
-from .special_tokens import Dropped, Forged, PlainTokenizer, encode_plain, forged_reason
+from .special_tokens import Dropped, Forged, PlainTokenizer, encode_piece, encode_plain, forged_reason, spans_within
 from .tokenizer import call_tokenizer, encode_prompts, missing_eos, outer_tokens, shared_ids, strip_doubled
 
 # %% ../nbs/15_tokens.ipynb #effa7b4e
@@ -173,20 +173,13 @@ def _plain_row(
     start: int | None,  # of the completion
 ) -> _Row:
     "Encode one row so that no value becomes a special token; raises `Forged` where there's no way round."
-    def encode(part, anchor="", at=0, **kwargs):
-        shift, end = len(anchor) - at, at + len(part)
-        inside = [(max(a, at) + shift, min(b, end) + shift) for a, b in spans if b > at and a < end]
-        return encode_plain(plain, anchor + part, inside, **kwargs)
-
     head, tail = plain.outer
-    ids = strip_doubled(encode(text)[0], head, plain.tokenizer.eos_token_id)
+    ids = strip_doubled(encode_plain(plain, text, spans)[0], head, plain.tokenizer.eos_token_id)
     if start is None: return _Row(ids)
-    prompt = encode(text[:start])[0]
+    prompt = encode_plain(plain, text[:start], spans_within(spans, 0, start))[0]
     asked = strip_doubled(prompt[:len(prompt) - len(tail)], head)
     if ids[:len(asked)] == asked: return _Row(ids, asked=len(asked))
-    for anchor in (*plain.anchors, ""):
-        completion = ids_behind(anchor, *encode(text[start:], anchor, start, add_special_tokens=False))
-        if completion is not None: return _Row(asked + completion, asked=len(asked), joined=True)
+    return _Row(asked + encode_piece(plain, text, spans, start, len(text)), asked=len(asked), joined=True)
 
 # %% ../nbs/15_tokens.ipynb #494a1155
 @dataclass(frozen=True)
