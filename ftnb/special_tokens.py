@@ -143,7 +143,7 @@ def encode_plain(
 def spans_within(
     spans: list,  # (start, end) of each value
     start: int,  # of a part of the text, in characters
-    end: int,
+    end: int,  # behind its last character
 ) -> list:  # (start, end) of what lies in the part, counted from its start
     "Where values lie in a part of a text."
     return [(max(a, start) - start, min(b, end) - start) for a, b in spans if b > start and a < end]
@@ -154,7 +154,7 @@ def encode_piece(
     text: str,  # of a row
     spans: list,  # (start, end) of each value
     start: int,  # of the piece, in characters
-    end: int,
+    end: int,  # behind its last character
 ) -> list:  # ids
     "Token ids of a piece as it stands behind other text; raises `Forged` where there's no way round."
     inside = spans_within(spans, start, end)
