@@ -21,9 +21,12 @@ class Problem:
 def printable(
     text: str,  # of somebody else
     keep: str = "\n\t",  # characters that stay as they are
-) -> str:  # on a terminal and a page it does nothing but stand there
+) -> str:  # without any effect on a terminal or a page
     "Control, direction and other unseen characters as escapes, such as \\x1b."
-    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+    def shown(c):
+        if c.isprintable() or c in keep: return c
+        return c.encode("unicode_escape").decode()
+    return "".join(map(shown, text))
 
 # %% ../nbs/01_problems.ipynb #930a5f84
 class ProblemsError(ValueError):
@@ -55,9 +58,10 @@ def problems_of(
 ) -> list:  # of `Problem`
     "What an error says is wrong."
     if isinstance(e, ProblemsError): return e.problems
-    said = " ".join(str(e).split())[:500] or type(e).__name__
-    plain = isinstance(e, (ValueError, OSError, MemoryError))
-    return [Problem(where, said if plain else f"{type(e).__name__}: {said}")]
+    name = type(e).__name__
+    said = " ".join(str(e).split())[:500] or name
+    speaks_for_itself = isinstance(e, (ValueError, OSError, MemoryError))
+    return [Problem(where, said if speaks_for_itself else f"{name}: {said}")]
 
 # %% ../nbs/01_problems.ipynb #ed714cd1
 def nearest(
@@ -69,4 +73,5 @@ def nearest(
     from difflib import get_close_matches
     spelt = {str(k).lower(): k for k in known}
     match = get_close_matches(str(name).lower(), spelt, n=1, cutoff=cutoff)
-    return f"; did you mean '{spelt[match[0]]}'?" if match else ""
+    if not match: return ""
+    return f"; did you mean '{spelt[match[0]]}'?"
