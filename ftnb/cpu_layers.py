@@ -57,6 +57,13 @@ def _frozen_linear():  # an autograd function of (x, weight, bias)
             return onednn_product()(grad.contiguous(), weight.T), None, None
     return FrozenLinear.apply
 
+# %% ../nbs/27b_cpu_layers.ipynb #c3f3b9a6
+def _untouched(
+    module,  # of a model
+) -> bool:
+    "Whether a module is called as its class says."
+    return "forward" not in module.__dict__
+
 # %% ../nbs/27b_cpu_layers.ipynb #321890fd
 def _linear_forward(
     layer,  # a `torch.nn.Linear`
@@ -115,6 +122,7 @@ def _lora_forwards(
         return [(matrix, forward), (dropout, lambda x: x)]
     pairs = [(layer.lora_A[name], layer.lora_dropout[name]) for name in layer.lora_A]
     plain = [(a, d) for a, d in pairs if type(a) is torch.nn.Linear and type(d) is torch.nn.Dropout]
+    plain = [(a, d) for a, d in plain if _untouched(a) and _untouched(d)]
     return [change for a, d in plain for change in of(a, d)]
 
 # %% ../nbs/27b_cpu_layers.ipynb #9780f8a9
@@ -168,7 +176,7 @@ def _linear_forwards(
 ) -> list:  # of (module, its forward)
     "Linear layers by oneDNN."
     import torch
-    return [(m, _linear_forward(m)) for m in model.modules() if type(m) is torch.nn.Linear and "forward" not in m.__dict__]
+    return [(m, _linear_forward(m)) for m in model.modules() if type(m) is torch.nn.Linear and _untouched(m)]
 
 # %% ../nbs/27b_cpu_layers.ipynb #7205cdfb
 def _leaner_forwards(
@@ -179,7 +187,7 @@ def _leaner_forwards(
     for m in modules: classes.setdefault(type(m), m)
     gated = {kind for kind, m in classes.items() if _is_gated(m)}
     lora = [change for m in modules if _is_lora(m) for change in _lora_forwards(m)]
-    return lora + [(m, _mlp_forward(m)) for m in modules if type(m) in gated and "forward" not in m.__dict__]
+    return lora + [(m, _mlp_forward(m)) for m in modules if type(m) in gated and _untouched(m)]
 
 # %% ../nbs/27b_cpu_layers.ipynb #3d8fe84f
 @contextlib.contextmanager
@@ -188,12 +196,14 @@ def cpu_layers(
     onednn: bool | None = None,  # products by it; default: where it is the faster one
 ):  # the same model
     "Within this, layers on a CPU take less time and memory; the numbers are the same but for rounding."
-    on_cpu = all(p.device.type == "cpu" for p in model.parameters())
+    if any(p.device.type != "cpu" for p in model.parameters()):
+        yield model
+        return
     if onednn is None: onednn = prefers_onednn()
     changed = []
     try:
         for find in (_leaner_forwards, _linear_forwards) if onednn else (_leaner_forwards,):
-            found = find(model) if on_cpu else []
+            found = find(model)
             for module, forward in found: module.forward = forward
             changed += found
         yield model
