@@ -62,15 +62,23 @@ def _classes(
                                 "takes classes that come again, two rows a class at least on average")], "There are no classes")
     return known
 
+# %% ../nbs/44b_reading.ipynb #734db6e0
+def _model_name(
+    comparison: Comparison,  # from `compare`
+    model: str | None,  # a name among its models; None: the last one
+) -> str:  # raises where there is no such model
+    "Which model is meant."
+    name = model or list(comparison.models)[-1]
+    if name in comparison.models: return name
+    raise_problems([Problem("model", f"there is no model {name!r}; there are {', '.join(comparison.models)}")], "Nothing to count")
+
 # %% ../nbs/44b_reading.ipynb #67057539
 def confusion(
     comparison: Comparison,  # from `compare`
     model: str | None = None,  # a name among its models; default: the last one
 ) -> Confusion:  # shows as a table
     "Which class a model takes for which; raises where the right answers are no classes."
-    name = model or list(comparison.models)[-1]
-    if name not in comparison.models:
-        raise_problems([Problem("model", f"there is no model {name!r}; there are {', '.join(comparison.models)}")], "Nothing to count")
+    name = _model_name(comparison, model)
     known, counts = _classes(comparison), {}
     for right, answer in zip(comparison.questions.references, comparison.models[name].answers):
         pair = known[comparable(right, right)[1]], _class_of(answer, right, known)
@@ -140,7 +148,7 @@ def worse(
 ) -> list:  # of `WorseRow`
     "The rows that a model answers worse than the base."
     (_, base), asked = next(iter(self.models.items())), self.questions
-    now = self.models[model or list(self.models)[-1]]
+    now = self.models[_model_name(self, model)]
     found = []
     for i, (before, after) in enumerate(zip(base.scores, now.scores)):
         if after >= before: continue
