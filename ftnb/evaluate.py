@@ -160,10 +160,8 @@ def against_base(self: Comparison) -> dict:  # name -> `PairedResult`, of each m
     (_, base), *others = self.models.items()
     return {name: compare_pairs(base.scores, scores.scores) for name, scores in others}
 
-
 # %% ../nbs/44_evaluate.ipynb #a1a61ffc
 FINE = 0.1  # half of an interval that is told without a warning
-
 
 # %% ../nbs/44_evaluate.ipynb #12738c6c
 @patch
@@ -171,7 +169,6 @@ def intervals(self: Comparison) -> dict:  # name -> (least, most) share, 0 to 1
     "95% intervals of the shares of right answers; none where a metric gives other numbers than 0 and 1."
     marks = {name: s.scores for name, s in self.models.items() if s.scores and set(s.scores) <= {0.0, 1.0}}
     return {name: share_interval(sum(scores), len(scores)) for name, scores in marks.items()}
-
 
 # %% ../nbs/44_evaluate.ipynb #85730260
 @patch
@@ -188,7 +185,6 @@ def precision_notes(self: Comparison) -> list:  # sentences
         notes.append(f"{len(self.questions):,} rows are few: it takes about {rows:,} to know the share within 10 points")
     return notes
 
-
 # %% ../nbs/44_evaluate.ipynb #1f8cdcd3
 @patch
 def notes(self: Comparison) -> list:  # sentences
@@ -198,7 +194,6 @@ def notes(self: Comparison) -> list:  # sentences
     if not q.references: return [used, "no answers: the prompt has no completion template"]
     changed = f"{len(self.changed):,} of {len(q.references):,} answers differ between the models"
     return [used, changed, *(f"{name}: {result}" for name, result in self.against_base().items()), *self.precision_notes()]
-
 
 # %% ../nbs/44_evaluate.ipynb #a5e8887b
 @patch

@@ -187,7 +187,7 @@ def _loss_pairs(
     lengths = np.array([len(row) for row in labels])
     ends = lengths.cumsum()
     before = np.delete(_all_places(paths), ends - 1)
-    targets = np.delete(np.concatenate(labels), ends - lengths).astype(np.int64)
+    targets = np.delete(np.concatenate(labels), ends - lengths)
     keep = targets != -100
     return before[keep], targets[keep]
 
