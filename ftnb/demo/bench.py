@@ -351,7 +351,7 @@ def run_bench(
 
 # %% ../../nbs/demo/2_bench.ipynb #6481990b
 def save_bench(
-    result: BenchResult,  # of `run_bench`
+    result,  # a `BenchResult`, or another measurement: a dataclass that prints as a table
     path: str,  # a JSON file
 ):
     "Write everything that was measured."

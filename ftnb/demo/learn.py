@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEARNERS', 'LearnJob', 'learn_problems', 'reference_settings', 'LearnRows', 'Clock', 'learn', 'LearnRun',
-           'learn_alone', 'LearnResult', 'run_learn', 'save_learn', 'load_learn', 'plot_learn', 'learn_command']
+           'learn_alone', 'LearnResult', 'run_learn', 'load_learn', 'plot_learn', 'learn_command']
 
 # %% ../../nbs/demo/3_learn.ipynb #db5733ec
 import csv, json, subprocess, sys, tempfile, time
@@ -19,7 +19,7 @@ import ftnb.consts as consts
 from ..adapters import apply_lora
 from ..advice import advise
 from ..certainty import share_interval
-from .bench import machine_words
+from .bench import machine_words, save_bench
 from .project import demo_base_model
 from ..models import choose_precision, load_base_model, load_tokenizer
 from ..package import python_command
@@ -287,17 +287,9 @@ def run_learn(
             if progress: print(f"{kind}, seed {seed}: {runs[-1].points[-1][2]} of {runs[-1].points[-1][3]} right", flush=True)
     return LearnResult(job, machine_words(), tuple(runs))
 
-# %% ../../nbs/demo/3_learn.ipynb #2ba925ba
-def save_learn(
-    result: LearnResult,  # of `run_learn`
-    path: str,  # a JSON file
-):
-    "Write everything that was measured."
-    Path(path).write_text(json.dumps(asdict(result) | {"table": repr(result)}, indent=1), encoding="utf-8")
-
 # %% ../../nbs/demo/3_learn.ipynb #be3d8e09
 def load_learn(
-    path: str,  # a JSON file of `save_learn`
+    path: str,  # a JSON file of `save_bench`
 ) -> LearnResult:  # as it was measured
     "Read a measurement."
     found = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -356,6 +348,6 @@ def _write_measurement(
     model = str(demo_base_model()) if asked["model"] == "smollm2" else asked["model"]
     result = run_learn(LearnJob(**asked | texts | {"model": model}), tuple(range(1, seeds + 1)))
     out.mkdir(parents=True, exist_ok=True)
-    save_learn(result, out/"learn.json")
+    save_bench(result, out/"learn.json")
     plot_learn(result).savefig(out/"learn.png", dpi=120)
     print(result, f"written: {out}/learn.json, {out}/learn.png", sep="\n")
