@@ -263,33 +263,33 @@ def look(
             elif line.strip(): self.unread += 1
     return self.offset != before
 
+# %% ../nbs/45_curves.ipynb #78543ff7
+def _unread(
+    path: "str | Path",  # a metrics.jsonl, or the folder it is in or will be in
+) -> RunMetrics:  # before its first look
+    "The metrics of a run."
+    path = Path(path)
+    is_file = path.is_file() or (path.suffix == ".jsonl" and not path.is_dir())
+    return RunMetrics(path if is_file else path/"metrics.jsonl")
+
 # %% ../nbs/45_curves.ipynb #e06678e4
 def read_metrics(
     path: "str | Path",  # a metrics.jsonl, or the folder it is in or will be in
 ) -> RunMetrics:  # its `look` reads on
     "Read the metrics of a run."
-    path = Path(path)
-    is_file = path.is_file() or (path.suffix == ".jsonl" and not path.is_dir())
-    metrics = RunMetrics(path if is_file else path/"metrics.jsonl")
+    metrics = _unread(path)
     metrics.look()
     return metrics
 
 # %% ../nbs/45_curves.ipynb #3efdf6f9
 def read_end(
-    path: "str | Path",  # a metrics.jsonl, or the folder it is in
-) -> RunMetrics:  # of its last lines alone
+    path: "str | Path",  # a metrics.jsonl, or the folder it is in or will be in
+) -> RunMetrics:  # of its last lines alone; its `look` reads on
     "Read the end of a run's metrics."
-    path = Path(path)
-    metrics = RunMetrics(path/"metrics.jsonl" if path.is_dir() else path)
-    try: file = open(metrics.path, "rb")
+    metrics = _unread(path)
+    try: metrics.offset = max(0, metrics.path.stat().st_size - _LONGEST_LINE)
     except OSError: return metrics
-    with file:
-        size = file.seek(0, 2)
-        file.seek(max(0, size - _LONGEST_LINE))
-        lines = file.read().splitlines(keepends=True)
-    if size > _LONGEST_LINE: del lines[0]  # it has lost its beginning
-    for line in lines:
-        if entry := _parse_line(line): metrics.take(entry)
+    metrics.look()
     return metrics
 
 # %% ../nbs/45_curves.ipynb #1420132e
