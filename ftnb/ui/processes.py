@@ -163,8 +163,7 @@ def _state_now(
 ) -> str:  # as in `RunStatus`
     "Which state a run is in."
     begun, process = curves.run_state(metrics), running_process(folder)
-    trains = metrics.lines and (process is None or metrics.last.get("time", 0) >= process.create_time())
-    if process: return "running" if trains else "starting"
+    if process: return "running" if _trains(folder, process) else "starting"
     if (Path(out_dir)/"run.json").exists(): return "trained"
     if begun in ("stopped", "failed"): return begun
     if (folder/"process.json").exists(): return "killed" if metrics.lines else "failed"
