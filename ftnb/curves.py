@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Curve', 'RunMetrics', 'read_metrics', 'read_end', 'quiet_seconds', 'run_patience', 'run_state', 'seconds_left',
-           'run_progress', 'run_headline', 'running_mean', 'loss_ends', 'short_number', 'run_name']
+           'run_progress', 'run_headline', 'running_mean', 'loss_ends', 'short_number', 'run_name', 'folders_below']
 
 # %% ../nbs/45_curves.ipynb #ff030afd
-import json, time
+import json, os, time
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -399,3 +399,15 @@ def run_name(
     path = Path(path)
     folder = path.parent if path.suffix == ".jsonl" else path
     return runrecord.read_record(folder).adapter_name or folder.absolute().name
+
+# %% ../nbs/45_curves.ipynb #c9674b66
+_NOT_ENTERED = (".", "checkpoint-", "__pycache__", "node_modules", "site-packages")  # how names of folders begin
+
+# %% ../nbs/45_curves.ipynb #76b6fa05
+def folders_below(
+    folder: "str | Path",  # the first of them
+):  # pairs of a `Path` and the names of its files, in their order
+    "Every folder that may be a run's; checkpoints, hidden folders and those of packages aren't entered."
+    for place, below, files in os.walk(folder):
+        below[:] = sorted(name for name in below if not name.startswith(_NOT_ENTERED))
+        yield Path(place), files

@@ -194,10 +194,7 @@ def _runs_below(
     folder: Path,  # searched with all below it
 ) -> list:  # folders with a metrics.jsonl, the latest last
     "The runs in a folder; it may be one itself."
-    found = []
-    for place, below, files in os.walk(folder):
-        below[:] = [name for name in below if not name.startswith((".", "checkpoint-"))]
-        if "metrics.jsonl" in files: found.append(Path(place))
+    found = [place for place, files in curves.folders_below(folder) if "metrics.jsonl" in files]
     return sorted(found, key=lambda place: (place/"metrics.jsonl").stat().st_mtime)
 
 # %% ../nbs/48_plots.ipynb #33d7aeee

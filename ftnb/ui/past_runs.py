@@ -13,6 +13,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 import ftnb.consts as consts
+import ftnb.curves as curves
 import ftnb.jobargs as jobargs
 import ftnb.plots as plots
 import ftnb.progress as progress
@@ -72,20 +73,16 @@ def _registered_ids(
     try: return {row.id for row in studio.list_rows(engine, "adapters")}
     except Exception: return None  # a database that is busy or out of reach
 
-# %% ../../nbs/ui/3_past_runs.ipynb #4fd0316f
-_NOT_ENTERED = (".", "checkpoint-", "__pycache__", "node_modules", "site-packages")  # how names of folders begin
-
 # %% ../../nbs/ui/3_past_runs.ipynb #8b3e0f67
 def _find_files(
     folder: "str | Path",  # searched with all below it
 ) -> tuple:  # paths of run.json, paths of job.json or process.json
-    "What runs have left; checkpoints, hidden folders and those of packages aren't entered."
+    "What runs have left."
     trained, begun = [], []
-    for place, below, files in os.walk(folder):
-        below[:] = sorted(name for name in below if not name.startswith(_NOT_ENTERED))
-        if "run.json" in files: trained.append(Path(place)/"run.json")
+    for place, files in curves.folders_below(folder):
+        if "run.json" in files: trained.append(place/"run.json")
         found = [name for name in ("job.json", "process.json") if name in files]
-        if found: begun.append(Path(place)/found[0])
+        if found: begun.append(place/found[0])
     return trained, begun
 
 # %% ../../nbs/ui/3_past_runs.ipynb #b8be5e58
