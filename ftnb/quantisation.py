@@ -42,43 +42,76 @@ def _plain_names(
 # %% ../nbs/18_quantisation.ipynb #785fea17
 FITS_NAMES = ValueRule("a list of names of modules, with two * in each at most", _plain_names)
 
+# %% ../nbs/18_quantisation.ipynb #c9b16fc0
+def _malformed(
+    config: dict,  # from `weights.read_config`
+) -> str:  # a sentence without its beginning, or ""
+    "What of a base model's quantisation can't be read."
+    named = config.get("quantization_config")
+    if named and not isinstance(named, dict):
+        return f"quantization_config is {named!r}; it must be an object, or left out"
+    stored = stored_quantisation(config)
+    for key in ("llm_int8_skip_modules", "modules_to_not_convert"):
+        if FITS_NAMES.wrong(stored.get(key) or []):
+            return f"{key} of quantization_config must be a list of names of modules"
+    return ""
+
 # %% ../nbs/18_quantisation.ipynb #9541e70d
 def stored_problem(
     source: str,  # hub name or folder
     config: dict,  # from `weights.read_config`
 ) -> str:  # a sentence, or ""
     "Why LoRA can't be trained on weights as they are quantised."
-    begin, named, stored = f"{source}: config.json, ", config.get("quantization_config"), stored_quantisation(config)
-    if named and not isinstance(named, dict): return f"{begin}quantization_config is {named!r}; it must be an object, or left out"
-    for key in ("llm_int8_skip_modules", "modules_to_not_convert"):
-        if FITS_NAMES.wrong(stored.get(key) or []):
-            return f"{begin}{key} of quantization_config must be a list of names of modules"
+    malformed = _malformed(config)
+    if malformed: return f"{source}: config.json, {malformed}"
+    stored = stored_quantisation(config)
     if not stored or quantised_bits(stored) or stored.get("quant_method") == "mxfp4": return ""
     method = stored.get("quant_method") or "by a method that isn't named"
-    return (f"{source}: its weights are quantised already ({method}); LoRA is trained on weights in 16 or 32 bits, or those "
-            "that bitsandbytes quantises: name the model that it was made from, and have bnb_config quantise that")
+    return (f"{source}: its weights are quantised already ({method}); "
+            "LoRA is trained on weights in 16 or 32 bits, or those that bitsandbytes quantises: "
+            "name the model that it was made from, and have bnb_config quantise that")
 
 # %% ../nbs/18_quantisation.ipynb #aea21a07
 BNB_FIELDS = {  # field of transformers' BitsAndBytesConfig -> what becomes of it
-    **fields.decide("used", "", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant",
-                    "bnb_4bit_quant_storage", "llm_int8_threshold", "llm_int8_skip_modules"),
-    **fields.decide("used", "follows bf16 and fp16 of the training arguments, where they say one", "bnb_4bit_compute_dtype"),
-    **fields.decide("idle", "the whole model is on one device", "llm_int8_enable_fp32_cpu_offload"),
-    **fields.decide("refused", "keeps all weights in 16 bits beside the quantised ones; leave it out", "llm_int8_has_fp16_weight")}
+    **fields.decide(
+        "used", "", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant",
+        "bnb_4bit_quant_storage", "llm_int8_threshold", "llm_int8_skip_modules"),
+    **fields.decide(
+        "used", "follows bf16 and fp16 of the training arguments, where they say one", "bnb_4bit_compute_dtype"),
+    **fields.decide(
+        "idle", "the whole model is on one device", "llm_int8_enable_fp32_cpu_offload"),
+    **fields.decide(
+        "refused", "keeps all weights in 16 bits beside the quantised ones; leave it out", "llm_int8_has_fp16_weight")}
+
+# %% ../nbs/18_quantisation.ipynb #fa188838
+_FLAGS = (
+    "load_in_4bit", "load_in_8bit", "bnb_4bit_use_double_quant", "llm_int8_enable_fp32_cpu_offload",
+    "llm_int8_has_fp16_weight", "_load_in_4bit", "_load_in_8bit")
 
 # %% ../nbs/18_quantisation.ipynb #2a94df62
 _FLOATS = ("float32", "bfloat16", "float16")
 
 # %% ../nbs/18_quantisation.ipynb #4ed377fc
 BNB_VALUES = {  # field -> what its value may be
-    **dict.fromkeys(("load_in_4bit", "load_in_8bit", "bnb_4bit_use_double_quant", "llm_int8_enable_fp32_cpu_offload",
-                     "llm_int8_has_fp16_weight", "_load_in_4bit", "_load_in_8bit"), FLAG),
+    **dict.fromkeys(_FLAGS, FLAG),
     "quant_method": one_of("bitsandbytes"),
     "bnb_4bit_quant_type": one_of("nf4", "fp4"),
     "bnb_4bit_compute_dtype": one_of(*_FLOATS, *(f"torch.{name}" for name in _FLOATS)),
     "bnb_4bit_quant_storage": one_of("uint8", "int8", *_FLOATS, "float64"),
     "llm_int8_threshold": Number(least=0),
     "llm_int8_skip_modules": FITS_NAMES}
+
+# %% ../nbs/18_quantisation.ipynb #849a3877
+def _without_effect(
+    bits: int,  # 4, 8, or 0 where nothing is quantised
+) -> dict:  # field -> `FieldRule`
+    "Which fields say nothing at so many bits."
+    if bits == 4: return fields.decide("idle", "it belongs to load_in_8bit", "llm_int8_threshold")
+    if bits == 8:
+        for_4bit = [name for name in BNB_FIELDS if name.startswith("bnb_4bit")]
+        return fields.decide("idle", "it belongs to load_in_4bit", *for_4bit)
+    others = [name for name in BNB_FIELDS if not name.startswith("load_in")]
+    return fields.decide("idle", "neither load_in_4bit nor load_in_8bit is true", *others)
 
 # %% ../nbs/18_quantisation.ipynb #e62acee5
 def bnb_used(
@@ -88,45 +121,50 @@ def bnb_used(
     "Quantisation settings as they are used."
     bits = quantised_bits(bnb)
     if not bits: return None
-    belongs_to_other = "bnb_4bit" if bits == 8 else "llm_int8_threshold"
-    used = {}
-    for key, value in bnb.items():
-        acts = key in BNB_FIELDS and BNB_FIELDS[key].kind == "used" and not key.startswith(belongs_to_other)
-        if acts and value is not None and value is not False: used[key] = value
+    rules = BNB_FIELDS | _without_effect(bits)
+    given = {key: value for key, value in bnb.items() if value is not None and value is not False}
+    used = {key: value for key, value in given.items() if key in rules and rules[key].kind == "used"}
     if "llm_int8_threshold" in used: used["llm_int8_threshold"] = float(used["llm_int8_threshold"])
     if bits == 4: used["bnb_4bit_compute_dtype"] = dtype
     return used
+
+# %% ../nbs/18_quantisation.ipynb #03114b11
+def _unmet(
+    bnb: dict,  # bitsandbytes settings
+) -> list:  # of `Problem`
+    "What stands against settings whose fields are each right."
+    from importlib.util import find_spec
+    problems = []
+    if quantised_bits(bnb) and not find_spec("bitsandbytes"):
+        problems.append(Problem("", "bitsandbytes isn't installed (pip install bitsandbytes)"))
+    if bnb.get("load_in_4bit") and bnb.get("load_in_8bit"):
+        problems.append(Problem("load_in_8bit", "load_in_4bit and load_in_8bit exclude each other"))
+    return problems
+
+# %% ../nbs/18_quantisation.ipynb #38118fe7
+def _library_problems(
+    bnb: dict,  # bitsandbytes settings
+) -> list:  # of `Problem`
+    "What transformers says of the settings that are used."
+    from transformers import BitsAndBytesConfig
+    used = bnb_used(bnb, "float32")
+    if used is None: return []
+    try: BitsAndBytesConfig(**used)
+    except (TypeError, ValueError, ImportError) as e: return [Problem("", str(e))]
+    return []
 
 # %% ../nbs/18_quantisation.ipynb #48bdb70d
 def bnb_problems(
     bnb: dict,  # bitsandbytes settings
 ) -> list:  # of `Problem`
     "What is wrong with quantisation settings; keys are those of transformers' BitsAndBytesConfig."
-    from importlib.util import find_spec
     from transformers import BitsAndBytesConfig
-    asked, bits = {k: v for k, v in bnb.items() if v is not None}, quantised_bits(bnb)
     dumped = fields.decide("used", "", "quant_method", "_load_in_4bit", "_load_in_8bit")  # a dump of the whole holds them
+    given = {key: value for key, value in bnb.items() if value is not None}
     problems = fields.field_problems(bnb, BNB_FIELDS | dumped, fields.library_defaults(BitsAndBytesConfig))
-    problems += fields.value_problems(asked, BNB_VALUES)
-    if bits and not find_spec("bitsandbytes"):
-        problems.append(Problem("", "bitsandbytes isn't installed (pip install bitsandbytes)"))
-    if bnb.get("load_in_4bit") and bnb.get("load_in_8bit"):
-        problems.append(Problem("load_in_8bit", "load_in_4bit and load_in_8bit exclude each other"))
-    if problems or not bits: return problems
-    try: BitsAndBytesConfig(**bnb_used(bnb, "float32"))
-    except (TypeError, ValueError, ImportError) as e: problems.append(Problem("", str(e)))
-    return problems
-
-# %% ../nbs/18_quantisation.ipynb #ead288ac
-def _without_effect(
-    bits: int,  # 4, 8, or 0 where nothing is quantised
-) -> dict:  # field -> `FieldRule`
-    "Which fields say nothing at so many bits."
-    if not bits:
-        names = [k for k in BNB_FIELDS if not k.startswith("load_in")]
-        return fields.decide("idle", "neither load_in_4bit nor load_in_8bit is true", *names)
-    if bits == 4: return fields.decide("idle", "it belongs to load_in_8bit", "llm_int8_threshold")
-    return fields.decide("idle", "it belongs to load_in_4bit", *[k for k in BNB_FIELDS if k.startswith("bnb_4bit")])
+    problems += fields.value_problems(given, BNB_VALUES)
+    problems += _unmet(bnb)
+    return problems or _library_problems(bnb)
 
 # %% ../nbs/18_quantisation.ipynb #fd897b2f
 def bnb_notes(
@@ -136,7 +174,7 @@ def bnb_notes(
     from transformers import BitsAndBytesConfig
     defaults = fields.library_defaults(BitsAndBytesConfig)
     defaults |= {"bnb_4bit_compute_dtype": "float32", "bnb_4bit_quant_storage": "uint8"}  # what its None stands for
-    asked = {k: v.removeprefix("torch.") if isinstance(v, str) else v for k, v in bnb.items()}
+    asked = {key: value.removeprefix("torch.") if isinstance(value, str) else value for key, value in bnb.items()}
     rules = BNB_FIELDS | _without_effect(quantised_bits(bnb))
     return fields.in_argument("bnb_config", fields.idle_notes(asked, rules, defaults))
 
