@@ -5,6 +5,9 @@
 # %% auto #0
 __all__ = ['SEARCH', 'PATTERN_FORMS', 'text_part', 'text_targets', 'slow_pattern', 'name_patterns']
 
+# %% ../nbs/19_targets.ipynb #e7cb02e1
+import json, re, subprocess, sys
+
 # %% ../nbs/19_targets.ipynb #157ab44d
 def text_part(
     model,  # a causal language model, as transformers made it
@@ -21,8 +24,8 @@ def _linear_names(
 ) -> list:  # last part of each name
     "What the linear layers of its text part are called."
     import torch
-    inside = model.get_submodule(part).named_modules()
-    return sorted({name.split(".")[-1] for name, m in inside if isinstance(m, torch.nn.Linear)})
+    modules = model.get_submodule(part).named_modules()
+    return sorted({name.split(".")[-1] for name, module in modules if isinstance(module, torch.nn.Linear)})
 
 # %% ../nbs/19_targets.ipynb #092bf42b
 def _name_pattern(
@@ -30,10 +33,21 @@ def _name_pattern(
     linear: list,  # from `_linear_names`
 ) -> str:  # regular expression
     "Target modules as one regular expression on the names of modules."
-    import re
-    if isinstance(targets, str) and targets != "all-linear": return f"(?:{targets})"
-    names = linear if isinstance(targets, str) else [re.escape(name) for name in sorted(targets)]
+    if targets == "all-linear": names = linear
+    elif isinstance(targets, str): return f"(?:{targets})"
+    else: names = [re.escape(name) for name in sorted(targets)]
     return r"(?:.*\.)?(?:" + "|".join(names) + ")"
+
+# %% ../nbs/19_targets.ipynb #900c84b6
+def _text_pattern(
+    model,  # a causal language model that sees or hears as well
+    targets: str | list,  # target_modules of LoRA settings
+) -> str:  # regular expression
+    "Target modules as an expression for the layers that text goes through."
+    part, output = text_part(model), model.get_output_embeddings()
+    head = next((name for name, module in model.named_modules() if module is output), part)
+    ends = _name_pattern(targets, _linear_names(model, part))
+    return rf"(?={re.escape(part)}\.|{re.escape(head)}$){ends}"
 
 # %% ../nbs/19_targets.ipynb #3ab64455
 def _in_layers(
@@ -45,7 +59,8 @@ def _in_layers(
     from peft.tuners.tuners_utils import check_target_module_exists
     chosen = LoraConfig(**lora)
     found = [name for name in names if check_target_module_exists(chosen, name)]
-    return {k: v for k, v in lora.items() if k not in ("layers_to_transform", "layers_pattern")} | {"target_modules": found}
+    others = {key: value for key, value in lora.items() if key not in ("layers_to_transform", "layers_pattern")}
+    return others | {"target_modules": found}
 
 # %% ../nbs/19_targets.ipynb #b9db57db
 def text_targets(
@@ -53,17 +68,13 @@ def text_targets(
     lora: dict,  # LoRA settings, with their target modules
 ) -> dict:  # the same, for the layers that text goes through
     "Keep LoRA out of what a model sees or hears with."
-    import re
-    part, targets = text_part(model), lora.get("target_modules")
-    if not part or not targets: return lora
-    modules = dict(model.named_modules())
-    head = next((name for name, m in modules.items() if m is model.get_output_embeddings()), part)
-    pattern = _name_pattern(targets, _linear_names(model, part))
-    text = rf"(?={re.escape(part)}\.|{re.escape(head)}$){pattern}"
-    try: found = [name for name in modules if re.fullmatch(text, name)]
-    except re.error: return lora  # PEFT says what is wrong
-    if not found: return lora  # and that nothing is found
-    if lora.get("layers_to_transform") is None: return lora | {"target_modules": text}
+    targets = lora.get("target_modules")
+    if not targets or not text_part(model): return lora
+    pattern = _text_pattern(model, targets)
+    try: found = [name for name, _ in model.named_modules() if re.fullmatch(pattern, name)]
+    except re.error: return lora
+    if not found: return lora
+    if lora.get("layers_to_transform") is None: return lora | {"target_modules": pattern}
     return _in_layers(lora, found)
 
 # %% ../nbs/19_targets.ipynb #c3be3c15
@@ -84,21 +95,23 @@ def slow_pattern(
     seconds: float = 5,  # that all of it may take
 ) -> str:  # a sentence, or ""
     "Which expression doesn't come to an end."
-    import json, re, subprocess, sys
-    patterns = [p for p in patterns if isinstance(p, str) and re.search(r"[*+{]", p)]  # others can't take long
-    if not patterns or not sys.executable: return ""
-    command = [sys.executable, "-I", "-S", "-c", SEARCH]
-    try: subprocess.run(command, input=json.dumps([patterns, names]).encode(), capture_output=True, timeout=seconds)
+    repeating = [p for p in patterns if isinstance(p, str) and re.search(r"[*+{]", p)]
+    if not repeating or not sys.executable: return ""
+    command, given = [sys.executable, "-I", "-S", "-c", SEARCH], json.dumps([repeating, names])
+    try: subprocess.run(command, input=given.encode(), capture_output=True, timeout=seconds)
     except subprocess.TimeoutExpired as e:
         begun = len((e.stdout or b"").splitlines())
-        return (f"{patterns[max(0, begun - 1)]!r} takes more than {seconds:g} seconds on the names of the model's modules: "
+        return (f"{repeating[max(0, begun - 1)]!r} takes more than {seconds:g} seconds on the names of the model's modules: "
                 "write it without a repetition inside of a repetition")
     return ""
 
 # %% ../nbs/19_targets.ipynb #863825e8
-PATTERN_FORMS = dict(  # key of LoRA settings -> how PEFT matches what it holds
-    target_modules="{}", exclude_modules="{}", rank_pattern=r"(.*\.)?({})$", alpha_pattern=r"(.*\.)?({})$",
-    layers_pattern=r".*\.{}\.(\d+)\.")
+PATTERN_FORMS = {  # key of LoRA settings -> how PEFT matches what it holds
+    "target_modules": "{}",
+    "exclude_modules": "{}",
+    "rank_pattern": r"(.*\.)?({})$",
+    "alpha_pattern": r"(.*\.)?({})$",
+    "layers_pattern": r".*\.{}\.(\d+)\."}
 
 # %% ../nbs/19_targets.ipynb #589cde25
 def name_patterns(
@@ -108,7 +121,8 @@ def name_patterns(
     found = []
     for key, form in PATTERN_FORMS.items():
         given = lora.get(key) or ()
-        if isinstance(given, (list, set, tuple)) and key != "layers_pattern": continue  # plain names
+        plain_names = isinstance(given, (list, set, tuple)) and key != "layers_pattern"
+        if plain_names: continue
         patterns = [given] if isinstance(given, str) else given
         found += [form.replace("{}", p) for p in patterns if isinstance(p, str)]
     return found
