@@ -147,11 +147,11 @@ def tiny_tokenizer(
         right = f"it must be one of {', '.join(TINY_KINDS)}{nearest(kind, TINY_KINDS)}"
         raise_problems([f"kind is '{kind}': {right}"], "No such tokenizer")
     from transformers import PreTrainedTokenizerFast
-    train = {"llama": _byte_fallback, "wordlevel": _word_level}.get(kind, _byte_level)
     family = TINY_KINDS[kind]
+    train = {"llama": _byte_fallback, "wordlevel": _word_level}.get(kind, _byte_level)
     tok = _finish(train(family.specials, vocab_size), kind)
-    return PreTrainedTokenizerFast(tokenizer_object=tok, clean_up_tokenization_spaces=False,
-                                   model_max_length=2048, **family.roles())
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tok, clean_up_tokenization_spaces=False, model_max_length=2048, **family.roles())
 
 # %% ../nbs/02_tiny.ipynb #17df62fc
 def _sizes(
@@ -159,7 +159,8 @@ def _sizes(
 ) -> dict:  # settings of its config class
     "A very small model of an architecture."
     sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=2048)
-    return sizes if arch == "gpt2" else sizes | dict(intermediate_size=128, num_key_value_heads=2)
+    if arch != "gpt2": sizes |= dict(intermediate_size=128, num_key_value_heads=2)  # which GPT-2 doesn't know
+    return sizes
 
 # %% ../nbs/02_tiny.ipynb #9617e029
 def tiny_model(
