@@ -48,7 +48,8 @@ def handed_over(
         return
     settled = [asdict(replace(part, notes=())) for part in (job.precision, job.settings)]  # the first process says them
     asks = asdict(asked) if asked else None
-    told = Handover(os.path.abspath(folder), rows.limit, vars(job.records.model), job.records.lora, *settled, asks, asdict(job.parent) if job.parent else None)
+    parent = asdict(job.parent) if job.parent else None
+    told = Handover(os.path.abspath(folder), rows.limit, vars(job.records.model), job.records.lora, *settled, asks, parent)
     try:
         for name in ("train", "test"): getattr(rows, name).dataset.save_to_disk(os.path.join(folder, name))
         storage.write_json(os.path.join(folder, "numbers.json"), rows.numbers)

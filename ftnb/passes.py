@@ -70,14 +70,19 @@ def _even_passes(
     return passes + [pack_rows([{"input_ids": [0, 0], "labels": [-100, -100]}])] * (most - len(passes))
 
 # %% ../nbs/35b_passes.ipynb #13fc5245
-def _on_its_own(
+def _each_pass(
     trainer,  # a `RowTrainer`
     model,  # as the trainer wrapped it
-    last: bool,  # is it the last pass of the step?
-):  # a context
-    "Within this, a process keeps its gradients to itself."
-    if trainer.is_fsdp_enabled and last: return contextlib.nullcontext()
-    return trainer.accelerator.no_sync(model)
+    passes: list,  # of this process
+    compute,  # function of a pass that gives its loss; while training it goes `backward`, too
+    train: bool,  # with gradients
+) -> list:  # the losses
+    "One pass after the other; a process keeps its gradients to itself, under FSDP all but those of the last pass."
+    losses = []
+    for i, one in enumerate(passes, 1):
+        apart = train and not (trainer.is_fsdp_enabled and i == len(passes))
+        with trainer.accelerator.no_sync(model) if apart else contextlib.nullcontext(): losses.append(compute(one))
+    return losses
 
 # %% ../nbs/35b_passes.ipynb #d7d650de
 def _flat_passes(
@@ -94,11 +99,11 @@ def _flat_passes(
     if num_items is None: num_items = sum(p.num_items for p in passes)
     with trainer.compute_loss_context_manager(): prefix = None if passes[0].rows else KeptPrefix(model, passes[0], num_items)
     rest, loss = (passes[1:], prefix.loss.detach()) if prefix else (passes, 0)
-    for i, batch in enumerate(rest, 1):
-        with _on_its_own(trainer, model, i == len(rest)) if train else contextlib.nullcontext():
-            with trainer.compute_loss_context_manager(): part = packed_loss(model, batch, num_items) * share
-            if train: trainer.accelerator.backward(part)
-        loss = loss + part.detach()
+    def compute(batch):
+        with trainer.compute_loss_context_manager(): part = packed_loss(model, batch, num_items) * share
+        if train: trainer.accelerator.backward(part)
+        return part.detach()
+    loss = sum(_each_pass(trainer, model, rest, compute, train), loss)
     if train and prefix: prefix.backward()
     return loss, sum(p.tokens_computed for p in passes), {}
 
@@ -158,11 +163,10 @@ def _padded_passes(
     "Forward, and backward while training, of this process's rows in padded batches, by TRL's code."
     parts = _padded_parts(trainer, inputs, trainer.run.pass_rows if train else trainer.run.eval_rows)
     trainer.current_gradient_accumulation_steps = len(parts)
-    labels, losses = [int((part["labels"][:, 1:] != -100).sum()) for part in parts], []
+    labels = [int((part["labels"][:, 1:] != -100).sum()) for part in parts]
+    def compute(part): return trainer.padded_pass(model, part, num_items, train)
     with _numbers_apart(trainer, "train" if train else "eval") as numbers:
-        for i, part in enumerate(parts, 1):
-            with _on_its_own(trainer, model, i == len(parts)) if train else contextlib.nullcontext():
-                losses.append(trainer.padded_pass(model, part, num_items, train))
+        losses = _each_pass(trainer, model, parts, compute, train)
     if not train: losses = [loss * n / max(1, sum(labels)) for loss, n in zip(losses, labels)]
     return sum(losses), sum(part["input_ids"].numel() for part in parts), numbers | {"labels": labels}
 
