@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['process_rank', 'process_count', 'local_command', 'interface_to', 'missed_rendezvous', 'run_locally', 'deal_rows',
            'leading', 'hear', 'from_first', 'alone', 'shards_model', 'is_echo', 'told_to_launcher', 'leave',
-           'free_memory', 'usable_cores', 'taken_memory', 'share_of', 'sum_over_all', 'failed_anywhere',
-           'raise_together', 'KnownToAll', 'mean_over_all', 'whole_tensor', 'spread_like', 'whole_weights',
-           'whole_state', 'take_state', 'save_whole', 'dealing', 'batch_size', 'rows_per_step', 'settings_for_all']
+           'free_memory', 'usable_cores', 'taken_memory', 'batch_size', 'rows_per_step', 'settings_for_all', 'share_of',
+           'sum_over_all', 'mean_over_all', 'failed_anywhere', 'raise_together', 'KnownToAll', 'whole_tensor',
+           'spread_like', 'whole_weights', 'whole_state', 'take_state', 'save_whole', 'dealing']
 
 # %% ../nbs/28_ranks.ipynb #ac3957a8
 import contextlib, json, os, sys, time
@@ -23,7 +23,8 @@ def process_count(
     local: bool = False,  # on this machine only
 ) -> int:  # 1 or more
     "How many processes train together."
-    return int(os.environ.get("LOCAL_WORLD_SIZE" if local else "WORLD_SIZE", "1"))
+    name = "LOCAL_WORLD_SIZE" if local else "WORLD_SIZE"
+    return int(os.environ.get(name, "1"))
 
 # %% ../nbs/28_ranks.ipynb #5bbddba1
 def local_command(
@@ -50,13 +51,13 @@ def interface_to(
 
 # %% ../nbs/28_ranks.ipynb #6a2e881b
 def missed_rendezvous(
-    said: str,  # by a launcher that failed
+    log: str,  # of a launcher that failed
 ) -> bool:
     "Did the processes not find one another? An error of a process itself comes with its traceback, and is none."
     import re
     words = ("RendezvousConnectionError|RendezvousTimeoutError|EADDRINUSE|[Aa]ddress already in use|"
              "TCPStore.*(timed out|failed to connect)")
-    return bool(re.search(words, said))
+    return bool(re.search(words, log))
 
 # %% ../nbs/28_ranks.ipynb #2e9bc536
 def run_locally(
@@ -94,17 +95,21 @@ def _next_word(
     store,  # from `_store`
     rank: int,  # of this process
 ) -> str:  # key of what is to be said, or to be heard, next
-    "All processes count what was said."
+    "The key of the next value; each process counts on its own."
     return f"word {store.add(f'heard by {rank}', 1)}"
 
 # %% ../nbs/28_ranks.ipynb #ccf22708
 @contextlib.contextmanager
 def leading():
-    "Within this, the first process works while the others wait in `hear`; gives a function that tells them something. If that isn't called, they are told None."
-    store, told = _store() if process_count() > 1 else None, []
+    "Within this, the first process works while the others `hear`; gives a function that tells them something, else None."
+    store = _store() if process_count() > 1 else None
+    done = False
+
     def tell(value):
-        if not told and store is not None: store.set(_next_word(store, 0), json.dumps(value))
-        told.append(value)
+        nonlocal done
+        if store is not None and not done: store.set(_next_word(store, 0), json.dumps(value))
+        done = True
+
     try: yield tell
     finally: tell(None)
 
@@ -129,8 +134,9 @@ def from_first(
     "Let the first process find something out, for all."
     if process_count() == 1: return make()
     if process_rank():
-        if (told := hear()) is None: raise RuntimeError("the first process failed; its own error says why")
-        return told[0]
+        words = hear()
+        if words is None: raise RuntimeError("the first process failed; its own error says why")
+        return words[0]
     with leading() as tell:
         value = make()
         tell([value])
@@ -155,17 +161,20 @@ def is_echo(
 ) -> bool:  # then another process's error says more
     "Does an error only tell that another process is gone?"
     import re
-    return bool(re.search("closed by peer|reset by peer|Broken pipe|DistNetworkError|DistBackendError|remote process exited|another process|pair closure|[(]SIGTERM[)]|the first process failed", error))
+    words = ("closed by peer|reset by peer|Broken pipe|DistNetworkError|DistBackendError|remote process exited|"
+             "another process|pair closure|[(]SIGTERM[)]|the first process failed")
+    return bool(re.search(words, error))
 
 # %% ../nbs/28_ranks.ipynb #9b2cca52
 def told_to_launcher(
     run,  # a function without arguments
 ):
-    "Run it; torchrun is told of an error, so that it can name the one that came first. What a check finds (a `ValueError`) the first process alone raises."
+    "Run it; torchrun is told of an error. What a check finds (a `ValueError`) the first process alone raises."
     try: run()
     except Exception as e:
-        if process_count() > 1 and is_echo(str(e)): time.sleep(3)  # so that the launcher sees the other one first, and tells its error
-        if "TORCHELASTIC_ERROR_FILE" in os.environ and not isinstance(e, ValueError):
+        if process_count() > 1 and is_echo(str(e)): time.sleep(3)
+        listens = "TORCHELASTIC_ERROR_FILE" in os.environ
+        if listens and not isinstance(e, ValueError):
             from torch.distributed.elastic.multiprocessing.errors import get_error_handler
             get_error_handler().record_exception(e)
         raise
@@ -174,7 +183,7 @@ def told_to_launcher(
 def leave():
     "End this process, if it is one of several, with all it had to do done; a process alone goes on."
     if process_count() == 1: return
-    import atexit, sys
+    import atexit
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -188,7 +197,8 @@ def _group_limits(
     numbers = []
     for name in files:
         try:
-            with open(f"/sys/fs/cgroup/{name}") as f: numbers += [int(word) for word in f.read().split()]
+            with open(f"/sys/fs/cgroup/{name}") as f: words = f.read().split()
+            numbers += [int(word) for word in words]
         except (OSError, ValueError): return []
     return numbers
 
@@ -200,14 +210,18 @@ def free_memory(
     import psutil, torch
     if device != "cpu": return torch.cuda.mem_get_info(device)[0]
     free = psutil.virtual_memory().available
-    for files in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
-        if found := _group_limits(*files): free = min(free, found[0] - found[1])
+    second = ("memory.max", "memory.current")  # version of control groups
+    first = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")
+    for files in (second, first):
+        found = _group_limits(*files)
+        if found: free = min(free, found[0] - found[1])
     return max(free, 0) // process_count(local=True)
 
 # %% ../nbs/28_ranks.ipynb #7ab25e9d
 def usable_cores() -> int:  # 1 or more
     "Cores that this process may use, within the limits of its container; processes on one machine share them."
-    cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    if hasattr(os, "sched_getaffinity"): cores = len(os.sched_getaffinity(0))
+    else: cores = os.cpu_count() or 1
     for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
         found = _group_limits(*files)
         if found and found[0] > 0: cores = min(cores, found[0] / found[1])
@@ -219,171 +233,6 @@ def taken_memory() -> int:  # bytes
     import psutil, torch
     if torch.cuda.is_available() and torch.cuda.is_initialized(): return torch.cuda.max_memory_reserved()
     return psutil.Process().memory_info().rss
-
-# %% ../nbs/28_ranks.ipynb #571a8fa3
-def share_of(
-    inputs: dict,  # a padded batch, the same on each process
-    rank: int = 0,  # of this process
-    processes: int = 1,  # in all
-) -> tuple:  # (this process's rows as a padded batch, how many)
-    "Deal a batch's rows."
-    if processes == 1: return inputs, len(inputs["input_ids"])
-    own = {k: deal_rows(v, rank, processes) for k, v in inputs.items()}
-    if not (rows := len(own["input_ids"])):
-        own = {k: v[:1, :2] for k, v in inputs.items()}
-        own["labels"] = own["labels"].new_full((1, 2), -100)
-    longest = int(own["attention_mask"].sum(1).max())
-    return {k: v[:, :longest] for k, v in own.items()}, rows
-
-# %% ../nbs/28_ranks.ipynb #b2460a40
-def _read_whole(
-    accelerator,  # of a trainer, one of several processes
-):
-    "Have each process read whole batches, whose rows `share_of` deals; accelerate would deal batches, and repeat rows to make them even."
-    from accelerate.data_loader import prepare_data_loader
-    def prepare(loader, *args, **kwargs):
-        loader = prepare_data_loader(loader, num_processes=1, process_index=0)
-        loader._drop_last = True  # no row is there twice, so there is nothing that `gather_for_metrics` must take away
-        accelerator._dataloaders.append(loader)
-        return loader
-    accelerator.prepare_data_loader = prepare
-
-# %% ../nbs/28_ranks.ipynb #3424b1e9
-def _shard_on_cpu(
-    trainer,  # one of several processes, under FSDP
-):
-    "accelerate has FSDP for GPUs only; torch has it for CPUs too."
-    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-    if trainer.accelerator.device.type != "cpu": return
-    state = trainer.accelerator.state
-    state.fsdp_plugin, state.distributed_type, trainer.is_fsdp_enabled = FullyShardedDataParallelPlugin(), DistributedType.FSDP, True
-
-# %% ../nbs/28_ranks.ipynb #ef563e6d
-def sum_over_all(
-    accelerator,  # of the trainer
-    numbers: list,  # of this process; all processes call this together
-) -> list:  # sums over all processes
-    "Add up counts."
-    import torch
-    if accelerator.num_processes == 1: return list(numbers)
-    return accelerator.reduce(torch.tensor(numbers, device=accelerator.device)).tolist()
-
-# %% ../nbs/28_ranks.ipynb #2a605feb
-def failed_anywhere(
-    accelerator,  # of the trainer
-    failed: bool,  # on this process; all processes call this together
-) -> bool:  # on any
-    "Whether something failed on any process."
-    return sum_over_all(accelerator, [int(failed)]) != [0]
-
-# %% ../nbs/28_ranks.ipynb #38a0ce2a
-def raise_together(
-    accelerator,  # of the trainer
-    problem: Exception | None,  # of this process; all processes call this together
-):
-    "Raise on all processes where one has a problem: its own there, word of it elsewhere."
-    if accelerator.num_processes > 1:
-        from accelerate.utils import gather_object
-        mine = f"{type(problem).__name__}: {problem}" if problem else ""
-        reasons = [reason for reason in gather_object([mine]) if reason]
-        if reasons and not problem: problem = RuntimeError(f"another process: {reasons[0]}")
-    if problem: raise problem
-
-# %% ../nbs/28_ranks.ipynb #55077dd8
-class KnownToAll(RuntimeError):
-    "What failed on one process, where all processes know of it; the error itself is its cause."
-
-# %% ../nbs/28_ranks.ipynb #5050a5cd
-def mean_over_all(
-    accelerator,  # of the trainer
-    loss,  # mean over the label tokens of this process
-    labels,  # of its rows
-):  # mean over the label tokens of all processes
-    "The held-out loss of a batch whose rows were dealt."
-    import torch
-    if accelerator.num_processes == 1: return loss
-    tokens = (labels[:, 1:] != -100).sum().to(loss)
-    total, tokens = accelerator.reduce(torch.stack([loss * tokens, tokens]).double())
-    return (total / tokens.clamp(min=1)).to(loss.dtype)
-
-# %% ../nbs/28_ranks.ipynb #3ad427dc
-def whole_tensor(
-    part,  # a tensor, or one that FSDP has spread; all processes call this together
-):  # on the CPU
-    "Put a tensor together."
-    return (part.full_tensor() if hasattr(part, "full_tensor") else part).cpu()
-
-# %% ../nbs/28_ranks.ipynb #f9811024
-def spread_like(
-    whole,  # a tensor, the same on all processes, which call this together
-    part,  # a tensor, or one that FSDP has spread
-):
-    "Spread a tensor as another one is."
-    if not hasattr(part, "placements"): return whole
-    from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(whole.to(part.device), part.device_mesh, part.placements)
-
-# %% ../nbs/28_ranks.ipynb #ea04eecf
-def whole_weights(
-    model,  # in training
-) -> dict:  # name -> tensor
-    "What is trained, whole."
-    parts, trained = model.state_dict(), {k for k, p in model.named_parameters() if p.requires_grad}
-    return {k: whole_tensor(p) for k, p in parts.items() if k in trained}
-
-# %% ../nbs/28_ranks.ipynb #8032b468
-def whole_state(
-    optimizer,  # in training
-) -> dict:  # its `state_dict`
-    "What an optimizer keeps, whole."
-    kept = optimizer.state_dict()
-    whole = lambda state: {k: whole_tensor(v) if hasattr(v, "full_tensor") else v for k, v in state.items()}
-    return {**kept, "state": {i: whole(state) for i, state in kept["state"].items()}}
-
-# %% ../nbs/28_ranks.ipynb #64897b72
-def take_state(
-    optimizer,  # that goes on
-    kept: dict,  # from `whole_state`
-):
-    "Give an optimizer back what it kept; a tensor as large as its weight is spread as the weight is."
-    weights = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
-    spread = lambda v, p: spread_like(v, p) if hasattr(v, "shape") and v.shape == p.shape else v
-    optimizer.load_state_dict({**kept, "state": {i: {k: spread(v, weights[i]) for k, v in state.items()} for i, state in kept["state"].items()}})
-
-# %% ../nbs/28_ranks.ipynb #64c12c0d
-def save_whole(
-    model,  # a trained `PeftModel` that FSDP has spread; all processes call this together
-):
-    "Let `save_pretrained` write the whole adapter."
-    from functools import partial
-    model.save_pretrained = partial(model.save_pretrained, state_dict=whole_weights(model))
-
-# %% ../nbs/28_ranks.ipynb #b61fb4c3
-def dealing(
-    base,  # a class of trainers
-):  # a class of trainers
-    "A trainer each of whose processes reads whole batches and works on its share."
-    class Dealing(base):
-        def create_accelerator_and_postprocess(self):
-            super().create_accelerator_and_postprocess()
-            if self.accelerator.num_processes > 1: _read_whole(self.accelerator)
-            if shards_model(): _shard_on_cpu(self)
-        def share(self, inputs):
-            self.batch_rows = len(inputs["input_ids"])  # over all processes
-            return share_of(inputs, self.accelerator.process_index, self.accelerator.num_processes)
-        def get_total_train_batch_size(self, args): return self._train_batch_size * args.gradient_accumulation_steps  # `_train_batch_size` is of all processes
-        def _get_num_items_in_batch(self, *args, **kwargs):
-            found, n = super()._get_num_items_in_batch(*args, **kwargs), self.accelerator.num_processes
-            return found if found is None or n == 1 else found / n  # each has counted all
-        def evaluation_loop(self, *args, **kwargs):
-            if self.accelerator.num_processes > 1: self.gather_function = lambda losses: losses[:self.batch_rows]  # they are the same everywhere
-            return super().evaluation_loop(*args, **kwargs)
-        def _finalize_training(self, *args, **kwargs):
-            if self.accelerator.num_processes > 1: self._tr_loss = self.accelerator.reduce(self._tr_loss, "mean")
-            done = super()._finalize_training(*args, **kwargs)  # with the best weights, where those were asked for
-            if self.is_fsdp_enabled: save_whole(self.model)
-            return done
-    return Dealing
 
 # %% ../nbs/28_ranks.ipynb #fb1d1efe
 def batch_size(
@@ -407,5 +256,198 @@ def settings_for_all(
 ) -> dict:  # for each of them
     "What several processes need: whole batches, and buffers left alone."
     if processes == 1: return config
-    if config.get("train_sampling_strategy") == "batch_rebalance": raise ValueError("train_sampling_strategy batch_rebalance deals rows in its own way: leave it out on several processes")
-    return config | {"per_device_train_batch_size": batch_size(config) * processes, "ddp_broadcast_buffers": False, "average_tokens_across_devices": True}
+    if config.get("train_sampling_strategy") == "batch_rebalance":
+        raise ValueError("train_sampling_strategy batch_rebalance deals rows in its own way: leave it out on several processes")
+    whole = {"per_device_train_batch_size": batch_size(config) * processes}
+    return config | whole | {"ddp_broadcast_buffers": False, "average_tokens_across_devices": True}
+
+# %% ../nbs/28_ranks.ipynb #571a8fa3
+def share_of(
+    inputs: dict,  # a padded batch, the same on each process
+    rank: int = 0,  # of this process
+    processes: int = 1,  # in all
+) -> tuple:  # (this process's rows as a padded batch, how many)
+    "Deal a batch's rows."
+    if processes == 1: return inputs, len(inputs["input_ids"])
+    mine = {k: deal_rows(v, rank, processes) for k, v in inputs.items()}
+    rows = len(mine["input_ids"])
+    if not rows:
+        mine = {k: v[:1, :2] for k, v in inputs.items()}
+        mine["labels"] = mine["labels"].new_full((1, 2), -100)
+    longest = int(mine["attention_mask"].sum(1).max())
+    return {k: v[:, :longest] for k, v in mine.items()}, rows
+
+# %% ../nbs/28_ranks.ipynb #ef563e6d
+def sum_over_all(
+    accelerator,  # of the trainer
+    numbers: list,  # of this process; all processes call this together
+) -> list:  # sums over all processes
+    "Add up counts."
+    import torch
+    if accelerator.num_processes == 1: return list(numbers)
+    return accelerator.reduce(torch.tensor(numbers, device=accelerator.device)).tolist()
+
+# %% ../nbs/28_ranks.ipynb #5050a5cd
+def mean_over_all(
+    accelerator,  # of the trainer
+    loss,  # mean over the label tokens of this process
+    labels,  # of its rows
+):  # mean over the label tokens of all processes
+    "The held-out loss of a batch whose rows were dealt."
+    import torch
+    if accelerator.num_processes == 1: return loss
+    tokens = (labels[:, 1:] != -100).sum().to(loss)
+    mine = torch.stack([loss * tokens, tokens]).double()
+    total, tokens = accelerator.reduce(mine)
+    return (total / tokens.clamp(min=1)).to(loss.dtype)
+
+# %% ../nbs/28_ranks.ipynb #2a605feb
+def failed_anywhere(
+    accelerator,  # of the trainer
+    failed: bool,  # on this process; all processes call this together
+) -> bool:  # on any
+    "Whether something failed on any process."
+    return sum_over_all(accelerator, [int(failed)]) != [0]
+
+# %% ../nbs/28_ranks.ipynb #38a0ce2a
+def raise_together(
+    accelerator,  # of the trainer
+    problem: Exception | None,  # of this process; all processes call this together
+):
+    "Raise on all processes where one has a problem: its own there, word of it elsewhere."
+    if accelerator.num_processes > 1:
+        from accelerate.utils import gather_object
+        mine = f"{type(problem).__name__}: {problem}" if problem else ""
+        reasons = [reason for reason in gather_object([mine]) if reason]
+        if reasons and not problem: raise RuntimeError(f"another process: {reasons[0]}")
+    if problem: raise problem
+
+# %% ../nbs/28_ranks.ipynb #55077dd8
+class KnownToAll(RuntimeError):
+    "What failed on one process, where all processes know of it; the error itself is its cause."
+
+# %% ../nbs/28_ranks.ipynb #3ad427dc
+def whole_tensor(
+    part,  # a tensor, or one that FSDP has spread; all processes call this together
+):  # on the CPU
+    "Put a tensor together."
+    return (part.full_tensor() if hasattr(part, "full_tensor") else part).cpu()
+
+# %% ../nbs/28_ranks.ipynb #f9811024
+def spread_like(
+    whole,  # a tensor, the same on all processes, which call this together
+    part,  # a tensor, or one that FSDP has spread
+):
+    "Spread a tensor as another one is."
+    if not hasattr(part, "placements"): return whole
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(whole.to(part.device), part.device_mesh, part.placements)
+
+# %% ../nbs/28_ranks.ipynb #ea04eecf
+def whole_weights(
+    model,  # in training
+) -> dict:  # name -> tensor
+    "What is trained, whole."
+    parts = model.state_dict()
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    return {name: whole_tensor(part) for name, part in parts.items() if name in trained}
+
+# %% ../nbs/28_ranks.ipynb #8032b468
+def whole_state(
+    optimizer,  # in training
+) -> dict:  # its `state_dict`
+    "What an optimizer keeps, whole."
+    def whole(value): return whole_tensor(value) if hasattr(value, "full_tensor") else value
+    kept = optimizer.state_dict()
+    state = {i: {k: whole(v) for k, v in of_weight.items()} for i, of_weight in kept["state"].items()}
+    return {**kept, "state": state}
+
+# %% ../nbs/28_ranks.ipynb #64897b72
+def take_state(
+    optimizer,  # that goes on
+    kept: dict,  # from `whole_state`
+):
+    "Give an optimizer back what it kept, spread as its weights are."
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    state = {}
+    for i, of_weight in kept["state"].items():
+        shape = weights[i].shape
+        spread = {k: spread_like(v, weights[i]) for k, v in of_weight.items() if getattr(v, "shape", None) == shape}
+        state[i] = of_weight | spread
+    optimizer.load_state_dict({**kept, "state": state})
+
+# %% ../nbs/28_ranks.ipynb #64c12c0d
+def save_whole(
+    model,  # a trained `PeftModel` that FSDP has spread; all processes call this together
+):
+    "Let `save_pretrained` write the whole adapter."
+    from functools import partial
+    model.save_pretrained = partial(model.save_pretrained, state_dict=whole_weights(model))
+
+# %% ../nbs/28_ranks.ipynb #b2460a40
+def _read_whole(
+    accelerator,  # of a trainer, one of several processes
+):
+    "Have each process read whole batches, whose rows `share_of` deals."
+    from accelerate.data_loader import prepare_data_loader
+    def prepare(loader, *args, **kwargs):
+        loader = prepare_data_loader(loader, num_processes=1, process_index=0)
+        loader._drop_last = True  # no row comes twice, so `gather_for_metrics` has nothing to take away
+        accelerator._dataloaders.append(loader)
+        return loader
+    accelerator.prepare_data_loader = prepare
+
+# %% ../nbs/28_ranks.ipynb #3424b1e9
+def _shard_on_cpu(
+    trainer,  # one of several processes, under FSDP
+):
+    "Have accelerate use FSDP on a CPU."
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+    if trainer.accelerator.device.type != "cpu": return
+    state = trainer.accelerator.state
+    state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    state.distributed_type = DistributedType.FSDP
+    trainer.is_fsdp_enabled = True
+
+# %% ../nbs/28_ranks.ipynb #c5e4eee5
+class _Dealing:
+    "What of a trainer reads whole batches, and works on this process's share."
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        if self.accelerator.num_processes > 1: _read_whole(self.accelerator)
+        if shards_model(): _shard_on_cpu(self)
+
+    def share(self, inputs):
+        self.batch_rows = len(inputs["input_ids"])  # over all processes
+        return share_of(inputs, self.accelerator.process_index, self.accelerator.num_processes)
+
+# %% ../nbs/28_ranks.ipynb #2b5f1b84
+class _Counting:
+    "What of a trainer counts over all processes."
+    def get_total_train_batch_size(self, args):
+        return self._train_batch_size * args.gradient_accumulation_steps  # the batch is of all processes already
+
+    def _get_num_items_in_batch(self, *args, **kwargs):
+        found = super()._get_num_items_in_batch(*args, **kwargs)
+        if found is None or self.accelerator.num_processes == 1: return found
+        return found / self.accelerator.num_processes  # each has counted all
+
+    def evaluation_loop(self, *args, **kwargs):
+        if self.accelerator.num_processes > 1:
+            self.gather_function = lambda losses: losses[:self.batch_rows]  # they are the same everywhere
+        return super().evaluation_loop(*args, **kwargs)
+
+    def _finalize_training(self, *args, **kwargs):
+        if self.accelerator.num_processes > 1:
+            self._tr_loss = self.accelerator.reduce(self._tr_loss, "mean")
+        done = super()._finalize_training(*args, **kwargs)  # with the best weights, where those were asked for
+        if self.is_fsdp_enabled: save_whole(self.model)
+        return done
+
+# %% ../nbs/28_ranks.ipynb #b61fb4c3
+def dealing(
+    base,  # a class of trainers
+):  # a class of trainers
+    "A trainer each of whose processes reads whole batches and works on its share."
+    class Dealing(_Dealing, _Counting, base): pass
+    return Dealing
