@@ -32,7 +32,8 @@ class Secret:
     def __hash__(self): return hash(("Secret", self._value))
     def __copy__(self): return self
     def __deepcopy__(self, memo): return self
-    def __reduce_ex__(self, protocol): raise TypeError("a Secret isn't pickled: pass on what reveal() gives, where you mean to")
+    def __reduce_ex__(self, protocol):
+        raise TypeError("a Secret isn't pickled: pass on what reveal() gives, where you mean to")
 
 # %% ../nbs/05_jobargs.ipynb #b56af0c1
 def _json_problem(
@@ -41,22 +42,10 @@ def _json_problem(
     "What is wrong with a JSON object."
     try: json.loads(text)
     except json.JSONDecodeError as e:
-        return f"broken JSON at character {e.pos + 1}, {e.msg} (near {text[max(0, e.pos - 12):e.pos + 12]!r})"
+        near = text[max(0, e.pos - 12):e.pos + 12]
+        return f"broken JSON at character {e.pos + 1}, {e.msg} (near {near!r})"
     except (ValueError, RecursionError) as e: return f"JSON that can't be read, {e}"
     return ""
-
-# %% ../nbs/05_jobargs.ipynb #589fcd1e
-_RULES = {  # kind -> (what passes, what would be right)
-    "id": (lambda v: bool(re.fullmatch(r"(?!\.+\Z)[^\s/\\]+", v)), "write an id: one word, without / or \\"),
-    "folder": (lambda v: v == v.strip() and not re.search(r"[\0-\x1f\x7f]|(?<![^/\\])\.\.(?![^/\\])", v), "write the path of a folder, without .."),
-    "name": (lambda v: bool(re.fullmatch(r"[a-zA-Z0-9-]+", v)), "use only letters, digits and -"),
-    "share": (lambda v: isinstance(v, (int, float)) and v is not True and 0 < v <= 1, "write a number above 0, up to 1"),
-    "flag": (lambda v: isinstance(v, bool), "write true or false, or nothing for true"),
-    "count": (lambda v: type(v) is int and v >= 1, "write a whole number, 1 or more"),
-    "number": (lambda v: type(v) is int and v >= 0, "write a whole number, 0 or more"),
-    "label": (lambda v: type(v) is int and v >= -1, "write the label's number"),
-    "framework": (lambda v: v == "legacy", "write legacy (or axolotl, which another script runs)"),
-}
 
 # %% ../nbs/05_jobargs.ipynb #65cba7f8
 def _folder_problem(
@@ -70,6 +59,40 @@ def _folder_problem(
     if "://" in path: return f"is {path!r}: that is an address; write the path of a folder"
     return ""
 
+# %% ../nbs/05_jobargs.ipynb #589fcd1e
+_RIGHT = {  # kind of value -> what would be right
+    "id": "write an id: one word, without / or \\",
+    "config": "write an id: one word, without / or \\",  # what isn't JSON is taken for an id
+    "folder": "write the path of a folder, without ..",
+    "name": "use only letters, digits and -",
+    "share": "write a number above 0, up to 1",
+    "flag": "write true or false, or nothing for true",
+    "count": "write a whole number, 1 or more",
+    "number": "write a whole number, 0 or more",
+    "label": "write the label's number",
+    "framework": "write legacy (or axolotl, which another script runs)",
+}
+
+# %% ../nbs/05_jobargs.ipynb #8bf06c87
+_ID = r"(?!\.+\Z)[^\s/\\]+"  # no path could be made of it
+_WORDS = {"id": _ID, "config": _ID, "name": "[a-zA-Z0-9-]+", "framework": "legacy"}  # kind -> pattern of the whole value
+_LEAST = {"count": 1, "number": 0, "label": -1}  # kind of whole number -> the smallest
+
+# %% ../nbs/05_jobargs.ipynb #35e27a06
+def _follows_rule(
+    kind: str,  # of the argument
+    value,  # of the type that the kind calls for, or the text that couldn't be read as one
+) -> bool:
+    "Whether a value is right for its kind."
+    if kind == "secret": return isinstance(value, Secret) and bool(re.fullmatch("[!-~]+", value.reveal()))
+    if kind == "flag": return isinstance(value, bool)
+    if kind == "share": return type(value) is not bool and isinstance(value, (int, float)) and 0 < value <= 1
+    if kind in _LEAST: return type(value) is int and value >= _LEAST[kind]
+    if not isinstance(value, str): return False
+    if kind in _WORDS: return bool(re.fullmatch(_WORDS[kind], value))
+    upwards_or_control = re.search(r"[\0-\x1f\x7f]|(?<![^/\\])\.\.(?![^/\\])", value)
+    return value == value.strip() and not upwards_or_control
+
 # %% ../nbs/05_jobargs.ipynb #a87c7255
 def _value_problem(
     kind: str,  # of the argument
@@ -77,16 +100,16 @@ def _value_problem(
 ) -> str:  # a sentence, or "" for a good value
     "What is wrong with a value."
     if value == "": return "has no value"
-    if kind == "secret": return "" if isinstance(value, Secret) and re.fullmatch("[!-~]+", value.reveal()) else "must be one word, of plain letters, digits and signs"
-    if kind == "framework" and value == "axolotl": return "is 'axolotl': that belongs to the Studio's axolotl script; this one runs legacy"
-    is_text = kind in ("id", "folder", "name", "config")
-    if kind == "folder" and isinstance(value, str) and (problem := _folder_problem(value)): return problem
-    if kind == "config":
-        if isinstance(value, str) and value.startswith("{"): return (p := _json_problem(value)) and f"is {p}; write a JSON object or the id of a config"
-        kind = "id"
-    passes, right = _RULES[kind]
-    if (isinstance(value, str) or not is_text) and passes(value): return ""
-    return f"is {value!r}: {right}"
+    if kind == "framework" and value == "axolotl":
+        return "is 'axolotl': that belongs to the Studio's axolotl script; this one runs legacy"
+    text = value if isinstance(value, str) else ""
+    if kind == "config" and text.startswith("{"):
+        problem = _json_problem(text)
+        return f"is {problem}; write a JSON object or the id of a config" if problem else ""
+    if kind == "folder" and _folder_problem(text): return _folder_problem(text)
+    if _follows_rule(kind, value): return ""
+    if kind == "secret": return "must be one word, of plain letters, digits and signs"
+    return f"is {value!r}: {_RIGHT[kind]}"
 
 # %% ../nbs/05_jobargs.ipynb #f8129762
 def _arg(
@@ -138,36 +161,67 @@ class JobArgs(_JobTarget):
     def __repr__(self): return f"JobArgs({', '.join(f'{k}={v!r}' for k, v in _not_default(self).items())})"
     def _repr_markdown_(self): return _as_table(self)
 
+# %% ../nbs/05_jobargs.ipynb #fef3bee1
+def _is_needed(
+    argument: "dataclasses.Field",  # of `JobArgs`
+    values: dict,  # argument -> value
+) -> bool:
+    "Whether a job with these values can't do without an argument."
+    if argument.name == "prompt_id": return values.get("finetuning_framework_type") != "axolotl"
+    if argument.name == "adapter_name": return values.get("auto_add_adapter") is True
+    return argument.default is not None
+
 # %% ../nbs/05_jobargs.ipynb #1ba5aec5
 def _argument_problems(
     values: dict,  # argument -> value; None or absent: not given
 ) -> list:  # of `Problem`, each of an argument
     "All that is wrong with the arguments."
     found = []
-    for f in fields(JobArgs):
-        value, help = values.get(f.name), f.metadata["help"]
-        missing = Problem(f.name, f"--{f.name} is missing: {help}")
-        if value is not None:
-            if problem := _value_problem(f.metadata["kind"], value): found.append(Problem(f.name, f"--{f.name} {problem}"))
-        elif f.default is not None: found.append(missing)
-        elif f.name == "prompt_id" and values.get("finetuning_framework_type") != "axolotl": found.append(missing)
-        elif f.name == "adapter_name" and values.get("auto_add_adapter") is True: found.append(missing)
+    for argument in fields(JobArgs):
+        value, problem = values.get(argument.name), ""
+        if value is not None: problem = _value_problem(argument.metadata["kind"], value)
+        elif _is_needed(argument, values): problem = f"is missing: {argument.metadata['help']}"
+        if problem: found.append(Problem(argument.name, f"--{argument.name} {problem}"))
     return found
+
+# %% ../nbs/05_jobargs.ipynb #e46e8b6d
+def _in_base64(
+    secret: bytes,
+) -> set:  # of texts
+    "What stands for a secret in the base64 of any longer text."
+    from base64 import b64encode
+    forms = set()
+    for before in range(3):
+        code = b64encode(b"\0" * before + secret).decode()
+        first = -(-8 * before // 6)  # a character holds 6 bits: the first that holds none of what stands before
+        end = 8 * (before + len(secret)) // 6
+        whole = code[first:end]
+        forms |= {whole, whole.replace("+", "-").replace("/", "_")}  # the second is base64 for addresses
+    return forms
 
 # %% ../nbs/05_jobargs.ipynb #af52e556
 def secret_forms(
     secret: str,  # a token or a key
 ) -> set:  # of texts, each 4 characters or longer
     "A secret as it is written, and as servers and libraries encode it."
-    from base64 import b64encode
     from urllib.parse import quote
-    plain, forms = secret.encode(), {secret, repr(secret)[1:-1], json.dumps(secret)[1:-1], quote(secret, safe="")}
-    forms |= {plain.hex(), plain.hex().upper(), plain.hex("%"), "".join(f"%{b:02X}" for b in plain)}
-    for before in range(3):  # in the base64 of a longer text
-        code = b64encode(b"\0" * before + plain).decode()
-        whole = code[-(-8 * before // 6):8 * (before + len(plain)) // 6]
-        forms |= {whole, whole.replace("+", "-").replace("/", "_")}
+    plain = secret.encode()
+    escaped = {repr(secret)[1:-1], json.dumps(secret)[1:-1]}
+    in_addresses = {quote(secret, safe=""), "".join(f"%{byte:02X}" for byte in plain)}
+    in_hex = {plain.hex(), plain.hex().upper(), plain.hex("%")}
+    forms = {secret} | escaped | in_addresses | in_hex | _in_base64(plain)
     return {form for form in forms if len(form) > 3}
+
+# %% ../nbs/05_jobargs.ipynb #a43be5ba
+def _without_escapes(
+    text: str,  # that may hold escapes of JSON, HTML and addresses
+) -> str:
+    "What a text says when nothing in it is escaped."
+    from html import unescape
+    from urllib.parse import unquote
+    def character(found): return chr(int(found[1], 16))
+    plain = unescape(re.sub(r"\\u([0-9a-fA-F]{4})", character, text))
+    return unquote(unquote(plain))  # an address within an address is encoded twice
 
 # %% ../nbs/05_jobargs.ipynb #654f4644
 def without_secrets(
@@ -175,13 +229,13 @@ def without_secrets(
     *secrets: str,  # that it may not hold
 ) -> str:  # with *** in their place
     "Take secrets out of a text, whatever way they stand in it."
-    from html import unescape
-    from urllib.parse import unquote
-    words = {word for secret in secrets for word in (secret, *secret.split()) if len(word) > 3}
-    forms = {form for word in words for form in secret_forms(word)}
+    parts = {part for secret in secrets for part in (secret, *secret.split())}
+    words = {part for part in parts if len(part) > 3}
+    forms = set().union(*map(secret_forms, words))
     for form in sorted(forms, key=len, reverse=True): text = text.replace(form, "***")
-    decoded = unquote(unquote(unescape(re.sub(r"\\u([0-9a-fA-F]{4})", lambda m: chr(int(m[1], 16)), text))))
-    return "*** (left out: it holds a secret)" if any(word in decoded for word in words) else text
+    plain = _without_escapes(text)
+    if any(word in plain for word in words): return "*** (left out: it holds a secret)"
+    return text
 
 # %% ../nbs/05_jobargs.ipynb #34b6af4d
 def _hide(
@@ -189,8 +243,9 @@ def _hide(
     *secrets: str,  # values that it may not hold
 ) -> str:  # the sentence without them, 400 characters at most
     "Take tokens out of a message."
-    problem = re.sub(r"hf_[A-Za-z0-9]{12,}", "***", without_secrets(problem, *secrets))
-    return problem if len(problem) <= 400 else f"{problem[:200]} ... {problem[-195:]}"
+    hidden = re.sub(r"hf_[A-Za-z0-9]{12,}", "***", without_secrets(problem, *secrets))
+    if len(hidden) <= 400: return hidden
+    return f"{hidden[:200]} ... {hidden[-195:]}"
 
 # %% ../nbs/05_jobargs.ipynb #7070257a
 def _without(
@@ -200,20 +255,27 @@ def _without(
     "Take tokens out of problems."
     return [Problem(p.where, _hide(str(p), *secrets)) for p in problems]
 
+# %% ../nbs/05_jobargs.ipynb #1e8b7a20
+def _compact(
+    text: str,  # JSON
+) -> str:
+    "JSON without the white space between its parts; a text in it stays as it is."
+    return re.sub(r'("(?:[^"\\]|\\.)*")|\s+', r"\1", text)
+
 # %% ../nbs/05_jobargs.ipynb #8004c493
 def _settle_args(
     args: JobArgs,  # being made
 ):
     "Wrap the token, compact the JSON, check everything."
-    token = args.hf_token.strip() or None if isinstance(args.hf_token, str) else args.hf_token
-    put = lambda name, value: object.__setattr__(args, name, value)
-    put("hf_token", Secret(token) if isinstance(token, str) else token)
-    problems = _argument_problems(vars(args))
-    secret = args.hf_token.reveal() if isinstance(args.hf_token, Secret) else ""
-    raise_problems(_without(problems, secret), "The job's arguments are wrong")
-    for f in fields(args):
-        text = getattr(args, f.name)
-        if f.metadata["kind"] == "config" and text: put(f.name, re.sub(r'("(?:[^"\\]|\\.)*")|\s+', r"\1", text))
+    def put(name, value): object.__setattr__(args, name, value)  # it is frozen for everybody else
+    token = args.hf_token
+    if isinstance(token, str): token = Secret(token.strip()) if token.strip() else None
+    put("hf_token", token)
+    secret = token.reveal() if isinstance(token, Secret) else ""
+    raise_problems(_without(_argument_problems(vars(args)), secret), "The job's arguments are wrong")
+    for argument in fields(args):
+        value = getattr(args, argument.name)
+        if argument.metadata["kind"] == "config" and value: put(argument.name, _compact(value))
 
 # %% ../nbs/05_jobargs.ipynb #7ec6068f
 def _not_default(
@@ -227,14 +289,24 @@ def _as_table(
     args: JobArgs,  # of a job
 ) -> str:  # Markdown
     "The arguments that differ from their defaults, as a table."
+    def cell(value): return "`" + str(value).replace("|", "\\|").replace("`", "'") + "`"
     help = {f.name: f.metadata["help"] for f in fields(args)}
-    cell = lambda v: "`" + str(v).replace("|", "\\|").replace("`", "'") + "`"
-    rows = [f"| {k} | {cell(v)} | {help[k]} |" for k, v in _not_default(args).items()]
+    rows = [f"| {name} | {cell(value)} | {help[name]} |" for name, value in _not_default(args).items()]
     return "\n".join(["| argument | value | |", "| --- | --- | --- |", *rows])
 
 # %% ../nbs/05_jobargs.ipynb #e32682f8
 _KEY = re.compile(r"(?<!\S)--([A-Za-z_][\w-]*)([^\s\w-]?)\s*")  # a key, and "=" or whatever else is stuck to it
 _ALIASES = {"framework_type": "finetuning_framework_type"}
+
+# %% ../nbs/05_jobargs.ipynb #21319d46
+def _behind_json(
+    text: str,  # of `JOB_ARGUMENTS`
+    start: int,  # of a value, in characters
+) -> int:
+    "Where a JSON object that begins a value ends; the start where there is none."
+    if not text.startswith("{", start): return start
+    try: return json.JSONDecoder().raw_decode(text, start)[1]
+    except (ValueError, RecursionError): return start  # told later, with its position
 
 # %% ../nbs/05_jobargs.ipynb #2900a4e0
 def _split_keys(
@@ -242,16 +314,13 @@ def _split_keys(
 ) -> tuple:  # (text before the first key, [(key, sign stuck to it, value), ...])
     "Cut the text at its keys."
     key, found = _KEY.search(text), []
-    before = text[:key.start() if key else None].strip()
+    before = text[:key.start()] if key else text
     while key:
-        end = key.end()
-        if text.startswith("{", end):
-            try: end = json.JSONDecoder().raw_decode(text, end)[1]
-            except (ValueError, RecursionError): pass  # told later, with its position
-        following = _KEY.search(text, end)
-        found.append((key[1], key[2], text[key.end():following.start() if following else None].strip()))
+        following = _KEY.search(text, _behind_json(text, key.end()))
+        end = following.start() if following else len(text)
+        found.append((key[1], key[2], text[key.end():end].strip()))
         key = following
-    return before, found
+    return before.strip(), found
 
 # %% ../nbs/05_jobargs.ipynb #37a74bf7
 def _read_value(
@@ -267,23 +336,37 @@ def _read_value(
         except ValueError: pass
     return text
 
+# %% ../nbs/05_jobargs.ipynb #4c232743
+def _key_problem(
+    name: str,  # as it is written
+    sign: str,  # stuck to it
+    given: dict,  # argument -> value, of the keys before
+) -> Problem | None:
+    "What is wrong with a key, whatever its value."
+    key, known = _ALIASES.get(name, name), [argument.name for argument in fields(JobArgs)]
+    if sign not in ("", "=") or key not in known:
+        shown = name + sign.replace("=", "")
+        return Problem(name, f"--{shown} is no key{nearest(shown, [*known, *_ALIASES], cutoff=0)}")
+    if key not in given: return None
+    again = "" if name == key else f", here as --{name}"
+    return Problem(key, f"--{key} is given twice{again}: leave one out")
+
 # %% ../nbs/05_jobargs.ipynb #f12ff832
 def _read_keys(
     text: str,  # of `JOB_ARGUMENTS`
 ) -> tuple:  # (argument -> value, list of `Problem`)
     "Read the keys and their values, as far as they go."
-    kinds = {f.name: f.metadata["kind"] for f in fields(JobArgs)}
+    kinds = {argument.name: argument.metadata["kind"] for argument in fields(JobArgs)}
     before, found = _split_keys(text)
-    problems = [Problem("", f"{before!r} stands before the first key: begin with a key, such as --base_model_id")] if before else []
-    values = {}
+    values, problems = {}, []
+    if before:
+        problems.append(Problem("", f"{before!r} stands before the first key: begin with a key, such as --base_model_id"))
     for name, sign, value in found:
+        problem = _key_problem(name, sign, values)
+        if problem: problems.append(problem); continue
         key = _ALIASES.get(name, name)
-        if sign not in ("", "=") or key not in kinds:
-            shown = name + sign.replace("=", "")
-            problems.append(Problem(name, f"--{shown} is no key{nearest(shown, [*kinds, *_ALIASES], cutoff=0)}"))
-        elif key in values: problems.append(Problem(key, f"--{key} is given twice{'' if name == key else f', here as --{name}'}: leave one out"))
-        elif kinds[key] == "flag" and not sign and not value: values[key] = True
-        else: values[key] = _read_value(kinds[key], value)
+        bare_flag = kinds[key] == "flag" and not sign and not value
+        values[key] = True if bare_flag else _read_value(kinds[key], value)
     return values, problems
 
 # %% ../nbs/05_jobargs.ipynb #7c7ae908
@@ -300,34 +383,52 @@ def parse_job_arguments(
     env: "Mapping | None" = None,  # environment; default: this process's own
 ) -> JobArgs:  # checked
     "Read a job's arguments; raises with every problem found."
+    if env is None: env = os.environ
     values, problems = _read_keys(text)
-    own = (os.environ if env is None else env).get(HF_TOKEN, "").strip()
-    if own: values["hf_token"] = Secret(own)
+    from_env = env.get(HF_TOKEN, "").strip()
+    if from_env: values["hf_token"] = Secret(from_env)
     defaults = {f.name: f.default for f in fields(JobArgs) if f.default is not MISSING}
-    problems += _argument_problems({**defaults, **values})
-    secrets = [own, *(v for n, _, v in _split_keys(text)[1] if n == "hf_token")]
-    raise_problems(_without(problems, *secrets), "The job's arguments are wrong")
+    problems += _argument_problems(defaults | values)
+    written = [value for name, _, value in _split_keys(text)[1] if name == "hf_token"]
+    raise_problems(_without(problems, from_env, *written), "The job's arguments are wrong")
     return JobArgs(**values)
+
+# %% ../nbs/05_jobargs.ipynb #fc53bb7f
+def _as_text(
+    value,  # of an argument
+) -> str:
+    "A value as it stands in `JOB_ARGUMENTS`."
+    if isinstance(value, bool): return str(value).lower()
+    if isinstance(value, str): return value
+    return str(value + 0)  # a plain number, whatever class it is of
 
 # %% ../nbs/05_jobargs.ipynb #55e23383
 def format_job_arguments(
     args: JobArgs,  # of a job
 ) -> str:  # as in `JOB_ARGUMENTS`
     "Write a job's arguments so that `parse_job_arguments` gives them back, all but the token."
-    as_text = lambda v: str(v).lower() if isinstance(v, bool) else v if isinstance(v, str) else str(v + 0)
-    given = {k: v for k, v in _not_default(args).items() if k != "hf_token"}
-    text = " ".join(f"--{k} {as_text(v)}" for k, v in given.items())
-    for key, value in given.items():
-        if isinstance(value, str) and [v for _, _, v in _split_keys(f"--{key} {value}")[1]] != [value]:
-            raise ValueError(f"--{key} is {value!r}, which can't be sent: leave out the word that begins with --")
-    return text
+    texts = {name: _as_text(value) for name, value in _not_default(args).items() if name != "hf_token"}
+    for key, text in texts.items():
+        read_back = [value for _, _, value in _split_keys(f"--{key} {text}")[1]]
+        if read_back == [text]: continue
+        raise ValueError(f"--{key} is {text!r}, which can't be sent: leave out the word that begins with --")
+    return " ".join(f"--{key} {text}" for key, text in texts.items())
+
+# %% ../nbs/05_jobargs.ipynb #f8e1923c
+def _default_note(
+    argument: "dataclasses.Field",  # of `JobArgs`
+) -> str:  # to stand behind its sentence
+    "What happens when an argument isn't given."
+    if argument.default is MISSING: return " (needed)"
+    if argument.default is None: return ""
+    return f" (default: {str(argument.default).lower()})"
 
 # %% ../nbs/05_jobargs.ipynb #359a3676
 def job_arguments_help() -> str:  # a line an argument
     "What `--help` prints: every key, what it is, and its default."
-    lines = ["A job's arguments, as --key value or --key=value. A config is a JSON object or the id of a row in table configs.", ""]
-    for f in fields(JobArgs):
-        default = " (needed)" if f.default is MISSING else "" if f.default is None else f" (default: {str(f.default).lower()})"
-        lines.append(f"  --{f.name:<26} {f.metadata['help']}{default}")
-    also = ", ".join(f"--{a} for --{k}" for a, k in _ALIASES.items())
+    heading = "A job's arguments, as --key value or --key=value. A config is a JSON object or the id of a row in table configs."
+    lines = [heading, ""]
+    for argument in fields(JobArgs):
+        lines.append(f"  --{argument.name:<26} {argument.metadata['help']}{_default_note(argument)}")
+    also = ", ".join(f"--{alias} for --{key}" for alias, key in _ALIASES.items())
     return "\n".join([*lines, "", f"Also: {also}."])
