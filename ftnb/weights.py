@@ -7,7 +7,7 @@ __all__ = ['MODEL_FILES', 'file_problem', 'lfs_problem', 'folder_problems', 'rea
            'pickle_problem', 'read_index', 'weight_files', 'read_headers', 'hub_headers']
 
 # %% ../nbs/20_weights.ipynb #0f00457b
-import json, os
+import json, os, re
 from contextlib import contextmanager
 
 from .storage import file_kind
@@ -50,14 +50,12 @@ def folder_problems(
     folder: str,  # of a base model
 ) -> list:  # sentences
     "Which of a model's small files can't be read."
-    problems = []
-    more = os.path.join(folder, "additional_chat_templates")
-    extra = [os.path.join(more, name) for name in os.listdir(more)] if os.path.isdir(more) else []
-    for path in (*(os.path.join(folder, name) for name in MODEL_FILES), *extra):
-        if not os.path.lexists(path): continue
-        problem = file_problem(path, 2**28) or lfs_problem(path)
-        if problem: problems.append(problem)
-    return problems
+    paths = [os.path.join(folder, name) for name in MODEL_FILES]
+    templates = os.path.join(folder, "additional_chat_templates")
+    if os.path.isdir(templates): paths += [os.path.join(templates, name) for name in os.listdir(templates)]
+    present = [path for path in paths if os.path.lexists(path)]
+    found = [file_problem(path, 2**28) or lfs_problem(path) for path in present]
+    return [problem for problem in found if problem]
 
 # %% ../nbs/20_weights.ipynb #1246583b
 def read_config(
@@ -67,14 +65,27 @@ def read_config(
     "The settings of a base model, as they stand in its file."
     from transformers import PreTrainedConfig
     path = os.path.join(source, "config.json")
-    if os.path.isdir(source) and (problem := file_problem(path, 2**24) if os.path.lexists(path) else ""):
-        raise ValueError(problem)
+    problem = file_problem(path, 2**24) if os.path.lexists(path) else ""
+    if problem: raise ValueError(problem)
     try: config = PreTrainedConfig.get_config_dict(source, token=token)[0]
     except RecursionError: raise ValueError(f"{path} is nested too deeply to be read") from None
     except OSError: return {}
     except (AttributeError, TypeError): config = None
     if not isinstance(config, dict): raise ValueError(f"{path} holds no settings: it must be a JSON object")
     return config
+
+# %% ../nbs/20_weights.ipynb #bd9bd11b
+_LAYERS = re.compile(r"((^|_)(num|n)_(\w+_)?|_)(layers?|blocks?)$|^depth$")  # what settings call a count of layers
+
+# %% ../nbs/20_weights.ipynb #8b177395
+def _most(
+    key: str,  # of a model's settings
+    tensors: int,  # in the model's files; 0 where it isn't known
+) -> int | None:  # the largest value that makes sense; None where the key counts nothing
+    "How many layers, experts or labels a model may have."
+    if _LAYERS.search(key): return max(tensors, 1_000)
+    if key.endswith("experts"): return 100_000
+    return 1_000_000 if key == "num_labels" else None
 
 # %% ../nbs/20_weights.ipynb #957ecc55
 def count_problems(
@@ -83,23 +94,30 @@ def count_problems(
     where: str = "config.json",  # for the sentence
 ) -> list:  # sentences
     "Which counts of layers, experts or labels are far above what the files can hold."
-    import re
-    problems, layers = [], max(tensors, 1_000)
-    limits = ((r"((^|_)(num|n)_(\w+_)?|_)(layers?|blocks?)$|^depth$", layers),
-              (r"experts$", 100_000), (r"^num_labels$", 1_000_000))
+    problems = []
+    holds = f", and the model's files hold {tensors:,} weights" if tensors else ""
     for key, value in config.items():
         if isinstance(value, dict): problems += count_problems(value, tensors, f"{where}, {key}")
-        if not isinstance(value, (int, float)): continue
-        most = next((limit for pattern, limit in limits if re.search(pattern, key)), None)
+        most = _most(key, tensors) if isinstance(value, (int, float)) else None
         if most is None or value <= most: continue
-        holds = f", and the model's files hold {tensors:,} weights" if tensors else ""
         problems.append(f"{where}: {key} is {value:,}{holds}; it can be {most:,} at most")
     return problems
+
+# %% ../nbs/20_weights.ipynb #ec1aeac0
+def _bytes_named(
+    header: bytes,  # of a safetensors file, without its length
+) -> int | None:  # None where it isn't a header
+    "How many bytes should follow a header."
+    try:
+        entries = json.loads(header)
+        ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+        return int(max(ends, default=0))
+    except (ValueError, RecursionError, AttributeError, KeyError, TypeError, IndexError): return None
 
 # %% ../nbs/20_weights.ipynb #1421b6b1
 def _cut(
     path: str,  # of a file that isn't whole
-) -> str:  # a sentence, or "" where it is something else
+) -> str:  # part of a sentence, or "" where it is something else
     "How much of a safetensors file is missing."
     size = os.path.getsize(path)
     if not size: return "it is empty"
@@ -107,12 +125,9 @@ def _cut(
         length = int.from_bytes(f.read(8), "little")
         if size < 8 + length: return f"its header has {length:,} bytes, and the file {size:,}"
         if length > 100_000_000: return f"its header has {length:,} bytes, and 100,000,000 is the most"
-        try: entries = json.loads(f.read(length))
-        except (ValueError, RecursionError): return ""
-    try: ends = [o["data_offsets"][1] for name, o in entries.items() if name != "__metadata__"]
-    except (AttributeError, KeyError, TypeError, IndexError): return ""
-    whole = 8 + length + max(ends, default=0)
-    return f"it should have {whole:,} bytes and has {size:,}" if whole != size else ""
+        named = _bytes_named(f.read(length))
+    if named is None or 8 + length + named == size: return ""
+    return f"it should have {8 + length + named:,} bytes and has {size:,}"
 
 # %% ../nbs/20_weights.ipynb #d51f2f9e
 def read_header(
@@ -120,11 +135,12 @@ def read_header(
 ) -> dict:  # name -> (type as safetensors calls it, shape)
     "What a safetensors file holds; raises where it isn't whole."
     from safetensors import SafetensorError, safe_open
-    if problem := file_problem(path) or lfs_problem(path): raise ValueError(problem)
+    problem = file_problem(path) or lfs_problem(path)
+    if problem: raise ValueError(problem)
     try:
         with safe_open(path, "np") as f:
-            found = ((name, f.get_slice(name)) for name in f.keys())
-            return {name: (o.get_dtype(), tuple(o.get_shape())) for name, o in found}
+            tensors = {name: f.get_slice(name) for name in f.keys()}
+            return {name: (tensor.get_dtype(), tuple(tensor.get_shape())) for name, tensor in tensors.items()}
     except SafetensorError as e:
         why = _cut(path) or str(e).removeprefix("Error while deserializing header: ")
         raise ValueError(f"{path} isn't a whole safetensors file: {why}; copy or download it again") from None
@@ -147,21 +163,43 @@ def _inside(
     if not isinstance(name, str) or not name.endswith((".safetensors", ".safetensors.index.json")): return False
     return not os.path.isabs(name) and ".." not in name.replace("\\", "/").split("/")
 
+# %% ../nbs/20_weights.ipynb #ad141831
+def _index_names(
+    path: str,  # of an index
+) -> list | None:  # what it names, each once; None where it isn't an index
+    "Read an index of weights."
+    try:
+        with open(path, encoding="utf-8") as f: return sorted(set(json.load(f)["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError): return None
+
 # %% ../nbs/20_weights.ipynb #88b43d6a
 def read_index(
     source: str,  # hub name or folder, for the sentences
     path: str,  # of its index
 ) -> tuple:  # (names of the files with weights, sentences)
     "Which files an index names."
-    if problem := file_problem(path, 2**28) or lfs_problem(path): return [], [problem]
-    name = os.path.basename(path)
-    try:
-        with open(path, encoding="utf-8") as f: names = sorted(set(json.load(f)["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return [], [f"{source}: {name} isn't an index of weights: it must be JSON with a weight_map"]
-    odd = next((o for o in names if not _inside(o) or o.endswith(".json")), None)
+    problem = file_problem(path, 2**28) or lfs_problem(path)
+    if problem: return [], [problem]
+    name, names = os.path.basename(path), _index_names(path)
+    if names is None: return [], [f"{source}: {name} isn't an index of weights: it must be JSON with a weight_map"]
+    if not names: return [], [f"{source}: {name} names no files"]
+    odd = next((file for file in names if not _inside(file) or file.endswith(".json")), None)
     if odd is not None: return [], [pickle_problem(source, f"has a {name} that names {odd!r}")]
-    return names, [] if names else [f"{source}: {name} names no files"]
+    return names, []
+
+# %% ../nbs/20_weights.ipynb #fda4257a
+def _no_weights(
+    folder: str,  # of a base model, with neither of the two names
+) -> str:  # a sentence
+    "What to do with a folder that has no weights where transformers looks."
+    files = sorted(os.listdir(folder))
+    pickles = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
+    old = [name for name in files if name.endswith(pickles) and "model" in name]
+    others = [name for name in files if name.endswith(".safetensors")]
+    if old and not others: return pickle_problem(folder, f"holds its weights in {old[0]}")
+    only = f", only {', '.join(others[:3])}" if others else ""
+    return (f"{folder} holds neither model.safetensors nor model.safetensors.index.json{only}; "
+            "name a folder as save_pretrained writes it")
 
 # %% ../nbs/20_weights.ipynb #5302b5cf
 def _chosen_file(
@@ -169,18 +207,26 @@ def _chosen_file(
     config: dict,  # from `read_config`
 ) -> tuple:  # (name of the file with the weights or with their index, or None; sentences)
     "Which file transformers begins with."
-    files, asked = sorted(os.listdir(folder)), config.get("transformers_weights")
-    if asked is not None:
-        if _inside(asked): return str(asked), []
+    asked = config.get("transformers_weights")
+    if asked is not None and not _inside(asked):
         return None, [pickle_problem(folder, f"has a config.json that names the weights {asked!r}")]
+    if asked is not None: return str(asked), []
     for name in ("model.safetensors", "model.safetensors.index.json"):
-        if name in files: return name, []
-    old = [f for f in files if f.endswith((".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")) and "model" in f]
-    others = [f for f in files if f.endswith(".safetensors")]
-    if old and not others: return None, [pickle_problem(folder, f"holds its weights in {old[0]}")]
-    only = f", only {', '.join(others[:3])}" if others else ""
-    return None, [f"{folder} holds neither model.safetensors nor model.safetensors.index.json{only}; "
-                  "name a folder as save_pretrained writes it"]
+        if os.path.lexists(os.path.join(folder, name)): return name, []
+    return None, [_no_weights(folder)]
+
+# %% ../nbs/20_weights.ipynb #5c00af13
+def _absent_problem(
+    folder: str,  # of a base model
+    index: str,  # its name
+    names: list,  # of the files that the index names
+) -> str:  # a sentence, or ""
+    "Which files of a model aren't there."
+    absent = [name for name in names if not os.path.lexists(os.path.join(folder, name))]
+    if not absent: return ""
+    more = f" and {len(absent) - 3} more" if absent[3:] else ""
+    return (f"{folder}: {index} names {', '.join(absent[:3])}{more}, {len(absent)} of {len(names)} files, "
+            "which aren't there; copy or download them")
 
 # %% ../nbs/20_weights.ipynb #7fa647ea
 def weight_files(
@@ -193,12 +239,9 @@ def weight_files(
     path = os.path.join(folder, name)
     if not name.endswith(".json"): return [path], []
     names, problems = read_index(folder, path)
-    absent = [o for o in names if not os.path.lexists(os.path.join(folder, o))]
-    if absent:
-        more = f" and {len(absent) - 3} more" if absent[3:] else ""
-        problems = [f"{folder}: {name} names {', '.join(absent[:3])}{more}, {len(absent)} of {len(names)} files, "
-                    "which aren't there; copy or download them"]
-    return [os.path.join(folder, o) for o in names], problems
+    absent = _absent_problem(folder, name, names)
+    if absent: problems = [absent]
+    return [os.path.join(folder, name) for name in names], problems
 
 # %% ../nbs/20_weights.ipynb #54c11dce
 def read_headers(
@@ -214,21 +257,28 @@ def read_headers(
         except ValueError as e: problems.append(str(e))
     return headers, problems
 
+# %% ../nbs/20_weights.ipynb #97fccbb3
+def _cached(
+    source: str,  # hub name
+    name: str,  # of a file
+) -> str | None:  # its path in the cache
+    "Where a file of the hub was downloaded to."
+    from huggingface_hub import try_to_load_from_cache
+    path = try_to_load_from_cache(source, name)
+    return path if isinstance(path, str) else None
+
 # %% ../nbs/20_weights.ipynb #bd9ef5cf
 def _cached_files(
     source: str,  # hub name
 ) -> list | None:  # paths of the files with weights; None where the cache doesn't hold the whole model
     "What has been downloaded of a model already."
-    from huggingface_hub import try_to_load_from_cache
-    def cached(name):
-        path = try_to_load_from_cache(source, name)
-        return path if isinstance(path, str) else None
-    if path := cached("model.safetensors"): return [path]
-    index = cached("model.safetensors.index.json")
+    single = _cached(source, "model.safetensors")
+    if single: return [single]
+    index = _cached(source, "model.safetensors.index.json")
     if index is None: return None
     names, problems = read_index(source, index)
     if problems: raise ValueError(problems[0])
-    paths = [cached(name) for name in names]
+    paths = [_cached(source, name) for name in names]
     return None if None in paths else paths
 
 # %% ../nbs/20_weights.ipynb #ac3bc043
@@ -242,18 +292,31 @@ def _without_bars():
     finally:
         if shown: enable_progress_bars()
 
+# %% ../nbs/20_weights.ipynb #f7d2dfb2
+def _asked_headers(
+    source: str,  # hub name
+    token: str | None,  # for gated models
+) -> dict | None:  # name -> (type, shape); None where it can't be known
+    "What the hub says of a model's files."
+    from huggingface_hub import get_safetensors_metadata
+    headers = {}
+    try:
+        with _without_bars(): files = get_safetensors_metadata(source, token=token).files_metadata
+        for file in files.values():
+            headers |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in file.tensors.items()}
+    except Exception: return None  # offline, gated, no safetensors
+    return headers
+
 # %% ../nbs/20_weights.ipynb #bb6ce66d
 def hub_headers(
     source: str,  # hub name
     token: str | None = None,  # for gated models
 ) -> tuple:  # (name -> (type, shape), or None where it can't be known; sentences)
     "What the files of a model of the hub hold, without downloading them."
-    from huggingface_hub import get_safetensors_metadata
+    headers = {}
     try:
         paths = _cached_files(source)
-        if paths is not None: return {name: o for path in paths for name, o in read_header(path).items()}, []
+        if paths is None: return _asked_headers(source, token), []
+        for path in paths: headers |= read_header(path)
     except ValueError as e: return None, [str(e)]
-    try:
-        with _without_bars(): files = get_safetensors_metadata(source, token=token).files_metadata.values()
-        return {name: (o.dtype, tuple(o.shape)) for file in files for name, o in file.tensors.items()}, []
-    except Exception: return None, []  # offline, gated, no safetensors: the loader says what it is
+    return headers, []
