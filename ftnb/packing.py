@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ATTENTION', 'ANOTHER_LOSS', 'output_logits', 'chunk_positions', 'output_loss', 'shared_prefix_attention',
-           'causal_model', 'packing_attention', 'packed_loss', 'KeptPrefix', 'keeps_prefix', 'router_coefficient',
-           'packing_obstacles', 'sharing_obstacles', 'compute_dtype', 'SharingCheck', 'shares_exactly']
+           'causal_model', 'flat_hidden', 'packing_attention', 'packed_loss', 'KeptPrefix', 'keeps_prefix',
+           'router_coefficient', 'packing_obstacles', 'sharing_obstacles', 'compute_dtype', 'SharingCheck',
+           'shares_exactly']
 
 # %% ../nbs/29_packing.ipynb #ad027743
 import contextlib
@@ -136,9 +137,10 @@ def _with_kept(
 # %% ../nbs/29_packing.ipynb #0bc04308
 def _packed_attention(module, query, key, value, tree, given, dropout, **kwargs):
     "Attention of a flat pass, as `shared_prefix_attention` is asked for it."
-    tree.calls.append(getattr(module, "layer_idx", None))
     window = given["sliding_window"] if "sliding_window" in given else getattr(module, "sliding_window", None)
     q, k, v = (t[0].transpose(0, 1) for t in _in_one_format(query, key, value))
+    if not isinstance(tree, Tree): return tree.attend(q, k, v, window, dropout=dropout, sinks=given.get("s_aux"), **kwargs)[None]
+    tree.calls.append(getattr(module, "layer_idx", None))
     if tree.keys is not None: k, v = _with_kept(tree, k, v)
     return attend(tree, q, k, v, window, dropout=dropout, sinks=given.get("s_aux"), **kwargs)[None]
 
@@ -151,7 +153,7 @@ def shared_prefix_attention(
     attention_mask=None,  # unused in a packed pass
     dropout: float = 0.0,  # of the attention weights
     scaling: float | None = None,  # of the scores; default 1/sqrt(size)
-    tree: Tree | None = None,  # of this pass
+    tree: Tree | None = None,  # of this pass; or an object that attends by itself, as in `41b_decoding`
     softcap: float | None = None,  # bound on the scores
     watch=None,  # a `_Watch`, that notes what is given and comes out
     **kwargs,  # what else the model hands on, `sliding_window` and `s_aux` among it
@@ -177,16 +179,18 @@ def causal_model(
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 # %% ../nbs/29_packing.ipynb #849662cb
-def _flat_hidden(
+def flat_hidden(
     model,  # a causal language model of transformers, its attention ours
-    batch: PackedBatch,  # rows as a flat pass, on the model's device
+    input_ids,  # (1, tokens), on the model's device
+    position_ids,  # (1, tokens)
+    tree,  # a `Tree`, or an object with its own `attend`
     **kwargs,  # handed on to the attention
 ):  # (tokens, size)
     "The last hidden states of a flat pass."
     import torch
-    no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
-    return model.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=no_mask, use_cache=False,
-                            tree=batch.tree, **kwargs).last_hidden_state[0]
+    no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
+    asked = dict(attention_mask=no_mask, use_cache=False, tree=tree, **kwargs)
+    return model.base_model(input_ids=input_ids, position_ids=position_ids, **asked).last_hidden_state[0]
 
 # %% ../nbs/29_packing.ipynb #aa30d825
 def _called_once(
@@ -210,7 +214,7 @@ def _pass_loss(
     "Run a flat pass and its loss."
     import torch
     batch, head = batch.to(model.get_input_embeddings().weight.device), model.get_output_embeddings()
-    hidden = _flat_hidden(model, batch).index_select(0, batch.positions)
+    hidden = flat_hidden(model, batch.input_ids, batch.position_ids, batch.tree).index_select(0, batch.positions)
     step = chunk_positions(model.config.get_text_config().vocab_size)
     layer, seen = _called_once(head, hidden)
     loss = output_loss()(hidden, batch.pair, batch.targets, batch.weights, lambda h: output_logits(model, h, layer), step, *head.parameters()) + seen
@@ -412,7 +416,7 @@ def _layers_off(
         model.base_model(input_ids=torch.tensor([row], device=device), use_cache=False, watch=watched[-1])
         places.append(torch.from_numpy(places_of(path))[at])
     flat = _Watch(torch.cat(places).to(device))
-    hidden = _flat_hidden(model, batch, watch=flat)
+    hidden = flat_hidden(model, batch.input_ids, batch.position_ids, batch.tree, watch=flat)
     layers, names = [], ("queries", "keys", "what attention gives")
     for packed, *alone in zip(flat.layers, *(o.layers for o in watched)):
         layers.append({name: _off(mine, torch.cat(right)) for name, mine, *right in zip(names, packed, *alone)})
