@@ -97,11 +97,11 @@ def _prompt_text(
 
 # %% ../nbs/49b_card.ipynb #ea0ee223
 def card_text(
-    record: runrecord.RunRecord,  # of the run
     adapter: usage.SavedAdapter,  # from `usage.read_adapter`
     folder: str = ".",  # where others find it: its own folder, or its name on the hub
 ) -> str:  # the whole README.md
     "A model card."
+    record = adapter.record
     base = hub_name(adapter.base) or record.records.get("model", {}).get("name") or "a base model"
     version = record.versions.get("ftnb")
     intro = f"A LoRA adapter of rank {adapter.rank} for {base}, trained with ftnb{f' {version}' if version else ''}. {_rows_sentence(record)}"
@@ -120,7 +120,6 @@ def write_card(
     record: runrecord.RunRecord | None = None,  # of the run; default: its run.json
 ) -> Path:  # of README.md
     "Write a model card beside an adapter."
-    record = record or runrecord.RunRecord.from_dict(runrecord.read_object(Path(out_dir)/"run.json"))
-    text = card_text(record, usage.read_adapter(out_dir))
+    text = card_text(usage.read_adapter(out_dir, record))
     with storage.whole_file(Path(out_dir)/"README.md") as f: f.write(text)
     return Path(out_dir)/"README.md"

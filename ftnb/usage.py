@@ -8,7 +8,7 @@ __all__ = ['SavedAdapter', 'asked_pieces', 'read_adapter', 'python_lines', 'vllm
 
 # %% ../nbs/48b_usage.ipynb #a0745ef2
 import json, re, shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
@@ -33,6 +33,7 @@ class SavedAdapter:
     pieces: tuple = ()  # (literal, column or None) pairs of what the model is asked; empty: unknown
     chat: str = ""  # how it is asked in turns, by the chat template: "messages", "lists", "turns"; "": it isn't
     opener: str = "AutoModelForCausalLM"  # class of transformers that opens the base
+    record: runrecord.RunRecord = field(default_factory=runrecord.RunRecord, repr=False)  # of the run; empty where it isn't known
 
 # %% ../nbs/48b_usage.ipynb #d206af18
 def asked_pieces(
@@ -63,21 +64,22 @@ def _opener(
 # %% ../nbs/48b_usage.ipynb #ec598c9b
 def read_adapter(
     out_dir: "str | Path",  # folder of an adapter
-    folder: str | None = None,  # how lines of code name it; default: as it is given
+    record: runrecord.RunRecord | None = None,  # of the run; default: its run.json
 ) -> SavedAdapter:
     "Read what there is to know of an adapter before it is asked; raises where the folder holds none."
     try: lora = storage.read_json(Path(out_dir)/"adapter_config.json")
     except (OSError, ValueError) as e:
         raise ValueError(f"{out_dir} holds no adapter: its adapter_config.json can't be read ({type(e).__name__})") from None
-    record = runrecord.RunRecord.from_dict(runrecord.read_object(Path(out_dir)/"run.json"))
+    record = record or runrecord.RunRecord.from_dict(runrecord.read_object(Path(out_dir)/"run.json"))
     base, rank = lora.get("base_model_name_or_path") or "", lora_settings.saved_rank(lora)
     name = record.adapter_name or re.sub(r"[^a-zA-Z0-9-]+", "-", Path(out_dir).resolve().name).strip("-") or "adapter"
     refused = tuple(lora_settings.vllm_refuses(lora))
-    return SavedAdapter(folder or str(out_dir), base, name, rank, refused, asked_pieces(record), record.prompt.get("chat", ""), _opener(base))
+    chat = record.prompt.get("chat", "")
+    return SavedAdapter(str(out_dir), base, name, rank, refused, asked_pieces(record), chat, _opener(base), record)
 
 # %% ../nbs/48b_usage.ipynb #c47b2912
 def _variables(
-    columns: list,  # names
+    columns: tuple,  # names
 ) -> dict:  # column -> name of a variable
     "A variable for each column."
     from keyword import iskeyword
@@ -94,9 +96,8 @@ def _asking_lines(
     adapter: SavedAdapter,  # from `read_adapter`
 ) -> list:  # of code
     "Lines that fill in the prompt."
-    columns = list(dict.fromkeys(column for _, column in adapter.pieces if column is not None))
     if adapter.free: return ['prompt = "..."']
-    names = _variables(columns)
+    names = _variables(prompts.PromptTemplate(adapter.pieces).fields)
     parts = []
     for text, column in adapter.pieces:
         if text: parts.append(json.dumps(text, ensure_ascii=False))

@@ -13,7 +13,6 @@ from pathlib import Path
 from fastcore.basics import patch
 
 import ftnb.adapters as adapters
-import ftnb.runrecord as runrecord
 import ftnb.ui.chat_formats as chat_formats
 import ftnb.ui.converting as converting
 import ftnb.ui.merging as merging
@@ -60,8 +59,7 @@ def read_asking(
     "How an adapter is asked, in Ollama's words; raises where its chat template can't be put into them."
     from transformers import AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(out_dir)
-    record = runrecord.RunRecord.from_dict(runrecord.read_object(Path(out_dir)/"run.json"))
-    window = record.used.get("training", {}).get("max_length") or 0
+    window = adapter.record.used.get("training", {}).get("max_length") or 0
     if adapter.chat:
         chat = chat_formats.read_chat_format(tokenizer)
         return Asking(chat_formats.go_template(chat), chat.stops, False, window, chat.notes)

@@ -12,9 +12,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-import ftnb.adapters as adapters
 import ftnb.card as model_card
-import ftnb.runrecord as runrecord
 import ftnb.storage as storage
 import ftnb.tokenizer_files as tokenizer_files
 import ftnb.ui.merging as merging
@@ -55,9 +53,7 @@ def _copy_for_others(
         shutil.copyfile(path, folder/name)
     lora = storage.read_json(out_dir/"adapter_config.json") | {"base_model_name_or_path": base}
     (folder/"adapter_config.json").write_text(json.dumps(lora, indent=2, sort_keys=True), encoding="utf-8")
-    record = runrecord.RunRecord.from_dict(runrecord.read_object(out_dir/"run.json"))
-    adapter = replace(usage.read_adapter(out_dir), base=base)
-    text = model_card.card_text(record, adapter, folder=repo)
+    text = model_card.card_text(replace(usage.read_adapter(out_dir), base=base), folder=repo)
     (folder/"README.md").write_text(text, encoding="utf-8")
 
 # %% ../../nbs/ui/8e_pushing.ipynb #4e7d54ec
