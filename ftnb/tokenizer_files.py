@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOKENIZER_FILES', 'TEMPLATE_FOLDER', 'ROLES', 'SWITCHED', 'PROBES', 'own_tokenizer_files', 'portable_config',
-           'portable_merges', 'tokenizer_problems', 'save_tokenizer', 'check_saving']
+           'portable_merges', 'copy_files', 'tokenizer_problems', 'save_tokenizer', 'check_saving']
 
 # %% ../nbs/16_tokenizer_files.ipynb #5b73c545
 import json, os, shutil
@@ -98,7 +98,7 @@ def _write_json(
     with open(path, "w", encoding="utf-8") as f: f.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 # %% ../nbs/16_tokenizer_files.ipynb #ae2cdb95
-def _copy_files(
+def copy_files(
     files: dict,  # name -> path, from `own_tokenizer_files`
     folder: str,  # gets them
 ):
@@ -241,7 +241,7 @@ def save_tokenizer(
     source = source or tokenizer.name_or_path
     files, why = own_tokenizer_files(source, token) if source else {}, []
     if files:
-        _copy_files(files, folder)
+        copy_files(files, folder)
         _change_files(folder, tokenizer)
         why = tokenizer_problems(folder, tokenizer, rows, token)
         if not why: return []

@@ -6,7 +6,7 @@
 __all__ = ['base_of', 'Expected', 'new_folder', 'merge_adapter']
 
 # %% ../../nbs/ui/8_merging.ipynb #3d050d27
-import os, shutil, tempfile
+import os, tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +16,8 @@ import ftnb.adapters as adapters
 import ftnb.models as models
 import ftnb.quantisation as quantisation
 import ftnb.tokenizer_files as tokenizer_files
+import ftnb.usage as usage
 import ftnb.weights as weights
-from ..storage import read_json
 from .tuning import Run
 
 # %% ../../nbs/ui/8_merging.ipynb #48e6de5a
@@ -25,11 +25,8 @@ def base_of(
     out_dir: "str | Path",  # folder of an adapter
 ) -> str:  # folder or hub name
     "The base that an adapter was trained on."
-    file = Path(out_dir)/"adapter_config.json"
-    try: found = read_json(file).get("base_model_name_or_path")
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{out_dir} holds no adapter: its adapter_config.json can't be read ({type(e).__name__})") from None
-    if not found: raise ValueError(f"{file} doesn't say on which base the adapter stands (base_model_name_or_path)")
+    found = usage.saved_lora(out_dir).get("base_model_name_or_path")
+    if not found: raise ValueError(f"{Path(out_dir)/'adapter_config.json'} doesn't say on which base the adapter stands (base_model_name_or_path)")
     return found
 
 # %% ../../nbs/ui/8_merging.ipynb #93ab3502
@@ -102,9 +99,7 @@ def _write_merged(
     model = model.merge_and_unload(safe_merge=True)
     _stop_at_end(model, tokenizer)
     model.save_pretrained(folder)
-    for name, path in tokenizer_files.own_tokenizer_files(str(out_dir)).items():
-        os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
-        shutil.copyfile(path, os.path.join(folder, name))
+    tokenizer_files.copy_files(tokenizer_files.own_tokenizer_files(str(out_dir)), folder)
     return Expected(ids, logits, alone, dtype)
 
 # %% ../../nbs/ui/8_merging.ipynb #8f499763
@@ -126,7 +121,6 @@ def merge_adapter(
 ) -> Path:  # the folder
     "Write base and adapter as one model that any program loads; raises where its logits aren't theirs."
     out_dir, place = Path(out_dir).expanduser(), new_folder(folder)
-    base_of(out_dir)  # raises where there is no adapter
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=".merging-") as work:
         made = os.path.join(work, "model")
         _check_merged(made, _write_merged(out_dir, made, token))
@@ -140,5 +134,4 @@ def merge(
     folder: "str | Path",  # new or empty, gets the model
 ) -> Path:  # the folder
     "Write base and adapter as one model that any program loads."
-    token = self.args.hf_token and self.args.hf_token.reveal()
-    return merge_adapter(self.args.out_dir, folder, token)
+    return merge_adapter(self.args.out_dir, folder, self.args.token)

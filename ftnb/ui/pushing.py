@@ -6,14 +6,13 @@
 __all__ = ['Pushed', 'push']
 
 # %% ../../nbs/ui/8e_pushing.ipynb #b66fbc49
-import json, os, shutil, tempfile
+import json, shutil, tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastcore.basics import patch
 
 import ftnb.card as model_card
-import ftnb.storage as storage
 import ftnb.tokenizer_files as tokenizer_files
 import ftnb.ui.merging as merging
 import ftnb.usage as usage
@@ -48,10 +47,8 @@ def _copy_for_others(
 ):
     "Copy what is sent, without a word of this machine."
     shutil.copyfile(out_dir/"adapter_model.safetensors", folder/"adapter_model.safetensors")
-    for name, path in tokenizer_files.own_tokenizer_files(str(out_dir)).items():
-        os.makedirs((folder/name).parent, exist_ok=True)
-        shutil.copyfile(path, folder/name)
-    lora = storage.read_json(out_dir/"adapter_config.json") | {"base_model_name_or_path": base}
+    tokenizer_files.copy_files(tokenizer_files.own_tokenizer_files(str(out_dir)), str(folder))
+    lora = usage.saved_lora(out_dir) | {"base_model_name_or_path": base}
     (folder/"adapter_config.json").write_text(json.dumps(lora, indent=2, sort_keys=True), encoding="utf-8")
     text = model_card.card_text(replace(usage.read_adapter(out_dir), base=base), folder=repo)
     (folder/"README.md").write_text(text, encoding="utf-8")
@@ -97,9 +94,7 @@ def push(
 def push(
     self: Run,
     repo: str,  # name on the hub: owner/name
-    base: str | None = None,  # the base's name on the hub, where the adapter was trained on a folder
-    private: bool = True,  # of a new repository
-    token: str | None = None,  # that may write there; default: the one that is logged in
+    **settings,  # as `push` takes them: base, private, token
 ) -> Pushed:
     "Put the adapter on the Hugging Face hub, with its model card."
-    return push(self.args.out_dir, repo, base, private, token)
+    return push(self.args.out_dir, repo, **settings)
