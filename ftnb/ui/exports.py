@@ -7,7 +7,7 @@ __all__ = ['TARGETS', 'OLLAMA_WINDOW', 'Export', 'Asking', 'read_asking', 'model
 
 # %% ../../nbs/ui/8d_exports.ipynb #ea140b14
 import os, shutil, tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fastcore.basics import patch
@@ -89,6 +89,9 @@ class Request:
     "What is to be exported, and how."
     out_dir: Path  # of the adapter
     adapter: usage.SavedAdapter
+    place: Path  # the folder that is made, as commands name it
+    adapter_only: bool = False  # leave the base out
+    base: str | None = None  # what the program knows the base by; None: as the adapter names it
     precision: str = "auto"  # of a GGUF file
     llama_cpp: "str | Path | None" = None  # folder of llama.cpp
     token: str | None = field(default=None, repr=False)  # for gated models
@@ -137,13 +140,11 @@ def _write_adapter(
 def _for_ollama(
     request: Request,  # of an export
     work: Path,  # folder to write to
-    adapter_only: bool,  # the base is there already
-    base: str | None,  # what Ollama knows it by
-) -> tuple:  # (commands, where {} stands for the folder, notes)
+) -> tuple:  # (commands, notes)
     "Write what Ollama needs."
     asking = read_asking(request.out_dir, request.adapter)
-    if adapter_only:
-        known = base or (request.adapter.base if os.path.isdir(request.adapter.base) else "")
+    if request.adapter_only:
+        known = request.base or (request.adapter.base if os.path.isdir(request.adapter.base) else "")
         if not known: raise ValueError(f"name the base as Ollama knows it: base='llama3.2' or a GGUF file of {request.adapter.base}")
         name, notes = _write_adapter(request, work)
         text = modelfile(known, asking, f"./{name}")
@@ -152,51 +153,36 @@ def _for_ollama(
         text = modelfile(f"./{name}", asking)
     (work/"Modelfile").write_text(text, encoding="utf-8")
     called = request.adapter.name.lower()
-    commands = (("ollama", "create", called, "-f", "{}/Modelfile"), ("ollama", "run", called))
+    commands = usage.shell("ollama", "create", called, "-f", request.place/"Modelfile"), usage.shell("ollama", "run", called)
     return commands, (*notes, *asking.notes)
 
 # %% ../../nbs/ui/8d_exports.ipynb #e25aa6e6
 def _for_llama_cpp(
     request: Request,  # of an export
     work: Path,  # folder to write to
-    adapter_only: bool,  # the base is there already
-    base: str | None,  # a GGUF file of it
-) -> tuple:  # (commands, where {} stands for the folder, notes)
+) -> tuple:  # (commands, notes)
     "Write a GGUF file; raises where llama.cpp's converter isn't here."
-    script = converting.ADAPTER_SCRIPT if adapter_only else converting.MODEL_SCRIPT
+    script = converting.ADAPTER_SCRIPT if request.adapter_only else converting.MODEL_SCRIPT
     converting.find_converter(script, request.llama_cpp)
-    name, notes = (_write_adapter if adapter_only else _write_model)(request, work)
-    server = ("llama-server", "-m", "{}/" + name)
-    if adapter_only: server = ("llama-server", "-m", base or "BASE.gguf", "--lora", "{}/" + name)
-    return (server, usage.ask_server(request.adapter, "http://localhost:8080")), notes
+    name, notes = (_write_adapter if request.adapter_only else _write_model)(request, work)
+    served = (request.place/name,)
+    if request.adapter_only: served = (request.base or "BASE.gguf", "--lora", request.place/name)
+    return (usage.shell("llama-server", "-m", *served), usage.ask_server(request.adapter, "http://localhost:8080")), notes
 
 # %% ../../nbs/ui/8d_exports.ipynb #db68a684
 def _for_vllm(
     request: Request,  # of an export
     work: Path,  # folder to write to
-    adapter_only: bool,  # serve the adapter on its base
-    base: str | None,  # what vLLM knows the base by
-) -> tuple:  # (commands, where {} stands for the folder, notes)
+) -> tuple:  # (commands, notes)
     "The commands that serve an adapter; writes the merged model where that is asked for."
-    from dataclasses import replace
-    adapter = replace(request.adapter, base=base or request.adapter.base, folder=str(request.out_dir.absolute()))
+    adapter = replace(request.adapter, base=request.base or request.adapter.base, folder=str(request.out_dir.absolute()))
     asked = usage.ask_server(adapter)
-    if adapter_only:
+    if request.adapter_only:
         if adapter.refused: raise ValueError(f"vLLM won't serve this adapter rightly ({'; '.join(adapter.refused)}): export it merged (adapter_only=False)")
         return (usage.vllm_command(adapter), asked), ()
     merging.merge_adapter(request.out_dir, work/"model", request.token)
-    serve = ("vllm", "serve", "{}/model", "--served-model-name", adapter.name)
     notes = (f"vLLM won't serve the adapter by itself rightly ({'; '.join(adapter.refused)}): it is merged",) if adapter.refused else ()
-    return (serve, asked), notes
-
-# %% ../../nbs/ui/8d_exports.ipynb #3ee4fecc
-def _typed(
-    command,  # words with {} for the folder, or a finished line
-    place: Path,  # that folder
-) -> str:
-    "A command as it is typed."
-    if isinstance(command, str): return command
-    return usage.shell(*(word.replace("{}", str(place), 1) if word.startswith("{}") else word for word in command))
+    return (usage.vllm_command(adapter, str(request.place/"model")), asked), notes
 
 # %% ../../nbs/ui/8d_exports.ipynb #25bdc5ad
 _WRITERS = {"ollama": _for_ollama, "gguf": _for_llama_cpp, "vllm": _for_vllm}
@@ -215,16 +201,17 @@ def export(
     "Write what a program needs to run an adapter; raises where that can't be done, and nothing stays of it."
     if target not in TARGETS: raise ValueError(f"target is {target!r}; it must be one of {', '.join(TARGETS)}{nearest(target, TARGETS)}")
     out_dir = Path(out_dir).expanduser()
-    request = Request(out_dir, usage.read_adapter(out_dir), precision, llama_cpp, token)
-    if adapter_only is None: adapter_only = target == "vllm" and not request.adapter.refused
+    adapter = usage.read_adapter(out_dir)
+    if adapter_only is None: adapter_only = target == "vllm" and not adapter.refused
     place = merging.new_folder(folder or f"{out_dir}-{target}")
+    request = Request(out_dir, adapter, place, adapter_only, base, precision, llama_cpp, token)
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=".exporting-") as work:
         inside = Path(work)/"export"
         inside.mkdir()
-        commands, notes = _WRITERS[target](request, inside, adapter_only, base)
+        commands, notes = _WRITERS[target](request, inside)
         wrote = any(inside.iterdir())
         if wrote: adapters.publish_folder(str(inside), str(place))
-    return Export(target, place if wrote else None, tuple(_typed(command, place) for command in commands), tuple(notes))
+    return Export(target, place if wrote else None, commands, notes)
 
 # %% ../../nbs/ui/8d_exports.ipynb #cc0ff761
 @patch
@@ -235,5 +222,4 @@ def export(
     **settings,  # as `export` takes them: adapter_only, base, precision, llama_cpp
 ) -> Export:  # prints as the commands to type
     "Write what a program needs to run the adapter."
-    token = self.args.hf_token and self.args.hf_token.reveal()
-    return export(self.args.out_dir, target, folder, token=token, **settings)
+    return export(self.args.out_dir, target, folder, token=self.args.token, **settings)
