@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODEL_SCRIPT', 'ADAPTER_SCRIPT', 'PRECISIONS', 'find_converter', 'GgufFile', 'read_gguf', 'check_numbers',
-           'convert_model', 'convert_adapter']
+           'check_precision', 'convert_model', 'convert_adapter']
 
 # %% ../../nbs/ui/8c_converting.ipynb #a5c0e527
 import importlib.util, os, shutil, subprocess, sys
@@ -124,6 +124,13 @@ def check_numbers(
 # %% ../../nbs/ui/8c_converting.ipynb #e7ce2eb0
 PRECISIONS = ("auto", "f32", "f16", "bf16", "q8_0")  # of a GGUF file; llama-quantize and `ollama create --quantize` make smaller ones
 
+# %% ../../nbs/ui/8c_converting.ipynb #e8fe5766
+def check_precision(
+    precision: str,  # of a GGUF file
+):
+    "Raise where the converter doesn't write a precision."
+    if precision not in PRECISIONS: raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
+
 # %% ../../nbs/ui/8c_converting.ipynb #10488355
 def _begin(
     path: "str | Path",  # of a GGUF file that isn't there yet
@@ -131,7 +138,7 @@ def _begin(
 ) -> Path:  # a file beside it, to be written first
     "Where a file is written before it has its name."
     place = Path(path).expanduser().absolute()
-    if precision not in PRECISIONS: raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
+    check_precision(precision)
     if place.exists(): raise ValueError(f"{place} is there already: name a new file")
     place.parent.mkdir(parents=True, exist_ok=True)
     return place.with_name(f".{place.name}.part")

@@ -200,6 +200,7 @@ def export(
 ) -> Export:  # prints as the commands to type
     "Write what a program needs to run an adapter; raises where that can't be done, and nothing stays of it."
     if target not in TARGETS: raise ValueError(f"target is {target!r}; it must be one of {', '.join(TARGETS)}{nearest(target, TARGETS)}")
+    converting.check_precision(precision)
     out_dir = Path(out_dir).expanduser()
     adapter = usage.read_adapter(out_dir)
     if adapter_only is None: adapter_only = target == "vllm" and not adapter.refused
