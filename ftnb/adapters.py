@@ -316,26 +316,6 @@ def _write_plain(
         config["target_modules"] = explicit_targets(layers, modules)
     with open(settings, "w", encoding="utf-8") as f: json.dump(config, f, indent=2, sort_keys=True)
 
-# %% ../nbs/23_adapters.ipynb #4570b5cb
-_EMPTY_START = "Use the code below to get started with the model.\n\n[More Information Needed]"  # of PEFT's card
-
-# %% ../nbs/23_adapters.ipynb #7e485c07
-def _write_opening(
-    model,  # a `PeftModel`
-    folder: str,  # where PEFT has saved it
-):
-    "Say in the model card how the adapter is opened, where `AutoPeftModelForCausalLM` can't."
-    door = opened_by(model.base_model.model)
-    if not door: return
-    base = model.peft_config["default"].base_model_name_or_path
-    code = (f"from peft import PeftModel\nfrom transformers import {door}\n\n"
-            f"base = {door}.from_pretrained({base!r})\nmodel = PeftModel.from_pretrained(base, 'FOLDER_OF_THE_ADAPTER').eval()")
-    path = os.path.join(folder, "README.md")
-    with open(path, encoding="utf-8") as f: card = f.read()
-    start = f"AutoPeftModelForCausalLM doesn't know this kind of base model. This opens it:\n\n```python\n{code}\n```"
-    card = card.replace(_EMPTY_START, start) if _EMPTY_START in card else f"{card}\n\n{start}\n"
-    with open(path, "w", encoding="utf-8") as f: f.write(card)
-
 # %% ../nbs/23_adapters.ipynb #0c8a090a
 @contextlib.contextmanager
 def _its_files(
@@ -373,7 +353,6 @@ def save_adapter(
         os.chmod(folder, 0o755)
         model.save_pretrained(folder, save_embedding_layers=False)
         _write_plain(model, folder)
-        _write_opening(model, folder)
         with _its_files(folder, without_tokenizer): save_tokenizer(tokenizer, folder, source, rows, token)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
