@@ -18,13 +18,11 @@ import torch
 import trl
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
-from ftnb import consts, studio
-from ftnb.finetune import finetune
-from ftnb.jobargs import JobArgs
 from ftnb.tiny import save_tiny, tiny_tokenizer
-from ftnb.ui import additions, chat_formats
+from ftnb.ui import chat_formats
 from ftnb.ui.converting import convert_model, read_gguf
 from ftnb.ui.exports import export
+from ftnb.ui.merging import base_of
 from ftnb.ui.tuning import tune
 from ftnb.usage import how_to_use
 
@@ -206,16 +204,12 @@ def test_llama_cpp_answers_as_the_merged_model(run, llama_cpp, reader, tmp_path)
 
 
 def test_llama_cpp_answers_as_base_and_adapter(run, llama_cpp, reader, tmp_path):
-    base = convert_model(Path(read_base(run)), tmp_path/"base.gguf", "f32", llama_cpp)
+    base = convert_model(base_of(run.adapter), tmp_path/"base.gguf", "f32", llama_cpp)
     made = export(run.adapter, "gguf", tmp_path/"gguf", adapter_only=True, base=str(base), llama_cpp=llama_cpp)
     _, answer = greedy(run, tmp_path/"merged")
     assert reader(base, ASKED)["answer"] != answer
     assert reader(base, ASKED, made.folder/"tuned-adapter.gguf")["answer"] == answer
     assert shlex.split(made.commands[0]) == ["llama-server", "-m", str(base), "--lora", str(made.folder/"tuned-adapter.gguf")]
-
-
-def read_base(run):
-    return json.loads((run.adapter/"adapter_config.json").read_text())["base_model_name_or_path"]
 
 
 @pytest.mark.parametrize("precision", ["auto", "f16", "bf16", "q8_0"])
@@ -244,29 +238,17 @@ def test_the_modelfile_is_right(run, python_tools, llama_cpp, go, tmp_path):
     assert (made.folder/"tuned.gguf").is_file() and "FROM ./tuned.gguf\n" in text and 'PARAMETER stop "</s>"' in text
 
 
-def talk_job(folder):
-    "A job on conversations, and the adapter that it leaves."
+def talk_run(folder):
+    "A run on conversations."
     base = save_tiny(folder/"base", kind="qwen")
     shutil.copyfile(Path(trl.__file__).parent/"chat_templates"/"qwen2_5.jinja", base/"chat_template.jinja")
     talks = [{"messages": chat_formats.conversation(f"hi {i}", f"hello {i % 3}")} for i in range(30)]
-    (folder/"talks.jsonl").write_text("\n".join(map(json.dumps, talks)))
-    env = {consts.STUDIO_DB: str(folder/"state.db")}
-    url = studio.studio_url(env)
-    studio.create_studio(url)
-    engine = studio.open_studio(url)
-    dataset = additions.add_dataset(engine, str(folder/"talks.jsonl"))
-    prompt = studio.add_row(engine, "prompts", name="talk", dataset_id=dataset, prompt_template="{messages}")
-    training = {"max_steps": 2, "per_device_train_batch_size": 4, "report_to": "none", "optim": "adamw_torch"}
-    args = JobArgs(base_model_id=additions.add_model(engine, str(base)), dataset_id=dataset, prompt_id=prompt, adapter_name="talk",
-                   experimentid="11111111-2222-3333-4444-555555555555", out_dir=str(folder/"adapter"), train_out_dir=str(folder/"run"),
-                   lora_config='{"r":4}', bnb_config='{"load_in_4bit":false}', training_arguments_config=json.dumps(training))
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-        finetune(args, env, bar=False)
-    return folder/"adapter"
+        return tune(base, talks, folder=folder/"project", max_steps=2)
 
 
 def test_a_run_on_conversations_is_asked_in_turns(go, tmp_path):
-    adapter = talk_job(tmp_path)
+    adapter = talk_run(tmp_path).adapter
     made = export(adapter, "ollama")
     text = (made.folder/"Modelfile").read_text()
     template = text.partition('"""')[2].rpartition('"""')[0]
