@@ -6,75 +6,22 @@
 __all__ = ['token_seconds', 'train_seconds', 'expectations']
 
 # %% ../../nbs/ui/9_expectations.ipynb #5a0e9c38
-import ftnb.adapters as adapters
 import ftnb.estimate as estimate
-import ftnb.passes as passes
 import ftnb.preflight as preflight
 import ftnb.progress as progress
 import ftnb.ranks as ranks
 import ftnb.storage as storage
-
-# %% ../../nbs/ui/9_expectations.ipynb #23338079
-def _few_layers(
-    config,  # of the base model
-    n: int,  # layers
-):  # a config
-    "The same model, less deep."
-    from copy import deepcopy
-    config = deepcopy(config)
-    config.num_hidden_layers = n
-    if getattr(config, "layer_types", None): config.layer_types = config.layer_types[:n]
-    return config
-
-# %% ../../nbs/ui/9_expectations.ipynb #73d4c1b0
-def _time_layers(
-    check: preflight.Preflight,  # with plan, rows and steps known
-    n: int,  # layers
-    rows: list,  # of {"input_ids", "labels"}: a pass
-) -> tuple:  # (computed tokens, seconds)
-    "Time a pass of a shallow model with random weights."
-    import torch
-    from transformers import AutoModelForCausalLM
-    precision = check.job.precision
-    config, dtype = _few_layers(check.base.config, n), getattr(torch, precision.dtype)
-    with torch.random.fork_rng([] if precision.device == "cpu" else [precision.device]):
-        base = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).to(precision.device)
-        return estimate.probe_pass(adapters.apply_lora(base, check.records.lora), rows, precision)
-
-# %% ../../nbs/ui/9_expectations.ipynb #99c643fe
-def _largest_rows(
-    check: preflight.Preflight,  # with plan, rows and steps known
-) -> list:  # of {"input_ids", "labels"}
-    "Rows as long as those of the run's largest pass, of any tokens."
-    import numpy as np
-    chance, precision, settings = np.random.default_rng(0), check.job.precision, check.job.settings
-    counts, vocabulary = check.rows.counts["train"], check.base.config.vocab_size
-    free = max(0, ranks.free_memory(precision.device) - check.memory.total)
-    budget = estimate.pass_budget(check.plan.model, precision, settings, counts.prefix, free)
-    head, rows = list(counts.head[:counts.prefix]), []
-    for n, i in enumerate(estimate.largest_pass(counts, settings, budget)):
-        ids = chance.integers(0, vocabulary, int(counts.lengths[i]) - counts.prefix).tolist()
-        ids[0] = n % vocabulary
-        rows.append(dict(input_ids=head + ids, labels=[-100] * counts.prefix + ids))
-    return rows
 
 # %% ../../nbs/ui/9_expectations.ipynb #b4d63b12
 def token_seconds(
     check: preflight.Preflight,  # from `preflight.check_job`
 ) -> float | None:  # for a computed token; None where it can't be told yet
     "About how long this machine trains a token."
-    import torch
     if check.steps is None or not check.plan.shares: return None
-    rows, layers = _largest_rows(check), check.base.config.num_hidden_layers
-    try:
-        computed, one = _time_layers(check, 1, rows)
-        _, two = _time_layers(check, 2, rows)
-    except (RuntimeError, MemoryError) as e:
-        if not passes.out_of_memory(e): raise
-        return None
-    finally:
-        if check.job.precision.device != "cpu": torch.cuda.empty_cache()  # the run needs it
-    return (one + max(0, two - one) * (layers - 1)) / computed
+    job, counts = check.job, check.rows.counts["train"]
+    free = max(0, ranks.free_memory(job.precision.device) - check.memory.total)
+    budget = estimate.pass_budget(check.plan.model, job.precision, job.settings, counts.prefix, free)
+    return estimate.shallow_token_seconds(job, check.base.config, counts, budget)
 
 # %% ../../nbs/ui/9_expectations.ipynb #1c61344f
 def train_seconds(
@@ -92,8 +39,18 @@ def _row_words(
     "What a run's rows come to."
     ledger, lengths = rows.ledger, rows.counts["train"].lengths
     counts = f"{ledger.trained:,} to train on, {ledger.held_out:,} held out"
-    if dropped := len(ledger.dropped): counts += f", {dropped:,} dropped"
-    return {"rows": counts, "tokens": f"{int(lengths.sum()):,} an epoch, {int(lengths.max(initial=0)):,} in the longest row"}
+    if ledger.dropped: counts += f", {len(ledger.dropped):,} dropped"
+    tokens = f"{int(lengths.sum()):,} an epoch, {int(lengths.max(initial=0)):,} in the longest row"
+    return {"rows": counts, "tokens": tokens}
+
+# %% ../../nbs/ui/9_expectations.ipynb #3ca0e6bc
+def _time_words(
+    seconds: float,  # from `train_seconds`
+    precision: "Precision",  # of the run
+) -> str:
+    "How long a run will take."
+    more = ", more for 4-bit or 8-bit weights" if precision.bnb else ""
+    return f"about {progress.rough_time(seconds)}{more}"
 
 # %% ../../nbs/ui/9_expectations.ipynb #d6dd697d
 def expectations(
@@ -102,12 +59,10 @@ def expectations(
 ) -> dict:  # what -> words
     "What a run will come to, in a few lines."
     rows, steps, memory = check.rows, check.steps, check.memory
-    found = _row_words(rows) if rows is not None else {}
+    found = {} if rows is None else _row_words(rows)
     if steps is not None:
         found["steps"] = f"{steps.steps:,} of {steps.rows:,} rows"
         found["computed"] = f"about {steps.computed:,} of {steps.given:,} tokens"
     if memory is not None: found["memory"] = f"{storage.in_units(memory.total)} on {check.job.precision.device}"
-    if seconds is not None:
-        more = ", more for 4-bit or 8-bit weights" if check.job.precision.bnb else ""
-        found["time"] = f"about {progress.rough_time(seconds)}{more}"
+    if seconds is not None: found["time"] = _time_words(seconds, check.job.precision)
     return found
