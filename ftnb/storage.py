@@ -25,11 +25,11 @@ def folder_problem(
 ) -> str:  # a sentence, or ""
     "Why nothing can be written to a folder; leaves nothing behind."
     import tempfile
-    there = nearest_folder(path)
-    if not os.path.isdir(there): return f"{path} can't be a folder: {there} is a file; name another"
+    nearest = nearest_folder(path)
+    if not os.path.isdir(nearest): return f"{path} can't be a folder: {nearest} is a file; name another"
     try:
-        with tempfile.TemporaryFile(dir=there) as f: f.write(b"x")
-    except OSError as e: return f"{path} can't be written: {there}: {e.strerror}"
+        with tempfile.TemporaryFile(dir=nearest) as f: f.write(b"x")
+    except OSError as e: return f"{path} can't be written: {nearest}: {e.strerror}"
     return ""
 
 # %% ../nbs/06_storage.ipynb #1bea0af8
@@ -37,21 +37,50 @@ def in_units(
     size: float,  # bytes
 ) -> str:  # such as "1.5 GiB"
     "A size as a person reads it."
-    return f"{size / 2**30:,.3g} GiB" if size >= 2**30 else f"{size / 2**20:,.3g} MiB"
+    if size < 2**30: return f"{size / 2**20:,.3g} MiB"
+    return f"{size / 2**30:,.3g} GiB"
 
 # %% ../nbs/06_storage.ipynb #053e8d4d
 def disk_problems(
     needs: dict,  # folder, there or not -> bytes that will go into it
 ) -> list:  # sentences
     "Which folders have too little room; those on one disk are added up."
-    import shutil
     disks = {}
-    for path, size in needs.items(): disks.setdefault(os.stat(nearest_folder(path)).st_dev, []).append((path, size))
+    for path in needs:
+        disk = os.stat(nearest_folder(path)).st_dev
+        disks.setdefault(disk, []).append(path)
     problems = []
-    for found in disks.values():
-        free, need = shutil.disk_usage(nearest_folder(found[0][0])).free, sum(size for _, size in found)
-        if need > free: problems.append(f"{' and '.join(path for path, _ in found)}: {in_units(need)} will be needed, {in_units(free)} are free; make room")
+    for paths in disks.values():
+        free = shutil.disk_usage(nearest_folder(paths[0])).free
+        need = sum(needs[path] for path in paths)
+        if need <= free: continue
+        problems.append(f"{' and '.join(paths)}: {in_units(need)} will be needed, {in_units(free)} are free; make room")
     return problems
+
+# %% ../nbs/06_storage.ipynb #156e7257
+_NOT_ALLOWED = "this user may not write there: change its permissions"
+_ADVICE = {
+    errno.ENOSPC: "the disk is full: make room there",
+    errno.EDQUOT: "the quota is used up: make room there",
+    errno.EROFS: "it can't be written to (read-only): make it writable",
+    errno.EACCES: _NOT_ALLOWED,
+    errno.EPERM: _NOT_ALLOWED,
+}  # the system's number -> what is wrong, and what to do
+
+# %% ../nbs/06_storage.ipynb #dec081d9
+def _cause(
+    e: Exception,  # raised while writing
+    path: str,  # where
+) -> int | None:  # a key of `_ADVICE`
+    "What stopped a write, by the system's number for it."
+    if getattr(e, "errno", None) in _ADVICE: return e.errno
+    for number in _ADVICE:
+        if os.strerror(number) in str(e): return number
+    from_torch = isinstance(e, RuntimeError) and ("write" in str(e) or "inline_container" in str(e))
+    if not from_torch: return None
+    with contextlib.suppress(OSError):
+        if shutil.disk_usage(path).free < 1 << 20: return errno.ENOSPC
+    return None
 
 # %% ../nbs/06_storage.ipynb #7b226f95
 def storage_error(
@@ -59,15 +88,11 @@ def storage_error(
     path: str,  # where
     what: str,  # that was to be written
 ) -> Exception:  # `OSError` that says what would be right; `e` itself where it isn't about storage
-    "Libraries say in their own ways that a disk is full."
-    ways = {errno.ENOSPC: "the disk is full: make room there", errno.EDQUOT: "the quota is used up: make room there",
-            errno.EROFS: "it can't be written to (read-only): make it writable", errno.EACCES: "this user may not write there: change its permissions",
-            errno.EPERM: "this user may not write there: change its permissions"}
-    number = next((n for n in ways if n == getattr(e, "errno", None) or os.strerror(n) in str(e)), None)
-    if number is None and isinstance(e, RuntimeError) and any(o in str(e) for o in ("write", "inline_container")):  # torch gives no reason
-        with contextlib.suppress(OSError): number = errno.ENOSPC if shutil.disk_usage(path).free < 1 << 20 else None
-    if number is None and not isinstance(e, OSError): return e
-    return OSError(f"{what} can't be written to {path}: {ways.get(number, e)}, or give another train_out_dir. The checkpoints there stay as they are.")
+    "What a run says of a write that failed."
+    cause = _cause(e, path)
+    if cause is None and not isinstance(e, OSError): return e
+    return OSError(f"{what} can't be written to {path}: {_ADVICE.get(cause, e)}, or give another train_out_dir. "
+                   "The checkpoints there stay as they are.")
 
 # %% ../nbs/06_storage.ipynb #294038c8
 def file_kind(
@@ -78,6 +103,14 @@ def file_kind(
              stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
     return names.get(stat.S_IFMT(mode), "no plain file")
 
+# %% ../nbs/06_storage.ipynb #7d9431c4
+def _kind_at(
+    path: "str | Path",
+) -> str:  # as `file_kind` says; "" for nothing
+    "What stands at a path; a link is one, wherever it leads."
+    if not os.path.lexists(path): return ""
+    return file_kind(os.lstat(path).st_mode)
+
 # %% ../nbs/06_storage.ipynb #b348380d
 def open_plain(
     path: "str | Path",  # of a file
@@ -87,8 +120,8 @@ def open_plain(
     never = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC"))
     try: handle = os.open(path, flags | never, 0o666)
     except OSError as e:
-        kind = file_kind(os.lstat(path).st_mode) if os.path.lexists(path) else "a plain file"
-        if kind == "a plain file": raise
+        kind = _kind_at(path)
+        if kind in ("", "a plain file"): raise
         raise OSError(f"{path} is {kind}, where a plain file belongs: move it away") from e
     kind = file_kind(os.fstat(handle).st_mode)
     if kind == "a plain file": return handle
@@ -101,29 +134,39 @@ def set_aside(
 ) -> str:  # where it is now
     "Give it a name that nothing takes for a run's own."
     head, name = os.path.split(path)
-    free = next(p for i in range(1, 10**6) if not os.path.lexists(p := os.path.join(head, f"broken-{name}" + f"-{i}" * (i > 1))))
+    free, number = os.path.join(head, f"broken-{name}"), 1
+    while os.path.lexists(free):
+        number += 1
+        free = os.path.join(head, f"broken-{name}-{number}")
     os.rename(path, free)
     return free
+
+# %% ../nbs/06_storage.ipynb #c2154d4c
+def _move_away(
+    path: "str | Path",  # of what no run has made
+    kind: str,  # what it is
+):
+    "Set something aside, and say so in the log."
+    name = os.path.basename(set_aside(path))
+    print(f"{path} is {kind} that no run has made; it is set aside as {name}", flush=True)
 
 # %% ../nbs/06_storage.ipynb #9504be12
 def clear_way(
     path: "str | Path",  # where a file or folder of a run's own will be
 ):
     "Have nothing in a place: a file or a link is deleted, anything else set aside."
-    if not os.path.lexists(path): return
-    kind = file_kind(os.lstat(path).st_mode)
-    if kind in ("a link", "a plain file"): return os.unlink(path)
-    print(f"{path} is {kind} that no run has made; it is set aside as {os.path.basename(set_aside(path))}", flush=True)
+    kind = _kind_at(path)
+    if kind in ("a link", "a plain file"): os.unlink(path)
+    elif kind: _move_away(path, kind)
 
 # %% ../nbs/06_storage.ipynb #15ac524b
 def clear_folder(
     path: "str | Path",  # where a folder of a run's own will be
 ):
-    "Have nothing in a place: a folder there is a dead process's and goes with all that is in it; anything else is set aside."
-    if not os.path.lexists(path): return
-    kind = file_kind(os.lstat(path).st_mode)
+    "Have nothing in a place: a folder is deleted with all that is in it, anything else set aside."
+    kind = _kind_at(path)
     if kind == "a folder": shutil.rmtree(path)
-    else: print(f"{path} is {kind} that no run has made; it is set aside as {os.path.basename(set_aside(path))}", flush=True)
+    elif kind: _move_away(path, kind)
 
 # %% ../nbs/06_storage.ipynb #8a3820be
 def flush(
@@ -154,11 +197,11 @@ def whole_file(
     binary: bool = False,  # bytes instead of text
 ):  # a file to write to
     "Within this, write a file beside its place; it takes its place, flushed, at the end."
-    part = f"{path}.part"
+    part, encoding = f"{path}.part", None if binary else "utf-8"
     clear_way(part)
     handle = open_plain(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     try:
-        with open(handle, "wb" if binary else "w", encoding=None if binary else "utf-8") as f: yield f
+        with open(handle, "wb" if binary else "w", encoding=encoding) as f: yield f
         flush(part)
         if os.path.isdir(path): clear_way(path)
         os.replace(part, path)  # what is a link there is replaced itself
@@ -174,7 +217,8 @@ def _finite(
     from math import isfinite
     if isinstance(value, dict): return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)): return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not isfinite(value) else value
+    if isinstance(value, float) and not isfinite(value): return None
+    return value
 
 # %% ../nbs/06_storage.ipynb #1524234d
 def write_json(
@@ -182,7 +226,8 @@ def write_json(
     value,  # its content; what JSON doesn't know becomes text
 ):
     "Write a JSON file that appears whole."
-    with whole_file(path) as f: json.dump(_finite(value), f, indent=1, ensure_ascii=False, default=str, allow_nan=False)
+    with whole_file(path) as f:
+        json.dump(_finite(value), f, indent=1, ensure_ascii=False, default=str, allow_nan=False)
 
 # %% ../nbs/06_storage.ipynb #ab622d75
 def read_json(
@@ -191,7 +236,8 @@ def read_json(
 ):  # its content
     "Read a JSON file that anybody may have written; raises OSError where it can't be opened, and ValueError where it is no JSON."
     with open(open_plain(path), encoding="utf-8") as f:
-        if (size := os.fstat(f.fileno()).st_size) > most: raise ValueError(f"{path} has {size:,} bytes, where {most:,} are allowed")
+        size = os.fstat(f.fileno()).st_size
+        if size > most: raise ValueError(f"{path} has {size:,} bytes, where {most:,} are allowed")
         try: return json.load(f)
         except RecursionError: raise ValueError(f"{path} is nested too deeply") from None
 
@@ -212,6 +258,22 @@ def _lock(
         if os.path.exists(path) and os.path.samestat(os.fstat(lock.fileno()), os.lstat(path)): return lock
         lock.close()  # it was deleted by the one that had it
 
+# %% ../nbs/06_storage.ipynb #423afeef
+def _take_place(
+    path: str,  # of the lock file; its folder is made where it isn't there
+    what: str,  # is locked
+    key: str,  # the argument that names it
+) -> "IO":  # open and locked
+    "Lock a place, or raise in words what keeps us from it."
+    folder = os.path.dirname(path)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        return _lock(path)
+    except BlockingIOError as e:
+        raise ValueError(f"{what} is in use by {e.filename}: the job runs already. "
+                         f"Wait for it, stop it, or give another {key}") from None
+    except OSError as e: raise storage_error(e, folder, key) from e
+
 # %% ../nbs/06_storage.ipynb #dbf614f9
 @contextlib.contextmanager
 def only_one(
@@ -222,14 +284,9 @@ def only_one(
     "Within this, no other process works there; raises where one does."
     try: import fcntl  # noqa: F401
     except ImportError: yield; return  # Windows
-    path, what = os.path.join(folder, f".{name}.lock" if name else ".lock"), os.path.join(folder, name) if name else folder
-    try:
-        os.makedirs(folder, exist_ok=True)
-        lock = _lock(path)
-    except BlockingIOError as e:
-        raise ValueError(f"{what} is in use by {e.filename}: the job runs already. Wait for it, stop it, or give another {key}") from None
-    except OSError as e: raise storage_error(e, folder, key) from e
-    with lock:
+    path = os.path.join(folder, f".{name}.lock" if name else ".lock")
+    what = os.path.join(folder, name) if name else folder
+    with _take_place(path, what, key) as lock:
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {os.uname().nodename}")
         lock.flush()
