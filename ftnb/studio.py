@@ -112,8 +112,8 @@ def _sqlite_file(
     pattern = r"sqlite(?:\+\w+)?://(?:/(?:file:)?([^?]*))?(?:\?.*)?"
     match = re.fullmatch(pattern, str(url))
     if not match: return None
-    in_memory = not match[1] or match[1] == ":memory:"
-    return "" if in_memory else os.path.abspath(unquote(match[1]))
+    if match[1] in (None, "", ":memory:"): return ""
+    return os.path.abspath(unquote(match[1]))
 
 # %% ../nbs/07_studio.ipynb #38920937
 def _engine(
@@ -261,7 +261,8 @@ def fetch(
         query = sa.select(rows).where(rows.c.id == str(id))
         try: row = con.execute(query).mappings().first()
         except sa.exc.DBAPIError as e: raise ValueError(f"{table} {id}: the row can't be read: {e.orig}") from None
-    return None if row is None else _as_record(table, id, row)
+    if row is None: return None
+    return _as_record(table, id, row)
 
 # %% ../nbs/07_studio.ipynb #89bb9f61
 def _row_ids(
@@ -275,6 +276,14 @@ def _row_ids(
         query = sa.select(sa.table(table, sa.column("id")).c.id)
         return [str(id) for id in con.execute(query).scalars() if id is not None]
 
+# %% ../nbs/07_studio.ipynb #36c7912a
+def _sort_key(
+    record: Record,  # from `fetch`
+) -> tuple:
+    "What a list of records is in the order of: their names, where they have one."
+    shown = getattr(record, "name", None) or getattr(record, "description", None) or record.id
+    return str(shown).lower(), record.id
+
 # %% ../nbs/07_studio.ipynb #01d8ccc8
 def list_rows(
     engine: "Engine",  # from `open_studio`
@@ -284,10 +293,10 @@ def list_rows(
     _check_table(table)
     found = []
     for id in _row_ids(engine, table):
-        try: found.append(fetch(engine, table, id))
+        try: record = fetch(engine, table, id)
         except ValueError: continue
-    def shown(row): return getattr(row, "name", None) or getattr(row, "description", None) or row.id
-    return sorted(filter(None, found), key=lambda row: (str(shown(row)).lower(), row.id))
+        if record: found.append(record)
+    return sorted(found, key=_sort_key)
 
 # %% ../nbs/07_studio.ipynb #341d0446
 def _type_problem(
@@ -339,7 +348,8 @@ def _find_row(
     if record is None:
         return None, [Problem(key, f"{table} {id}: there is no such row; --{key} must name one")]
     wrong = _prompt_problem(record) if table == "prompts" else _source_problem(table, record)
-    return (None, [Problem(key, wrong)]) if wrong else (record, [])
+    if wrong: return None, [Problem(key, wrong)]
+    return record, []
 
 # %% ../nbs/07_studio.ipynb #9491cf6e
 def _once(
@@ -456,6 +466,13 @@ def _find_config(
     try: return read_config(text), source
     except ValueError as e: raise ValueError(f"{where}: {e}") from None
 
+# %% ../nbs/07_studio.ipynb #616fa43d
+_ROWS = {  # field of `Records` -> (table, argument that names its row)
+    "model": ("models", "base_model_id"),
+    "dataset": ("datasets", "dataset_id"),
+    "prompt": ("prompts", "prompt_id"),
+}
+
 # %% ../nbs/07_studio.ipynb #9786decc
 @dataclass(frozen=True, repr=False)
 class Records:
@@ -480,16 +497,13 @@ def find_records(
     args: JobArgs,  # from `parse_job_arguments`
 ) -> tuple:  # (`Records`, a list of `Problem`)
     "Look up all that a job's arguments name, and say what is wrong with each."
-    keys = {"model": ("models", "base_model_id"), "dataset": ("datasets", "dataset_id"),
-            "prompt": ("prompts", "prompt_id")}
-    found, sources, problems = {"job": None}, {}, []
-    for field, (table, key) in keys.items():
+    found, sources, problems = dict.fromkeys(("job", *_KINDS)), {}, []
+    for field, (table, key) in _ROWS.items():
         found[field], wrong = _find_row(engine, table, key, getattr(args, key))
         problems += wrong
     try: found["job"] = fetch(engine, "fine_tuning_jobs", args.experimentid)
     except ValueError as e: problems += problems_of(e, "experimentid")
     for field, kind in _KINDS.items():
-        found[field] = None
         try: found[field], sources[field] = _find_config(engine, kind, getattr(args, kind.argument))
         except ValueError as e: problems += problems_of(e, kind.argument)
     return Records(**found, sources=sources), problems
