@@ -25,8 +25,9 @@ class Repeated(dict):
         self.repeated = sorted(key for key, n in times.items() if n > 1)
 
     def __str__(self):
-        shown = ", ".join(map(repr, self.repeated[:3])) + ", ..." * (len(self.repeated) > 3)
-        return f"the key {shown} occurs more than once in an object: keep one"
+        keys = ", ".join(map(repr, self.repeated[:3]))
+        if len(self.repeated) > 3: keys += ", ..."
+        return f"the key {keys} occurs more than once in an object: keep one"
 
 # %% ../nbs/08_values.ipynb #db6b8bcd
 def _object(
@@ -34,7 +35,8 @@ def _object(
 ) -> dict:  # a `Repeated` when a key is repeated
     "A parsed JSON object."
     found = dict(pairs)
-    return found if len(found) == len(pairs) else Repeated(pairs)
+    if len(found) < len(pairs): return Repeated(pairs)
+    return found
 
 # %% ../nbs/08_values.ipynb #e4ea99f3
 JSON = json.JSONDecoder(parse_int=Number, parse_float=Number, parse_constant=Number, object_pairs_hook=_object)
@@ -79,7 +81,8 @@ def _bytes(
 ) -> str:  # the text they are
     "The text of bytes, where they are one."
     try: return value.decode()
-    except UnicodeDecodeError: raise ValueError(f"{len(value):,} bytes that aren't UTF-8 text: export them as text") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{len(value):,} bytes that aren't UTF-8 text: export them as text") from None
 
 # %% ../nbs/08_values.ipynb #221b8306
 def _numpy(
@@ -126,20 +129,28 @@ def _is_bare(
     if isinstance(value, (Number, int, float)) or type(value).__name__ == "Decimal": return True
     return hasattr(value, "dtype") and value.dtype.kind in "bifu"
 
+# %% ../nbs/08_values.ipynb #9cee4dba
+def _json_object(
+    value: dict,  # of any values
+) -> str:  # compact JSON
+    "An object as JSON; keys without a value are left out."
+    if isinstance(value, Repeated): raise ValueError(str(value))
+    def pair(key, inner): return f"{json.dumps(_scalar(key), ensure_ascii=False)}:{json_text(inner)}"
+    pairs = [pair(key, inner) for key, inner in value.items() if not is_missing(inner)]
+    return "{%s}" % ",".join(pairs)
+
 # %% ../nbs/08_values.ipynb #cc90fc56
 def json_text(
     value,  # a value inside another one, or a list or an object itself
 ) -> str:  # compact JSON
-    "A value as JSON; an object's keys without a value are left out."
-    if isinstance(value, Repeated): raise ValueError(str(value))
-    if isinstance(value, dict):
-        pairs = [(_scalar(key), json_text(v)) for key, v in value.items() if not is_missing(v)]
-        return "{%s}" % ",".join(f"{json.dumps(key, ensure_ascii=False)}:{text}" for key, text in pairs)
+    "A value as JSON."
+    if isinstance(value, dict): return _json_object(value)
     if isinstance(value, (list, tuple)) or type(value).__name__ == "ndarray":
         return "[%s]" % ",".join(map(json_text, value))
     if is_missing(value): return "null"
     text = _scalar(value)
-    return text if _is_bare(value) else json.dumps(text, ensure_ascii=False)
+    if _is_bare(value): return text
+    return json.dumps(text, ensure_ascii=False)
 
 # %% ../nbs/08_values.ipynb #49733b10
 def value_text(
@@ -148,9 +159,10 @@ def value_text(
     "The text that a template puts into a prompt; raises `ValueError` where there is none."
     kind = type(value)
     if kind is str or value is None: return value
-    if kind is Number: return _scalar(value)
+    if kind is Number: return _json_word(value)
     if isinstance(value, (dict, list, tuple)) or kind.__name__ == "ndarray": return json_text(value)
-    return None if is_missing(value) else _scalar(value)
+    if is_missing(value): return None
+    return _scalar(value)
 
 # %% ../nbs/08_values.ipynb #a06f89fa
 def _narrow(
@@ -170,7 +182,8 @@ def _singles(
     except (OverflowError, ValueError): pass
     def one(cell):
         try: return cell.as_py()
-        except (OverflowError, ValueError): return Unreadable(f"a {array.type} that Python can't hold: export it as text")
+        except (OverflowError, ValueError):
+            return Unreadable(f"a {array.type} that Python can't hold: export it as text")
     return [one(cell) for cell in array]
 
 # %% ../nbs/08_values.ipynb #e6e70267
@@ -228,6 +241,21 @@ def python_values(
     if is_a.is_float16(kind) or is_a.is_float32(kind): return _narrow(array)
     return _singles(array)
 
+# %% ../nbs/08_values.ipynb #f361c384
+def _texts_by_value(
+    column: "pa.Array | pa.ChunkedArray",  # of any type
+) -> tuple:  # as `column_texts`
+    "A column as texts, one value after the other."
+    import pyarrow as pa
+    texts, why = [], {}
+    for chunk in getattr(column, "chunks", [column]):
+        for value in python_values(chunk):
+            try: texts.append(value_text(value))
+            except (ValueError, RecursionError) as e:
+                why[len(texts)] = str(e)
+                texts.append(None)
+    return pa.array(texts, pa.string()), why
+
 # %% ../nbs/08_values.ipynb #e2ceb1d8
 def column_texts(
     column: "pa.Array | pa.ChunkedArray",  # of any type
@@ -237,12 +265,6 @@ def column_texts(
     import pyarrow.compute as pc
     kind, is_a = column.type, pa.types
     if is_a.is_string(kind) or is_a.is_large_string(kind): return column, {}
-    if is_a.is_integer(kind) or is_a.is_boolean(kind) or is_a.is_null(kind): return pc.cast(column, pa.string()), {}
-    texts, why = [], {}
-    for chunk in getattr(column, "chunks", [column]):
-        for value in python_values(chunk):
-            try: texts.append(value_text(value))
-            except (ValueError, RecursionError) as e:
-                why[len(texts)] = str(e)
-                texts.append(None)
-    return pa.array(texts, pa.string()), why
+    if is_a.is_integer(kind) or is_a.is_boolean(kind) or is_a.is_null(kind):
+        return pc.cast(column, pa.string()), {}
+    return _texts_by_value(column)
