@@ -57,7 +57,8 @@ def encode(
     rests = [text[self.cut:] for text in texts]
     found = call_tokenizer(tokenizer, rests, add_special_tokens=not self.cut)
     ids = found["input_ids"]
-    return [row + self.tail for row in ids] if self.tail else ids, found.encodings
+    if self.tail: ids = [row + self.tail for row in ids]
+    return ids, found.encodings
 
 # %% ../nbs/14d_shared_text.ipynb #acfe0cf1
 @patch
@@ -84,8 +85,8 @@ def _is_same(
     found, encodings = shared.encode(tokenizer, texts)
     for (ids, offsets), rest, encoding in zip(whole, found, encodings):
         if ids[:first] != shared.head or ids[first:] != rest: return False
-        own = offsets[first:len(ids) - len(shared.tail)]
-        if encoding.offsets != [(max(a - cut, 0), max(b - cut, 0)) for a, b in own]: return False
+        behind = offsets[first:len(ids) - len(shared.tail)]
+        if encoding.offsets != [(max(a - cut, 0), max(b - cut, 0)) for a, b in behind]: return False
     return True
 
 # %% ../nbs/14d_shared_text.ipynb #b4c274c2
@@ -93,7 +94,7 @@ def _extremes(
     texts: list,  # of some rows
 ) -> list:  # of texts
     "The first and last by alphabet and by length, and some between: the rows that differ most."
-    ends = [f(texts, key=key) for f in (min, max) for key in (None, len)]
+    ends = [min(texts), min(texts, key=len), max(texts), max(texts, key=len)]
     return ends + texts[::max(1, len(texts)//32)]
 
 # %% ../nbs/14d_shared_text.ipynb #5b973ae6
@@ -110,7 +111,7 @@ def find_shared_start(
     whole = encode_with_offsets(tokenizer, tried)
     ids, offsets = whole[0]
     words = tokenizer(tried[:1], verbose=False).word_ids(0)
-    last = next(n for n in range(len(words), 0, -1) if words[n-1] is not None)
+    last = max(n for n, word in enumerate(words, 1) if word is not None)  # what follows is added by the tokenizer
     for cut, k in _cuts(words, offsets, end)[:16]:
         shared = SharedStart(common, cut, ids[:k], ids[last:])
         if not _is_same(shared, tokenizer, tried, whole): continue
