@@ -47,8 +47,9 @@ def _variable_problems(
     "What is wrong with the variables."
     found = []
     for name, meaning in _VARIABLES.items():
-        if not given[name]: found.append(Problem(name, f"{name} isn't set: it is {meaning}"))
-        elif not re.fullmatch(_PATTERNS[name], given[name]): found.append(Problem(name, f"{name} can't be right: it is {meaning}"))
+        if re.fullmatch(_PATTERNS[name], given[name]): continue
+        what = "can't be right" if given[name] else "isn't set"
+        found.append(Problem(name, f"{name} {what}: it is {meaning}"))
     return found
 
 # %% ../../nbs/cluster/1_workspace.ipynb #8c25f0ba
