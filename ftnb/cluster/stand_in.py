@@ -269,7 +269,9 @@ def _judge(
 ) -> tuple:  # (status, what to answer)
     "Refuse a request, or carry it out."
     if kind == "echo": return 400, {"error": f"bad request: {dict(request.headers)} {text.decode()}", "code": 3}
-    if isinstance(kind, int): return kind, {"error": (said := f"refused with {kind}, as asked for"), "message": said, "code": 2}
+    if isinstance(kind, int):
+        said = f"refused with {kind}, as asked for"
+        return kind, {"error": said, "message": said, "code": 2}
     if request.headers.get("Authorization") != f"Bearer {server.key}": return 401, {"error": "the key isn't valid", "code": 16}
     call, ids = _call_of(request)
     if not call: return 404, {"error": "Not Found", "code": 5}
