@@ -75,7 +75,8 @@ def _questions(
 ) -> tuple:  # (name of a model -> text or token ids, ids of tokens that end an answer)
     "What each model is asked."
     names = self.models.names
-    if self.template is None or not self.template.chat: return dict.fromkeys(names, _prompt(self.template, values)), ()
+    if self.template is None or not self.template.chat:
+        return dict.fromkeys(names, _prompt(self.template, values)), ()
     rendered, plain = open_chat_template(self.models.tokenizer), PlainTokenizer(self.models.tokenizer)
     found = {}
     for name in names:
@@ -91,9 +92,10 @@ def ask(
     *values: str,  # one a slot, in their order
 ) -> dict:  # model -> answer
     "Let every model answer."
-    if len(values) != len(self.slots): raise ValueError(f"{len(values)} texts for the slots {', '.join(self.slots)}: give one for each")
-    asked = dict(zip(self.slots, values))
-    (questions, ends), answers = self._questions(asked), {}
+    if len(values) != len(self.slots):
+        raise ValueError(f"{len(values)} texts for the slots {', '.join(self.slots)}: give one for each")
+    asked, answers = dict(zip(self.slots, values)), {}
+    questions, ends = self._questions(asked)
     for name, question in questions.items():
         with self.models.using(name) as model:
             answer, = generate_answers(model, self.models.tokenizer, [question], ends=ends, **self.settings)
@@ -118,15 +120,32 @@ def chat(
     return Chat(load_models(base, adapters, tokenizer, precision), template, dict(max_new_tokens=max_new_tokens, stop=stop))
 
 # %% ../../nbs/ui/4_chats.ipynb #76fbd0f6
+def _printable(
+    text: str,  # of a model
+) -> str:  # on a line, without what a terminal would obey
+    "A text that can be shown in a terminal."
+    return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
+
+# %% ../../nbs/ui/4_chats.ipynb #32041f8a
 @patch
 def __repr__(self: Chat):
-    def plain(text): return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
-    def lines(asked, answers):
+    slots = ", ".join(f"{slot!r}" for slot in self.slots)
+    lines = [f"Chat with {', '.join(self.models.names)}; .ask({slots})"]
+    for asked, answers in self.said[-5:]:
         width = max(map(len, [*asked, *answers]))
-        return [f"{'> ' if k in asked else '  '}{k.ljust(width)}  {plain(v)}" for k, v in (*asked.items(), *answers.items())]
-    shown = [line for said in self.said[-5:] for line in lines(*said)]
-    how = ", ".join(f"{slot!r}" for slot in self.slots)
-    return "\n".join([f"Chat with {', '.join(self.models.names)}; .ask({how})", *shown])
+        lines += [f"> {slot.ljust(width)}  {_printable(text)}" for slot, text in asked.items()]
+        lines += [f"  {name.ljust(width)}  {_printable(text)}" for name, text in answers.items()]
+    return "\n".join(lines)
+
+# %% ../../nbs/ui/4_chats.ipynb #7f345111
+def _cells(
+    texts: list,  # of a row
+    tag: str = "td",  # or "th"
+) -> str:  # HTML, all text escaped
+    "A row of a table."
+    from html import escape
+    look = "text-align:left;vertical-align:top;white-space:pre-wrap;padding:4px 12px 4px 0"
+    return "<tr>" + "".join(f'<{tag} style="{look}">{escape(text)}</{tag}>' for text in texts) + "</tr>"
 
 # %% ../../nbs/ui/4_chats.ipynb #7831075f
 @patch
@@ -136,14 +155,14 @@ def _answers_html(
 ) -> str:  # HTML, with everything that was said escaped
     "What was said."
     from html import escape
-    look = "text-align:left;vertical-align:top;white-space:pre-wrap;padding:4px 12px 4px 0"
-    def cell(text, tag="td"): return f'<{tag} style="{look}">{escape(text)}</{tag}>'
-    def row(asked, answers):
-        question = next(iter(asked.values())) if len(asked) == 1 else "\n".join(f"{k}: {v}" for k, v in asked.items())
-        return f"<tr>{cell(question)}{''.join(cell(answers[n]) for n in self.models.names)}</tr>"
-    head = f"<tr>{''.join(cell(n, 'th') for n in ('asked', *self.models.names))}</tr>"
-    said = f"<table>{head}{''.join(row(*o) for o in reversed(self.said[-20:]))}</table>" if self.said else ""
-    return (f'<p role="alert"><b>Not answered:</b> {escape(problem)}</p>' if problem else "") + said
+    why = f'<p role="alert"><b>Not answered:</b> {escape(problem)}</p>' if problem else ""
+    if not self.said: return why
+    rows = [_cells(["asked", *self.models.names], "th")]
+    for asked, answers in reversed(self.said[-20:]):
+        question = "\n".join(f"{slot}: {text}" for slot, text in asked.items())
+        if len(asked) == 1: question, = asked.values()
+        rows.append(_cells([question, *(answers[name] for name in self.models.names)]))
+    return f"{why}<table>{''.join(rows)}</table>"
 
 # %% ../../nbs/ui/4_chats.ipynb #2e4b509f
 @patch(as_prop=True)
@@ -152,11 +171,13 @@ def box(self: Chat):
     if "_box" in self.__dict__: return self._box
     import ipywidgets as w
     wide = w.Layout(width="95%")
-    fields = [w.Textarea(description=slot, rows=4 if len(self.slots) == 1 else 2, layout=wide) for slot in self.slots]
-    send, answers = w.Button(description="Send", button_style="primary", tooltip="Let every model answer"), w.HTML(self._answers_html(), layout=wide)
+    rows = 4 if len(self.slots) == 1 else 2
+    fields = [w.Textarea(description=slot, rows=rows, layout=wide) for slot in self.slots]
+    send = w.Button(description="Send", button_style="primary", tooltip="Let every model answer")
+    answers = w.HTML(self._answers_html(), layout=wide)
     def click(_):
         send.disabled, send.description, problem = True, "…", ""
-        try: self.ask(*(o.value for o in fields))
+        try: self.ask(*(field.value for field in fields))
         except Exception as e: problem = f"{type(e).__name__}: {e}"
         finally: send.disabled, send.description = False, "Send"
         answers.value = self._answers_html(problem)
