@@ -33,15 +33,8 @@ class DataChoice:
 
     def as_dict(self) -> dict:  # key -> value
         "What was chosen; nothing where a data set is taken as it is."
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != _default(f)}
-
-# %% ../nbs/12b_choosing.ipynb #90a250a5
-def _default(
-    f: "dataclasses.Field",  # of `DataChoice`
-):  # its default
-    "What a field is where nothing was chosen."
-    from dataclasses import MISSING
-    return f.default if f.default is not MISSING else f.default_factory()
+        usual = vars(DataChoice())
+        return {key: value for key, value in vars(self).items() if value != usual[key]}
 
 # %% ../nbs/12b_choosing.ipynb #d58a6935
 DATA_KEYS = tuple(f.name for f in fields(DataChoice))
@@ -243,7 +236,6 @@ def _named(
 
 # %% ../nbs/12b_choosing.ipynb #6a9eb4e0
 def _name_problems(
-    found: corpus.Corpus,  # of the job's own data set
     labels: dict,  # (key, name) -> split
 ) -> list:  # of `Problem`
     "What stands on two sides at once."
@@ -283,6 +275,6 @@ def with_chosen(
             continue
         try: whole, labels[key, name] = _with_one(whole, key, name, engine, token)
         except (ValueError, OSError) as e: problems += [Problem(key, f"{key} {name!r}: {p}") for p in problems_of(e)]
-    problems = problems or _name_problems(found, labels)
+    problems = problems or _name_problems(labels)
     raise_problems(problems, "The data can't be chosen")
     return ChosenCorpus(whole.splits, whole.unread, whole.empty, whole.notes, _parts(found, choice, labels))

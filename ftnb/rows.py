@@ -360,13 +360,13 @@ def first_day(
 
 # %% ../nbs/24_rows.ipynb #5da80255
 def _tokenize_part(
-    ds,  # a `Dataset`: some rows of one side of the split
+    ds,  # a `Dataset`: some rows of one side of the split, what the template uses of them
     job: "Job",  # for the template and the kind of loss
     tokenizer,  # of the base model
     limit: int,  # tokens a row may have
+    day: "datetime.date | None" = None,  # that a chat template writes, where it writes one; default: today
 ) -> tokens.TokenizedRows:  # and why rows are missing, by their positions in `ds`
     "Format and tokenize some rows, or render them by the model's chat template."
-    ds, day = used_columns(ds, job.template), first_day(job.args.train_out_dir)
     return chat_rows.tokenize_dataset(ds, tokenizer, job.template, job.settings.loss, limit, day)
 
 # %% ../nbs/24_rows.ipynb #30cb9471
@@ -398,6 +398,7 @@ def _tokenize_side(
     limit: int,  # tokens a row may have
     keep: bool = True,  # the tokens; False: measure them and let them go
     unread: dict = {},  # row of the source, from 0 -> why it can't be read
+    day: "datetime.date | None" = None,  # that a chat template writes, where it writes one; default: today
     size: int = 5_000,  # rows of a part
 ) -> TokenizedSide:  # with the reasons of what is missing
     "Format, tokenize and measure one side of the split."
@@ -406,7 +407,7 @@ def _tokenize_side(
     counts = count_rows(tokens.TokenizedRows(None, ()), [])
     for at in range(0, max(1, len(ds)), size):
         part = ds.select(range(at, min(at + size, len(ds))))
-        rows = _tokenize_part(part, job, tokenizer, limit)
+        rows = _tokenize_part(part, job, tokenizer, limit, day)
         counts += count_rows(rows, [side.numbers[at + i] + 1 for i in rows.kept])
         kept += [at + i for i in rows.kept]
         dropped |= {at + i: why for i, why in rows.dropped.items()}
@@ -526,13 +527,15 @@ class JobRows:
     counts: dict = field(default_factory=dict, repr=False)  # "train", "test" -> `RowCounts`
     numbers: list = field(default_factory=list, repr=False)  # of each row to train on: where it is in the data, from 1; its name, in another data set
     held_out: object = field(default=None, repr=False)  # `Dataset`: the rows that base and adapter are asked, what the template uses of them
+    day: "datetime.date | None" = field(default=None, repr=False)  # that a chat template has written, where it writes one
 
 # %% ../nbs/24_rows.ipynb #ec613fe6
 def _side_hash(
     sides: list,  # of `SplitSide`
+    known: dict = {},  # id of a `Dataset` -> the hash of its rows, where that is known
 ) -> str:  # 64 hexadecimal digits
     "The hash of the rows on one side of the split."
-    hashed = [(side.source, splits.rows_hash(side.rows), side.again) for side in sides]
+    hashed = [(side.source, known.get(id(side.rows)) or splits.rows_hash(side.rows), side.again) for side in sides]
     if len(hashed) == 1 and not sides[0].again: return hashed[0][1]
     return hashlib.sha256(json.dumps(hashed).encode()).hexdigest()
 
@@ -543,7 +546,8 @@ def _hashes(
 ) -> dict:  # as in `JobRows`
     "Hashes of the rows, so that two runs can be compared without them."
     read = {name: splits.rows_hash(ds) for name, ds in data.items()}
-    return {"data": read} | {name: _side_hash(found) for name, found in sides.items() if found}
+    known = {id(ds): read[name] for name, ds in data.items()}  # a side may be all rows of its source
+    return {"data": read} | {name: _side_hash(found, known) for name, found in sides.items() if found}
 
 # %% ../nbs/24_rows.ipynb #49db0b60
 def _vocabulary_problems(
@@ -687,9 +691,11 @@ def prepare_rows(
     read = data.splits if keep else {name: used_columns(data.splits[name], job.template) for name in data.splits}
     sides, twins = _job_sides(read, data.parts, job, choice)
     limit = tokens.length_limit(job.settings.max_length, getattr(config, "max_position_embeddings", None))
-    def tokenized(side): return _tokenize_side(side, job, tokenizer, limit, keep, data.unread.get(side.source, {}))
+    day = first_day(job.args.train_out_dir)
+    def tokenized(side): return _tokenize_side(side, job, tokenizer, limit, keep, data.unread.get(side.source, {}), day)
     done = {name: [tokenized(side) for side in found] for name, found in sides.items()}
     raise_problems(_vocabulary_problems(config, tokenizer, done), f"The model {job.source} can't be used")
     ledger = _counted(read, data.parts, sides, done, twins)
     if not ledger.trained: raise ValueError(f"no row is left to train on\n{describe_ledger(ledger)}")
-    return _job_rows(sides, done, job.template, ledger, _hashes(read, sides) if keep else {}, limit)
+    rows = _job_rows(sides, done, job.template, ledger, _hashes(read, sides) if keep else {}, limit)
+    return replace(rows, day=day)

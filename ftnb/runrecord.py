@@ -27,7 +27,7 @@ import ftnb.ranks as ranks
 import ftnb.studio as studio
 from .guards import best_effort
 from .parents import Parent
-from .rows import JobRows, first_day
+from .rows import JobRows
 from .settings import TrainingSettings
 from .storage import file_hash, read_json, write_json
 from .problems import Problem, raise_problems
@@ -430,9 +430,9 @@ def note_job(
     "Write job.json and ledger.json."
     place = job.args.train_out_dir
     told = {"arguments": jobargs.format_job_arguments(job.args), "started": watch.took()["started"],
-            "day": first_day(place).isoformat()}
+            "day": rows.day.isoformat()}
     write_json(os.path.join(place, "job.json"), told)
-    write_json(os.path.join(job.args.train_out_dir, "ledger.json"), rows.ledger.as_dict())
+    write_json(os.path.join(place, "ledger.json"), rows.ledger.as_dict())
 
 # %% ../nbs/38_runrecord.ipynb #25098c30
 def saved_arguments(

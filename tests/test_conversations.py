@@ -56,7 +56,7 @@ def test_file_to_answer(base, tmp_path, kind):
     data = write(tmp_path/"chats.jsonl", [FORMATS[kind](talk(i)) for i in range(20)])
     run = tune(base, data, folder=tmp_path/"project", **QUICK)
     assert (run.adapter/"adapter_model.safetensors").is_file()
-    assert run.record["comparison"]["models"]["adapter"]["score"] == 1.0, run.record["comparison"]
+    assert run.record.comparison["models"]["adapter"]["score"] == 1.0, run.record.comparison
     talked = run.chat(max_new_tokens=8)
     assert talked.ask("Where is my order?")["tuned"] == "track"
     if kind != "lists": assert talked.ask("I want my money back.")["tuned"] == "refund"  # a second turn was trained
@@ -87,7 +87,7 @@ def test_bad_rows_are_named(base, tmp_path):
     bad = [dict(messages=[dict(role="bot", content="Hi")]), dict(messages=[dict(role="user", content=" "), *talk(0)]), dict(messages="Hi"), dict(messages=None), dict(messages=talk(0)[:1])]
     data = write(tmp_path/"chats.jsonl", [dict(messages=talk(i)) for i in range(40)] + bad)
     run = tune(base, data, folder=tmp_path/"project", train_test_split=1.0, max_steps=1, bar=False)
-    dropped = {drop["row"]: drop["reason"] for drop in run.record["rows"]["dropped"]}
+    dropped = {drop["row"]: drop["reason"] for drop in run.record.rows["dropped"]}
     assert dropped.keys() == {41, 42, 43, 44, 45}, dropped
     assert "has the role 'bot'" in dropped[41] and "turn 1, the user's, is empty" in dropped[42]
     assert "neither JSON" in dropped[43] and "no value for messages" in dropped[44] and "no turn of it is the assistant's" in dropped[45]
@@ -134,7 +134,7 @@ def test_killed_and_run_again(base, tmp_path):
     data = write(tmp_path/"chats.jsonl", [dict(messages=talk(i)) for i in range(20)])
     how = dict(folder=tmp_path/"project", learning_rate=1e-3, max_steps=12, per_device_train_batch_size=2, save_steps=3, save_strategy="steps")
     day = lambda place: datetime.date(2026, 3, 1)
-    with patch("ftnb.rows.first_day", day), patch("ftnb.runrecord.first_day", day): run = tune(dated, data, bar=False, **how)
+    with patch("ftnb.rows.first_day", day): run = tune(dated, data, bar=False, **how)
     whole = (run.adapter/"adapter_model.safetensors").read_bytes()
     shutil.rmtree(run.adapter)
     place = Path(run.args.train_out_dir)

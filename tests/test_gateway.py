@@ -21,6 +21,7 @@ import requests
 import websocket
 from jupyter_client.jsonutil import json_default
 from jupyter_client.session import Session
+from waiting import wait_for
 
 import ftnb
 from ftnb.demo.project import make_demo_project
@@ -57,14 +58,6 @@ def check_finite(trainer, norm):
     return real(trainer, norm)
 checkpoints.check_finite = check_finite
 """
-
-
-def wait_for(test, seconds=300):
-    limit = time.monotonic() + seconds
-    while not test():
-        if time.monotonic() > limit:
-            raise TimeoutError
-        time.sleep(0.01)
 
 
 # The gateway, and what it starts

@@ -22,6 +22,6 @@ def test_a_run_of_your_own(tmp_path, tiny_base, monkeypatch):
     names = {}
     exec(code, names)
     run = names["run"]
-    assert run.record["metrics"]["eval_loss"] < run.record["metrics"]["eval_loss_before"]
+    assert run.record.metrics["eval_loss"] < run.record.metrics["eval_loss_before"]
     assert (run.adapter / "adapter_model.safetensors").exists() and (run.adapter / "run.json").exists()
     assert all((run.report.parent / name).exists() for name in ("report.html", "metrics.jsonl", "ledger.json"))
