@@ -389,7 +389,7 @@ def _unread(
     "The lost rows of a split."
     found, start = {}, 0
     for file, table in tables.items():
-        lost = faults.rows.get(file, {})
+        lost = faults.unread.get(file, {})
         found |= {start + row: lost[row] for row in sorted(lost)}
         start += table.num_rows
     return found

@@ -38,7 +38,7 @@ class Faults:
     limit: int = 20  # problems kept in full
     problems: list = field(default_factory=list)  # those, of `Problem`
     count: int = 0  # of all
-    rows: dict = field(default_factory=dict)  # file -> {row from 0: why it can't be read}
+    unread: dict = field(default_factory=dict)  # file -> {row from 0: why it can't be read}
     empty: dict = field(default_factory=dict)  # file -> {column: empty fields that count as missing}
     hidden: bool = False  # is the file at hand one whose words aren't to be shown?
 
@@ -94,7 +94,7 @@ def lose(
     what: str,  # what is wrong, and what would be right
 ):
     "Note a row that can't be read."
-    lost = self.rows.setdefault(place.file, {})
+    lost = self.unread.setdefault(place.file, {})
     why = "it can't be read, as 100,000 rows before it"
     if len(lost) < 100_000: why = str(self.problem(place, what))
     lost.setdefault(place.row - 1, why)
@@ -107,7 +107,7 @@ def refuse(
     rows: int,  # that it has
 ):
     "Make the rows lost in a file problems of their own."
-    lost = self.rows.pop(file, {})
+    lost = self.unread.pop(file, {})
     room = max(0, self.limit - len(self.problems))
     self.problems += [Problem(file, why) for why in list(lost.values())[:room]]
     self.count += len(lost)
@@ -346,7 +346,7 @@ def chunks_table(
         arrays = [_strings(values, name, chunk.places, file, faults) for name, values in chunk.columns.items()]
         tables.append(pa.Table.from_arrays(arrays, list(chunk.columns)))
         rows += len(chunk.places)
-    lost = faults.rows.get(file, {})
+    lost = faults.unread.get(file, {})
     if len(lost) * 10 > rows or faults.count > before: faults.refuse(file, rows)
     if faults.count > before: return None
     if not tables: return faults.add(file, "there are no rows in it: put at least one below the header, or in the list")
