@@ -6,8 +6,9 @@
 __all__ = ['DATA_KEYS', 'MOST_WEIGHT', 'HUB_NAME', 'DataChoice', 'choice_problems', 'read_choice', 'dataset_columns',
            'find_dataset', 'DataParts', 'usual_parts', 'ChosenCorpus', 'with_chosen']
 
-# %% ../nbs/12b_choosing.ipynb #4fb22887
+# %% ../nbs/12b_choosing.ipynb #0201a83b
 import math, os, re
+from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -69,6 +70,16 @@ def _is_name(
     "Is it the name of a data set?"
     return isinstance(value, str) and bool(value.strip())
 
+# %% ../nbs/12b_choosing.ipynb #28a767d8
+def _name_problem(
+    key: str,  # "validation" or "test"
+    value,  # as it was written; None: it isn't there
+) -> list:  # of `Problem`
+    "What is wrong with the name of a data set."
+    if value is None or _is_name(value): return []
+    right = "it must be the name of a data set: a file, a folder, a split, a name on the hub, or an id of the Studio's"
+    return [Problem(key, f"{key} is {value!r}: {right}")]
+
 # %% ../nbs/12b_choosing.ipynb #6a2320ee
 def _more_problems(
     value,  # of more_data
@@ -82,22 +93,24 @@ def _more_problems(
     weights = value.items() if isinstance(value, dict) else ()
     return [p for name, weight in weights for p in _weight_problem("more_data", f"the weight of {name!r}", weight)]
 
-# %% ../nbs/12b_choosing.ipynb #6cf910e8
+# %% ../nbs/12b_choosing.ipynb #2996c3f2
+def _flag_problem(
+    key: str,  # "drop_duplicates" or "drop_overlap"
+    value,  # as it was written
+) -> list:  # of `Problem`
+    "What is wrong with a key that is true or false."
+    return [] if isinstance(value, bool) else [Problem(key, f"{key} is {value!r}; it must be true or false")]
+
+# %% ../nbs/12b_choosing.ipynb #6de2ba0c
 def choice_problems(
     asked: dict,  # training arguments; other keys aren't looked at
 ) -> list:  # of `Problem`
     "What is wrong with the keys that choose data."
     found = []
-    for key in ("validation", "test"):
-        value = asked.get(key)
-        if value is None or _is_name(value): continue
-        right = "it must be the name of a data set: a file, a folder, a split, a name on the hub, or an id of the Studio's"
-        found.append(Problem(key, f"{key} is {value!r}: {right}"))
+    for key in ("validation", "test"): found += _name_problem(key, asked.get(key))
     if "more_data" in asked: found += _more_problems(asked["more_data"])
     if "data_weight" in asked: found += _weight_problem("data_weight", "data_weight", asked["data_weight"])
-    for key in ("drop_duplicates", "drop_overlap"):
-        if not isinstance(asked.get(key, False), bool):
-            found.append(Problem(key, f"{key} is {asked[key]!r}; it must be true or false"))
+    for key in ("drop_duplicates", "drop_overlap"): found += _flag_problem(key, asked.get(key, False))
     return found
 
 # %% ../nbs/12b_choosing.ipynb #165a0b0c
@@ -114,7 +127,7 @@ def read_choice(
 _KINDS = {".csv": "project_csv", ".tsv": "project_csv", ".json": "project_json", ".jsonl": "project_jsonl"}
 HUB_NAME = r"[\w.-]+(/[\w.-]+)?"
 
-# %% ../nbs/12b_choosing.ipynb #dc3a3a8a
+# %% ../nbs/12b_choosing.ipynb #ef7347c9
 def dataset_columns(
     source: str,  # a file, a folder, or a name on the hub
 ) -> dict:  # type, and where it is
@@ -122,13 +135,14 @@ def dataset_columns(
     expanded = os.path.expanduser(source)
     place = corpus.parse_dataset_name(expanded).place
     path, part = os.path.abspath(place) if source else "", expanded[len(place):]
-    bare = re.sub(r"\.(gz|bz2|xz|zst|zip)$", "", path.lower())
-    kind = _KINDS.get(Path(bare).suffix)
     if os.path.isdir(path): return dict(type="project", location=path + part)
+    unpacked = re.sub(r"\.(gz|bz2|xz|zst|zip)$", "", path.lower())
+    kind = _KINDS.get(Path(unpacked).suffix)
     if kind and part not in ("", "[train]"):
         raise ValueError(f"{place} is a single file, and has neither configurations nor splits: leave out {part}")
     if kind: return dict(type=kind, location=path)
-    if not os.path.exists(path) and re.fullmatch(HUB_NAME, place): return dict(type="huggingface", huggingface_name=source)
+    on_hub = not os.path.exists(path) and re.fullmatch(HUB_NAME, place)
+    if on_hub: return dict(type="huggingface", huggingface_name=source)
     raise ValueError(f"{source or 'nothing'} is no .csv, .tsv, .json or .jsonl file, no folder and no name on the hub")
 
 # %% ../nbs/12b_choosing.ipynb #cded33bc
@@ -207,60 +221,80 @@ def _label(
     while name in taken and f"{name} ({number})" in taken: number += 1
     return name if name not in taken else f"{name} ({number})"
 
-# %% ../nbs/12b_choosing.ipynb #cea9763f
+# %% ../nbs/12b_choosing.ipynb #a8cd985d
+@dataclass(frozen=True)
+class _Named:
+    "A data set that a choice names."
+    key: str  # "validation", "test" or "more_data"
+    name: str  # as it was written
+    split: str | None = None  # of all rows together, once they are there
+
+# %% ../nbs/12b_choosing.ipynb #7e4b2794
+def _named(
+    choice: DataChoice,  # from `read_choice`
+) -> list:  # of `_Named`
+    "The data sets that a choice names."
+    held = [_Named(key, getattr(choice, key)) for key in ("validation", "test") if getattr(choice, key)]
+    return held + [_Named("more_data", name) for name in choice.more_data]
+
+# %% ../nbs/12b_choosing.ipynb #801788fb
+def _beside(
+    found: corpus.Corpus,  # that is added to
+    label: str,  # of the new split
+    other: corpus.Corpus,  # that has it
+    split: str,  # its name there
+) -> corpus.Corpus:  # with one more split
+    "Put a split of another data set beside those of this one."
+    rows = type(found.splits)({**found.splits, label: other.splits[split]})
+    unread = found.unread | {label: other.unread.get(split, {})}
+    empty = Counter(found.empty) + Counter(other.empty)
+    return replace(found, splits=rows, unread=unread, empty=dict(empty))
+
+# %% ../nbs/12b_choosing.ipynb #9a80b8a6
 def _with_one(
     found: corpus.Corpus,  # that is added to
-    key: str,  # "validation", "test" or "more_data"
-    name: str,  # of a data set
+    one: _Named,  # the data set
     engine: "Engine | None",  # of the Studio database
     token: str | None,  # for the hub
-) -> tuple:  # (the `Corpus` with one more split, its name)
+) -> tuple:  # (the `Corpus` with one more split, the `_Named` with its name)
     "Read another data set."
-    record = find_dataset(name, engine)
+    record = find_dataset(one.name, engine)
     other = corpus.read_corpus(record, token)
-    split = _split_for(key, list(other.splits))
-    label = _label(record.name or name, found.splits)
-    empty = {column: found.empty.get(column, 0) + other.empty.get(column, 0) for column in (*found.empty, *other.empty)}
-    notes = [f"{label}: {note}" for note in other.notes] if key == "more_data" else []
-    more = type(found.splits)({**found.splits, label: other.splits[split]})
-    unread = found.unread | {label: other.unread.get(split, {})}
-    return replace(found, splits=more, unread=unread, empty=empty, notes=(*found.notes, *notes)), label
+    split = _split_for(one.key, list(other.splits))
+    label = _label(record.name or one.name, found.splits)
+    whole = _beside(found, label, other, split)
+    if one.key == "more_data":
+        whole = replace(whole, notes=(*found.notes, *(f"{label}: {note}" for note in other.notes)))
+    return whole, replace(one, split=label)
 
-# %% ../nbs/12b_choosing.ipynb #efce81d0
-def _named(
-    choice: DataChoice,
-) -> list:  # (key, name) of each data set
-    "The data sets that a choice names."
-    held = [(key, getattr(choice, key)) for key in ("validation", "test") if getattr(choice, key)]
-    return [*held, *(("more_data", name) for name in choice.more_data)]
-
-# %% ../nbs/12b_choosing.ipynb #6a9eb4e0
+# %% ../nbs/12b_choosing.ipynb #d3c619e8
 def _name_problems(
-    labels: dict,  # (key, name) -> split
+    named: list,  # of `_Named`, with their splits
 ) -> list:  # of `Problem`
     "What stands on two sides at once."
-    trained = ["train", *(label for (key, _), label in labels.items() if key == "more_data")]
+    trained = Counter(["train", *(one.split for one in named if one.key == "more_data")])
     problems = []
-    for (key, name), label in labels.items():
-        twice = trained.count(label) > (key == "more_data")
-        if twice: problems.append(Problem(key, f"{key} names {name!r}, whose rows are trained on already: name another"))
+    for one in named:
+        itself = 1 if one.key == "more_data" else 0
+        if trained[one.split] == itself: continue
+        problems.append(Problem(one.key, f"{one.key} names {one.name!r}, whose rows are trained on already: name another"))
     return problems
 
-# %% ../nbs/12b_choosing.ipynb #2a7dfe7c
+# %% ../nbs/12b_choosing.ipynb #8b5865fe
 def _parts(
     found: corpus.Corpus,  # of the job's own data set
-    choice: DataChoice,
-    labels: dict,  # (key, name) -> split
-) -> DataParts:
+    choice: DataChoice,  # for the weights
+    named: list,  # of `_Named`, with their splits
+) -> DataParts:  # what each split is for
     "What each split is for, once all are there."
-    by_key = {key: label for (key, _), label in labels.items()}
     train = {"train": choice.data_weight}
-    train |= {labels["more_data", name]: weight for name, weight in choice.more_data.items()}
-    validation, test = by_key.get("validation"), by_key.get("test")
+    train |= {one.split: choice.more_data[one.name] for one in named if one.key == "more_data"}
+    held = {one.key: one.split for one in named}
+    validation, test = held.get("validation"), held.get("test")
     if validation: return DataParts(train, validation, test)
     return DataParts(train, test or splits.own_held_out(found.splits))
 
-# %% ../nbs/12b_choosing.ipynb #10fa4fc3
+# %% ../nbs/12b_choosing.ipynb #5ddc257c
 def with_chosen(
     found: corpus.Corpus,  # of the job's own data set
     choice: DataChoice,  # from `read_choice`
@@ -268,13 +302,13 @@ def with_chosen(
     token: str | None = None,  # for the hub
 ) -> ChosenCorpus:  # each data set a split; raises with what is wrong
     "Put the chosen data sets beside a job's own."
-    whole, labels, problems = found, {}, []
-    for key, name in _named(choice):
-        if name in found.splits:  # one of its own
-            labels[key, name] = name
-            continue
-        try: whole, labels[key, name] = _with_one(whole, key, name, engine, token)
-        except (ValueError, OSError) as e: problems += [Problem(key, f"{key} {name!r}: {p}") for p in problems_of(e)]
-    problems = problems or _name_problems(labels)
-    raise_problems(problems, "The data can't be chosen")
-    return ChosenCorpus(whole.splits, whole.unread, whole.empty, whole.notes, _parts(found, choice, labels))
+    whole, named, problems = found, [], []
+    for one in _named(choice):
+        placed = replace(one, split=one.name)
+        try:
+            if one.name not in found.splits: whole, placed = _with_one(whole, one, engine, token)
+        except (ValueError, OSError) as e:
+            problems += [Problem(one.key, f"{one.key} {one.name!r}: {p}") for p in problems_of(e)]
+        named.append(placed)
+    raise_problems(problems or _name_problems(named), "The data can't be chosen")
+    return ChosenCorpus(whole.splits, whole.unread, whole.empty, whole.notes, _parts(found, choice, named))
