@@ -186,7 +186,8 @@ def _kind(
     dataset,  # a `Dataset` with its columns
 ) -> str:  # as in `PromptTemplate.chat`
     "How rows become conversations, by the template's slots and what they hold."
-    if template.chat or not is_bare(template) or set(template.fields) - set(dataset.column_names): return template.chat
+    known = set(template.fields) <= set(dataset.column_names)
+    if template.chat or not known or not is_bare(template): return template.chat
     first = _first_values(dataset, template.fields)
     talks = [_holds_turns(first.get(column)) for _, column in template.pieces]
     if len(talks) == 1 and talks[0]: return "messages"
@@ -256,7 +257,8 @@ def read_conversation(
     if template.chat == "messages":
         turns = read_turns(row[template.fields[0]], template.fields[0])
         return Conversation(tuple(turns), len(turns) - 1, tools)
-    asked, answer = (_listed_turns if template.chat == "lists" else _plain_turns)(template, row)
+    if template.chat == "lists": asked, answer = _listed_turns(template, row)
+    else: asked, answer = _plain_turns(template, row)
     return Conversation((*asked, *answer), len(asked), tools)
 
 # %% ../nbs/11b_conversations.ipynb #23db1bf3

@@ -78,7 +78,8 @@ def _column_problem(
 ) -> str:  # what is wrong, and what would be right
     "What to say of a slot that is no column."
     if f"{{{slot}}}" in columns:
-        return f"the template's {{{slot}}} is no column: the data set's is called '{{{slot}}}', with braces, which no slot can name; rename it to {slot!r}"
+        return (f"the template's {{{slot}}} is no column: the data set's is called '{{{slot}}}', with braces, "
+                f"which no slot can name; rename it to {slot!r}")
     if _is_odd(slot): return _not_plain(slot)
     return f"the template's {{{slot}}} is no column{nearest(slot, columns)} (the data set has {shown})"
 
@@ -112,6 +113,15 @@ def _too_large(
     if slots > MOST_SLOTS: return f"the template has {slots:,} slots, and {MOST_SLOTS:,} is the most"
     return ""
 
+# %% ../nbs/11_prompts.ipynb #f2e3d543
+def _plain_problems(
+    slots: "Iterable[str]",  # that a template uses
+    strict: bool,  # False: any name may be a column's, only an empty one can't
+) -> list:  # of `Problem`
+    "Slots that look like no column, where the columns aren't known."
+    odd = [slot for slot in slots if not slot.strip() or (strict and _is_odd(slot))]
+    return [Problem(slot, _not_plain(slot)) for slot in odd]
+
 # %% ../nbs/11_prompts.ipynb #89c49c24
 def parse_template(
     text: str,  # a template with `{column}` slots
@@ -122,10 +132,9 @@ def parse_template(
     if large := _too_large(text): raise ValueError(large)
     pieces, nested = _pieces(text)
     slots = dict.fromkeys(slot for _, slot in pieces if slot is not None)
-    if columns is None: odd = [slot for slot in slots if _is_odd(slot) and (strict or not slot.strip())]
-    else: odd = []
-    problems = [Problem(slot, _not_plain(slot)) for slot in [slot[1:-1] for slot in nested] + odd]
-    if columns is not None: problems += sorted(_column_problems(slots, columns), key=lambda p: not _is_odd(p.where))
+    problems = [Problem(slot[1:-1], _not_plain(slot[1:-1])) for slot in nested]
+    if columns is None: problems += _plain_problems(slots, strict)
+    else: problems += sorted(_column_problems(slots, columns), key=lambda p: not _is_odd(p.where))
     raise_problems(problems, "The prompt template can't be used")
     return pieces
 
@@ -219,8 +228,11 @@ def format_row(
     eos_token: str = "",  # put at the end, once
 ) -> str:  # the text
     "Fill a template's slots with a row's values."
-    body = "".join(lit if f is None else lit + _text(row[f]) for lit, f in template.pieces)
-    return end_with_eos(body, eos_token)
+    parts = []
+    for literal, column in template.pieces:
+        parts.append(literal)
+        if column is not None: parts.append(_text(row[column]))
+    return end_with_eos("".join(parts), eos_token)
 
 # %% ../nbs/11_prompts.ipynb #244bfff3
 def value_spans(
@@ -229,13 +241,15 @@ def value_spans(
 ) -> tuple:  # ([(start, end) of each value, in characters], start of the completion or None)
     "Where a row's values and its completion lie in the formatted text."
     spans, at, start = [], 0, None
-    for i, (lit, f) in enumerate(template.pieces):
+    for i, (literal, column) in enumerate(template.pieces):
         if i == template.completion: start = at
-        at += len(lit)
-        if f is None: continue
-        spans.append((at, at + len(_text(row[f]))))
-        at = spans[-1][1]
-    return spans, at if start is None and template.completion is not None else start
+        at += len(literal)
+        if column is None: continue
+        end = at + len(_text(row[column]))
+        spans.append((at, end))
+        at = end
+    if start is None and template.completion is not None: start = at  # the completion is empty
+    return spans, start
 
 # %% ../nbs/11_prompts.ipynb #19959e06
 def _texts(
