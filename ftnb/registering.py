@@ -15,18 +15,6 @@ import ftnb.runrecord as runrecord
 import ftnb.studio as studio
 from .problems import raise_problems
 
-# %% ../nbs/50_registering.ipynb #964cec98
-def _register(
-    engine: "Engine",  # from `open_studio`
-    args: "JobArgs",  # of the job
-    location: str,  # folder of the adapter
-    wait: float,  # seconds to go on trying while the database is in use
-) -> str:  # id of the adapter
-    "Give a job's adapter its row."
-    return registry.register_adapter(
-        engine, name=args.adapter_name, model_id=args.base_model_id, prompt_id=args.prompt_id, location=location,
-        experimentid=args.experimentid, job=registry.job_columns(args), wait=wait)
-
 # %% ../nbs/50_registering.ipynb #7ec0888f
 def register_job(
     job: runrecord.Job,  # whose adapter is in its place
@@ -34,7 +22,7 @@ def register_job(
 ) -> str:  # id of the adapter
     "Register the adapter of a job; where that fails, say how to do it later."
     args, place = job.args, studio.studio_place(job.engine)
-    try: return _register(job.engine, args, args.out_dir, wait)
+    try: return registry.register_adapter(job.engine, **registry.registration(args), wait=wait)
     except Exception as e:
         database = [] if "://" in place else ["--db", place]  # a URL may hold a password
         command = shlex.join(["ftnb_register", os.path.abspath(args.out_dir), *database])
@@ -66,7 +54,8 @@ def register_saved(
     _check_rows(engine, args)
     moved = os.path.realpath(out_dir) != os.path.realpath(args.out_dir)
     location = os.path.abspath(out_dir) if moved else args.out_dir
-    return _register(engine, replace(args, adapter_name=name, auto_add_adapter=True), location, wait)
+    wanted = registry.registration(replace(args, adapter_name=name, auto_add_adapter=True))
+    return registry.register_adapter(engine, **wanted | {"location": location}, wait=wait)
 
 # %% ../nbs/50_registering.ipynb #f268d7f3
 def register_command(
