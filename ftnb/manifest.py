@@ -17,7 +17,8 @@ from .storage import clear_folder, file_hash, flush, open_plain, set_aside
 
 # %% ../nbs/32_manifest.ipynb #fa550b7f
 MANIFEST = "manifest.json"
-NEEDED = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "run_state.json")  # files a run can't go on without, beside a random state
+NEEDED = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt",
+          "trainer_state.json", "run_state.json")  # files a run can't go on without, beside a random state
 
 # %% ../nbs/32_manifest.ipynb #2607087d
 def _manifest_text(
@@ -37,9 +38,9 @@ def read_manifest(
     try:
         content = json.loads(text)
         content.pop("sha256")
-        if _manifest_text(content) != text: raise ValueError
-        content["step"], content["files"], content["identity"]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError): raise ValueError(f"{MANIFEST} isn't what was written") from None
+        whole = _manifest_text(content) == text and {"step", "files", "identity"} <= set(content)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError): whole = False
+    if not whole: raise ValueError(f"{MANIFEST} isn't what was written")
     return content
 
 # %% ../nbs/32_manifest.ipynb #7d3e970a
@@ -62,6 +63,32 @@ def seal_checkpoint(
     os.rename(part, place)
     flush(os.path.dirname(place))
 
+# %% ../nbs/32_manifest.ipynb #511cdb9d
+def _names_problem(
+    names: set,  # of the files in a checkpoint, without its manifest
+    listed: dict,  # the files of its manifest
+) -> str:  # "" where the names are right
+    "Which files are missing, or too many."
+    missing = {*listed, *NEEDED} - names
+    states = [name for name in names if name.startswith("rng_state") and name.endswith(".pth")]
+    if not states: missing.add("the random state")
+    if missing: return f"{', '.join(sorted(missing))}: missing"
+    extra = names - set(listed)
+    if extra: return f"{', '.join(sorted(extra))}: not in its manifest"
+    return ""
+
+# %% ../nbs/32_manifest.ipynb #266279d3
+def _content_problem(
+    folder: str,  # a checkpoint
+    files: dict,  # name -> SHA-256
+) -> str:  # "" where all are as they were written
+    "The first file that isn't what was written."
+    for name in sorted(files):
+        path = os.path.join(folder, name)
+        if os.path.islink(path) or not os.path.isfile(path): return f"{name} isn't a plain file"
+        if file_hash(path) != files[name]: return f"{name} isn't what was written"
+    return ""
+
 # %% ../nbs/32_manifest.ipynb #1fe41204
 def checkpoint_problem(
     folder: str,  # `checkpoint-N`
@@ -72,31 +99,29 @@ def checkpoint_problem(
     try: manifest = read_manifest(folder)
     except FileNotFoundError: return f"{MANIFEST} is missing"
     except (OSError, ValueError) as e: return str(e)
-    files, there = manifest["files"], set(os.listdir(folder)) - {MANIFEST}
-    states = [n for n in there if n.startswith("rng_state") and n.endswith(".pth")] or ["the random state"]
-    if missing := {*files, *NEEDED, *states[:1]} - there: return f"{', '.join(sorted(missing))}: missing"
-    if extra := there - set(files): return f"{', '.join(sorted(extra))}: not in its manifest"
+    names = set(os.listdir(folder)) - {MANIFEST}
+    if problem := _names_problem(names, manifest["files"]): return problem
     if os.path.basename(folder) != f"checkpoint-{manifest['step']}": return f"it was written at step {manifest['step']}"
-    for name in sorted(files):
-        path = os.path.join(folder, name)
-        if os.path.islink(path) or not os.path.isfile(path): return f"{name} isn't a plain file"
-        if file_hash(path) != files[name]: return f"{name} isn't what was written"
-    return ""
+    return _content_problem(folder, manifest["files"])
 
 # %% ../nbs/32_manifest.ipynb #181f108f
 def whole_checkpoint(
     folder: str,  # `checkpoint-N`
 ) -> str:  # the same
     "A checkpoint to be loaded; raises where it isn't whole."
-    if why := checkpoint_problem(folder): raise ValueError(f"{folder} can't be used: {why}")
+    why = checkpoint_problem(folder)
+    if why: raise ValueError(f"{folder} can't be used: {why}")
     return folder
+
+# %% ../nbs/32_manifest.ipynb #00740b4a
+_NUMBERED = r"checkpoint-(0|[1-9]\d{0,17})"  # the name of a checkpoint
 
 # %% ../nbs/32_manifest.ipynb #0437df9c
 def checkpoint_folders(
     output_dir: str,  # of the run
 ) -> list:  # (step, path), newest first
-    "The checkpoints of a run; only names as a run writes them count, and `checkpoint-009` isn't one."
-    found = [re.fullmatch(r"checkpoint-(0|[1-9]\d{0,17})", name, re.ASCII) for name in os.listdir(output_dir)]
+    "The checkpoints of a run, by their names."
+    found = [re.fullmatch(_NUMBERED, name, re.ASCII) for name in os.listdir(output_dir)]
     steps = sorted((int(match[1]) for match in found if match), reverse=True)
     return [(step, os.path.join(output_dir, f"checkpoint-{step}")) for step in steps]
 
@@ -107,7 +132,10 @@ def _flat(
 ) -> dict:  # dotted name -> value without keys
     "Nested dictionaries as one."
     if not isinstance(value, dict) or not value: return {name: value}
-    return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{name}.{key}" if name else str(key)).items()}
+    flat = {}
+    for key, inner in value.items():
+        flat |= _flat(inner, f"{name}.{key}" if name else str(key))
+    return flat
 
 # %% ../nbs/32_manifest.ipynb #05dc6670
 def identity_differences(
@@ -115,20 +143,31 @@ def identity_differences(
     now: dict,  # this run's
 ) -> list:  # one sentence a difference
     "In what a run isn't the one that wrote a checkpoint."
-    then, now = _flat(then), _flat(now)
-    said = lambda values, k: f"{json.dumps(values[k])[:100]}" if k in values else "not given"
-    return [f"{k}: {said(then, k)} in the checkpoint, {said(now, k)} now" for k in sorted({*then, *now}) if (k in then, then.get(k)) != (k in now, now.get(k))]
+    then, now, missing = _flat(then), _flat(now), object()
+    def shown(values, name): return json.dumps(values[name])[:100] if name in values else "not given"
+    names = [name for name in sorted({*then, *now}) if then.get(name, missing) != now.get(name, missing)]
+    return [f"{name}: {shown(then, name)} in the checkpoint, {shown(now, name)} now" for name in names]
+
+# %% ../nbs/32_manifest.ipynb #1315a600
+def _is_foreign(
+    name: str,  # in a run's folder
+    folder: bool,  # is it a folder, and no link to one?
+) -> bool:
+    "Does it have a name like a run's, without being one?"
+    if name in ("stop", "finish"): return folder  # a run is asked by files
+    return name.startswith("checkpoint-") and not re.fullmatch(_NUMBERED, name, re.ASCII)
 
 # %% ../nbs/32_manifest.ipynb #e73a8469
 def _tidy(
     output_dir: str,  # of the run
 ):
-    "Remove what a dead process left half done; whatever else has such a name stays, and is told."
+    "Remove what a dead process left half done."
     for name in sorted(os.listdir(output_dir)):
-        path, half = os.path.join(output_dir, name), re.fullmatch(r"\.checkpoint-(0|[1-9]\d{0,17})\.(part|old)", name, re.ASCII)
+        path = os.path.join(output_dir, name)
         folder = os.path.isdir(path) and not os.path.islink(path)
-        if half and folder: shutil.rmtree(path)
-        elif half or name.startswith("checkpoint-") and not re.fullmatch(r"checkpoint-(0|[1-9]\d{0,17})", name, re.ASCII) or name in ("stop", "finish") and folder:
+        half_done = re.fullmatch(rf"\.{_NUMBERED}\.(part|old)", name, re.ASCII)
+        if half_done and folder: shutil.rmtree(path)
+        elif half_done or _is_foreign(name, folder):
             print(f"{path} is nothing that a run has made; it is passed over", flush=True)
 
 # %% ../nbs/32_manifest.ipynb #48a45b5c
@@ -140,10 +179,12 @@ def find_checkpoint(
     _tidy(output_dir)
     for _, place in checkpoint_folders(output_dir):
         if why := checkpoint_problem(place):
-            print(f"{os.path.basename(place)} can't be used ({why}); it is set aside as {os.path.basename(set_aside(place))}", flush=True)
+            name, aside = os.path.basename(place), os.path.basename(set_aside(place))
+            print(f"{name} can't be used ({why}); it is set aside as {aside}", flush=True)
             continue
-        raise_problems(identity_differences(read_manifest(place)["identity"], identity),
-                       f"{place} is from another run, so this one can't go on from it. Give another train_out_dir, or delete that folder to begin anew. The differences")
+        wrong = (f"{place} is from another run, so this one can't go on from it. Give another train_out_dir, "
+                 "or delete that folder to begin anew. The differences")
+        raise_problems(identity_differences(read_manifest(place)["identity"], identity), wrong)
         return place
 
 # %% ../nbs/32_manifest.ipynb #a9f89e5b
@@ -154,8 +195,10 @@ def drop_old_checkpoints(
 ):
     "Delete the oldest; raises, and deletes nothing, where the newest can't be read back."
     found = checkpoint_folders(output_dir)
-    if found and (why := checkpoint_problem(found[0][1])): raise OSError(f"{found[0][1]} was written, but reads back otherwise: {why}; is the disk sound?")
-    for step, place in found[keep:] if keep else ():
+    why = checkpoint_problem(found[0][1]) if found else ""
+    if why: raise OSError(f"{found[0][1]} was written, but reads back otherwise: {why}; is the disk sound?")
+    if not keep: return
+    for step, place in found[keep:]:
         if best and os.path.basename(best) == f"checkpoint-{step}": continue
         gone = os.path.join(output_dir, f".checkpoint-{step}.old")
         clear_folder(gone)
@@ -182,6 +225,20 @@ def trained_with() -> dict:  # name -> version
     "The libraries that a checkpoint depends on."
     return {name: library_version(name) for name in ("torch", "transformers", "trl", "peft", "accelerate")}
 
+# %% ../nbs/32_manifest.ipynb #18b6fde5
+def _lora_identity(
+    model,  # a `PeftModel`
+) -> dict:  # setting -> value
+    "The LoRA settings that make a difference."
+    settings = model.peft_config[model.active_adapters[0]].to_dict()
+    free = ("base_model_name_or_path", "revision", "inference_mode")
+    given = {name: value for name, value in settings.items() if value is not None and name not in free}
+    return {name: sorted(value) if isinstance(value, (set, frozenset)) else value for name, value in given.items()}
+
+# %% ../nbs/32_manifest.ipynb #9ebae822
+_FREE = ("output_dir", "logging_dir", "report_to", "run_name", "disable_tqdm",
+         "per_device_train_batch_size", "gradient_accumulation_steps")  # training arguments that may change
+
 # %% ../nbs/32_manifest.ipynb #1d6d0061
 def run_identity(
     config: dict,  # training arguments, as the trainer takes them
@@ -191,11 +248,10 @@ def run_identity(
     more: dict | None = None,  # what else must agree
 ) -> dict:  # JSON-able
     "What a checkpoint must agree with: arguments, LoRA, rows, versions."
-    free = ("output_dir", "logging_dir", "report_to", "run_name", "disable_tqdm", "per_device_train_batch_size", "gradient_accumulation_steps")
-    lora = {k: sorted(v) if isinstance(v, (set, frozenset)) else v for k, v in model.peft_config[model.active_adapters[0]].to_dict().items()}
-    lora = {k: v for k, v in lora.items() if v is not None and k not in ("base_model_name_or_path", "revision", "inference_mode")}
-    rows = rows_per_step(config) * process_count()
-    mine = {"training": {k: v for k, v in config.items() if k not in free}, "rows_per_step": rows, "lora": lora,
-            "rows": {"train": rows_fingerprint(train), "test": rows_fingerprint(test)},
-            "versions": trained_with()}
-    return json.loads(json.dumps({**mine, **(more or {})}, default=str))
+    identity = {
+        "training": {name: value for name, value in config.items() if name not in _FREE},
+        "rows_per_step": rows_per_step(config) * process_count(),
+        "lora": _lora_identity(model),
+        "rows": {"train": rows_fingerprint(train), "test": rows_fingerprint(test)},
+        "versions": trained_with()}
+    return json.loads(json.dumps({**identity, **(more or {})}, default=str))

@@ -8,6 +8,7 @@ __all__ = ['RunTotals', 'RunState', 'append_metrics', 'keep_metrics']
 # %% ../nbs/30_metrics.ipynb #d9fc2838
 import contextlib, json, os, time
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 
 from fastcore.basics import patch
 from .storage import clear_way, open_plain, storage_error, whole_file
@@ -72,13 +73,27 @@ def start_clock(self: RunState):
 @patch
 def elapsed(self: RunState) -> float:  # seconds, over all sessions
     "How long the run has trained."
-    return self.seconds if self.began is None else self.seconds + time.monotonic() - self.began
+    if self.began is None: return self.seconds
+    return self.seconds + time.monotonic() - self.began
 
 # %% ../nbs/30_metrics.ipynb #fbcfc04c
 @patch
 def stop_clock(self: RunState):
     "Training has ended."
     self.seconds, self.began = self.elapsed(), None
+
+# %% ../nbs/30_metrics.ipynb #5cb7f73c
+def _json_numbers(
+    logs: dict,  # the trainer's names and numbers
+) -> dict:  # those that JSON can hold; None for a number that isn't finite
+    "What of a log goes into a line."
+    from math import isfinite
+    numbers = {}
+    for name, value in logs.items():
+        if not isinstance(value, (int, float, str)): continue
+        infinite = isinstance(value, float) and not isfinite(value)
+        numbers[name] = None if infinite else value
+    return numbers
 
 # %% ../nbs/30_metrics.ipynb #ba499539
 def append_metrics(
@@ -87,12 +102,11 @@ def append_metrics(
     logs: dict,  # the trainer's names and numbers
     totals: RunTotals,  # so far
 ):
-    "Append one flushed line; a number that isn't finite becomes null, since JSON has none."
-    from math import isfinite
-    plain = {k: None if isinstance(v, float) and not isfinite(v) else v for k, v in logs.items() if isinstance(v, (int, float, str))}
+    "Append one flushed line; a number that isn't finite becomes null."
+    line = {"step": step, "time": round(time.time(), 3), **_json_numbers(logs), **asdict(totals)}
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
     try:
-        with open(open_plain(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a", encoding="utf-8") as f:
-            f.write(json.dumps({"step": step, "time": round(time.time(), 3), **plain, **asdict(totals)}) + "\n")
+        with open(open_plain(path, flags), "a", encoding="utf-8") as f: f.write(json.dumps(line) + "\n")
     except OSError as e: raise storage_error(e, os.path.dirname(path), "metrics.jsonl") from e
 
 # %% ../nbs/30_metrics.ipynb #a131aacf
@@ -103,7 +117,6 @@ def keep_metrics(
     "Keep the first lines of the file, as far as they are whole; none: no file."
     kept = []
     with contextlib.suppress(OSError), open(open_plain(path), "rb") as f:
-        for line, _ in zip(f, range(lines)):
-            if line.endswith(b"\n"): kept.append(line)  # or torn
+        kept = [line for line in islice(f, lines) if line.endswith(b"\n")]
     if not kept: return clear_way(path)
     with whole_file(path, binary=True) as f: f.writelines(kept)
