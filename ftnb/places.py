@@ -22,7 +22,8 @@ def foreign_content(
     names = sorted(os.listdir(out_dir)) if os.path.isdir(out_dir) else []
     if not names: return ""
     whose = runrecord.experiment_of(os.path.join(out_dir, "run.json"))
-    if whose: return "" if whose == experimentid else f"the adapter of experiment {whose[:80]}"
+    if whose == experimentid: return ""
+    if whose: return f"the adapter of experiment {whose[:80]}"
     weights = any(name.endswith(".safetensors") for name in names)
     if weights and "config.json" in names: return "a model"
     if "adapter_config.json" in names: return "an adapter that this job hasn't made"
@@ -45,11 +46,13 @@ def name_problem(
     "Why a folder can't have such a name."
     path = os.path.abspath(path)
     name_most, path_most = _longest(nearest_folder(path))
-    name_most, path_most = name_most - longer, path_most - 10 * longer
-    size = max(len(os.fsencode(name)) for name in path.split(os.sep))
-    if size > name_most: return f"has a name of {size} bytes, where {name_most} are allowed here"
-    size = len(os.fsencode(path))
-    return f"is a path of {size:,} bytes, where {path_most:,} are allowed here" if size > path_most else ""
+    name_most -= longer
+    path_most -= 10 * longer
+    name_size = max(len(os.fsencode(name)) for name in path.split(os.sep))
+    path_size = len(os.fsencode(path))
+    if name_size > name_most: return f"has a name of {name_size} bytes, where {name_most} are allowed here"
+    if path_size > path_most: return f"is a path of {path_size:,} bytes, where {path_most:,} are allowed here"
+    return ""
 
 # %% ../nbs/39_places.ipynb #3a6a0963
 def others_run(
@@ -57,8 +60,8 @@ def others_run(
     experimentid: str,  # of the job
 ) -> str:  # "" where there is none
     "The adapter, checkpoint or run of another job that a folder is in, or holds by itself."
-    place, here = os.path.realpath(path), os.path.realpath(os.getcwd())
-    while place not in (here, os.path.dirname(place)):
+    place, project = os.path.realpath(path), os.path.realpath(os.getcwd())
+    while place not in (project, os.path.dirname(place)):
         for name, what in (("run.json", "adapter"), ("job.json", "run")):
             whose = runrecord.experiment_of(os.path.join(place, name))
             if whose not in ("", experimentid): return f"the {what} of experiment {whose[:80]} ({place})"
@@ -74,9 +77,11 @@ def holds(
     folder, path = os.path.realpath(folder), os.path.realpath(path)
     if os.path.commonpath([folder, path]) == folder: return True
     if not os.path.isdir(folder): return False
-    above = nearest_folder(path)
-    while not os.path.samefile(above, folder) and above != os.path.dirname(above): above = os.path.dirname(above)
-    return os.path.samefile(above, folder)
+    above, higher = "", nearest_folder(path)
+    while above != higher:
+        above, higher = higher, os.path.dirname(higher)
+        if os.path.samefile(above, folder): return True
+    return False
 
 # %% ../nbs/39_places.ipynb #a10f5a3d
 def _replaced(
@@ -89,13 +94,28 @@ def _replaced(
     if content:
         text = f"--out_dir {out_dir} holds {content}: name a folder that is empty or not there yet"
         found.append(Problem("out_dir", text))
-    kept = {"the project's folder": os.getcwd(), "your home folder": os.path.expanduser("~"), **used,
-            "train_out_dir": args.train_out_dir}
+    kept = {"the project's folder": os.getcwd(), "your home folder": os.path.expanduser("~")}
+    kept |= used | {"train_out_dir": args.train_out_dir}
     inside = [f"{what} ({path})" for what, path in kept.items() if holds(out_dir, path)]
     if inside:
         text = f"--out_dir {out_dir} is or holds {' and '.join(inside)}: name a folder of its own"
         found.append(Problem("out_dir", text))
     return found
+
+# %% ../nbs/39_places.ipynb #037527f8
+def _around(
+    args: jobargs.JobArgs,  # of the job
+    key: str,  # "out_dir" or "train_out_dir"
+    used: dict,  # what a job reads, in words -> its folder or file
+) -> list:  # what a folder lies in, in words
+    "What of this job's own files a folder of it lies in."
+    path, places = getattr(args, key), dict(used)
+    if key == "out_dir": places["train_out_dir"] = args.train_out_dir
+    around = []
+    for what, place in places.items():
+        replaced = key == "out_dir" and holds(path, place)  # it is the folder itself, which is said elsewhere
+        if holds(place, path) and not replaced: around.append(f"{what} ({place})")
+    return around
 
 # %% ../nbs/39_places.ipynb #6ac7c7ca
 def _surrounded(
@@ -108,12 +128,8 @@ def _surrounded(
     begin = os.path.dirname(os.path.abspath(path)) if key == "out_dir" else path
     theirs = others_run(begin, args.experimentid)
     if theirs: found.append(Problem(key, f"--{key} {path} is or lies in {theirs}: name a folder of its own"))
-    around = {what: place for what, place in used.items() if holds(place, path)}
-    if key == "out_dir":  # what is the folder itself would be replaced, and has been said
-        if holds(args.train_out_dir, path): around["train_out_dir"] = args.train_out_dir
-        around = {what: place for what, place in around.items() if not holds(path, place)}
-    named = " and ".join(f"{what} ({place})" for what, place in around.items())
-    if named: found.append(Problem(key, f"--{key} {path} lies in {named}: name a folder beside it"))
+    around = _around(args, key, used)
+    if around: found.append(Problem(key, f"--{key} {path} lies in {' and '.join(around)}: name a folder beside it"))
     return found
 
 # %% ../nbs/39_places.ipynb #603b36f6
@@ -122,7 +138,12 @@ def place_problems(
     used: dict,  # what a job reads, in words -> its folder or file
 ) -> list:  # of `Problem`
     "Why a job's folders aren't its own to write to."
-    named = {key: name_problem(getattr(args, key)) for key in ("out_dir", "train_out_dir")}
-    found = [Problem(key, f"--{key} {getattr(args, key)[:80]} {problem}") for key, problem in named.items() if problem]
+    found, keys = [], ("out_dir", "train_out_dir")
+    for key in keys:
+        path = getattr(args, key)
+        problem = name_problem(path)
+        if problem: found.append(Problem(key, f"--{key} {path[:80]} {problem}"))
     if found: return found
-    return [*_replaced(args, used), *_surrounded(args, "out_dir", used), *_surrounded(args, "train_out_dir", used)]
+    found = _replaced(args, used)
+    for key in keys: found += _surrounded(args, key, used)
+    return found
