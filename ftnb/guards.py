@@ -25,8 +25,8 @@ def step_rows(
     if not run.order or not run.order.rows: return "its rows are not known"
     first = step % run.steps_per_epoch * run.rows_per_step
     rows = run.order.rows[first:first + run.rows_per_step]
-    def by_name(row): return isinstance(row, str), row  # rows of another data set have its name, and come last
-    numbers = sorted((run.row_numbers[i] if run.row_numbers else i + 1 for i in rows), key=by_name)
+    numbers = [run.row_numbers[i] if run.row_numbers else i + 1 for i in rows]
+    numbers.sort(key=lambda number: (isinstance(number, str), number))
     shown = ", ".join(map(str, numbers[:64]))
     if len(numbers) > 64: shown += f" and {len(numbers) - 64} more"
     where = "data set" if run.row_numbers else "training rows"
@@ -45,7 +45,8 @@ def weights_finite(
         if hasattr(part, "to_local"): part = part.to_local()  # this process's, under FSDP
         squares.append(part.float().square().sum())
     if not squares: return True
-    return bool(torch.stack([s.to(squares[0].device) for s in squares]).isfinite().all())
+    together = torch.stack([square.to(squares[0].device) for square in squares])
+    return bool(together.isfinite().all())
 
 # %% ../nbs/31_guards.ipynb #f51c444f
 def _computes_in_fp16(
@@ -55,8 +56,8 @@ def _computes_in_fp16(
     "Does a layer, or the autocast around it, compute in fp16?"
     import torch
     if getattr(args, "fp16", False): return True
-    formats = {p.dtype for p in model.parameters()}
-    formats |= {getattr(m, "compute_dtype", None) for m in model.modules()}  # of 4-bit layers
+    formats = {weight.dtype for weight in model.parameters()}
+    formats |= {getattr(layer, "compute_dtype", None) for layer in model.modules()}  # of 4-bit layers
     return torch.float16 in formats
 
 # %% ../nbs/31_guards.ipynb #ceb25c27
@@ -67,10 +68,9 @@ def unsound_base(
     "Whether the base model's own weights are why a number isn't finite."
     name = unsound_weight(model)
     if not name: return ""
-    said = f"The base model itself isn't sound: its {name} holds numbers that aren't finite"
-    if _computes_in_fp16(model, args):
-        return f"{said} as fp16 has them: set bf16 in place of fp16, and where that doesn't help, download the base again"
-    return f"{said}; copy or download it again, or name another"
+    sentence = f"The base model itself isn't sound: its {name} holds numbers that aren't finite"
+    if not _computes_in_fp16(model, args): return f"{sentence}; copy or download it again, or name another"
+    return f"{sentence} as fp16 has them: set bf16 in place of fp16, and where that doesn't help, download the base again"
 
 # %% ../nbs/31_guards.ipynb #970c3dd6
 def what_helps(
@@ -78,15 +78,16 @@ def what_helps(
     args,  # of its trainer
 ) -> str:  # a sentence
     "What a person may do where a number isn't finite."
-    if said := unsound_base(model, args): return said
-    lower = "A lower learning_rate or max_grad_norm may help"
-    if not _computes_in_fp16(model, args): return lower
+    unsound = unsound_base(model, args)
+    if unsound: return unsound
+    lower = "lower learning_rate or max_grad_norm may help"
+    if not _computes_in_fp16(model, args): return f"A {lower}"
     made = None
     with contextlib.suppress(Exception):  # the base may be gone by now
         made = made_in(read_config(model.get_base_model().config._name_or_path))
     base = "Layers compute in fp16, which holds nothing beyond 65,504"
     if made == "bfloat16": base = "This base was made in bfloat16 and overflows in fp16"
-    return f"{base}: set bf16 in place of fp16, in bnb_4bit_compute_dtype too. Else a {lower[2:]}"
+    return f"{base}: set bf16 in place of fp16, in bnb_4bit_compute_dtype too. Else a {lower}"
 
 # %% ../nbs/31_guards.ipynb #e7c1d9a2
 def _not_finite(
@@ -133,17 +134,18 @@ def stop_on_signals(
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {n: signal.getsignal(n) or signal.SIG_DFL for n in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGTERM, signal.SIGINT)}
     first = {}  # when a signal came first
     def note(number, frame):
-        if time.monotonic() - first.setdefault(number, time.monotonic()) > INSIST_SECONDS:
+        now = time.monotonic()
+        if now - first.setdefault(number, now) > INSIST_SECONDS:
             signal.signal(number, before[number])
             os.kill(os.getpid(), number)
         if not run.stop_asked_by: run.stop_asked_by = signal.Signals(number).name
-    for n in before: signal.signal(n, note)
+    for number in before: signal.signal(number, note)
     try: yield
     finally:
-        for n, was in before.items(): signal.signal(n, was)
+        for number, handler in before.items(): signal.signal(number, handler)
 
 # %% ../nbs/31_guards.ipynb #1db20978
 def one_line(
@@ -153,9 +155,12 @@ def one_line(
     import re
     text = " ".join(str(e).split())
     for name, value in os.environ.items():
-        if len(value) > 5 and re.search("TOKEN|KEY|SECRET|PASS|CREDENTIAL", name, re.I): text = text.replace(value, "***")
-    text = re.sub(r"//[^/@\s]+@", "//***@", re.sub(r"hf_\w{5,}", "***", text))
-    text = re.sub(r"(?i)((?:token|key|secret|password|authorization|bearer)\w*['\"]?\s*[:= ]\s*)[^\s,;&]+", r"\1***", text)
+        secret = re.search("TOKEN|KEY|SECRET|PASS|CREDENTIAL", name, re.I)
+        if secret and len(value) > 5: text = text.replace(value, "***")
+    text = re.sub(r"hf_\w{5,}", "***", text)
+    text = re.sub(r"//[^/@\s]+@", "//***@", text)
+    named = r"(?i)((?:token|key|secret|password|authorization|bearer)\w*['\"]?\s*[:= ]\s*)[^\s,;&]+"
+    text = re.sub(named, r"\1***", text)
     return f"{type(e).__name__}: {text}"[:300]
 
 # %% ../nbs/31_guards.ipynb #4e4af518
@@ -165,9 +170,9 @@ def say_failed(
     notes: list | None = None,  # where that is noted, too
 ):
     "Tell that something failed which only describes a run."
-    said = f"{what}: failed ({one_line(e)}); the adapter is not touched by that"
-    print(said, flush=True)
-    if notes is not None: notes.append(said)
+    words = f"{what}: failed ({one_line(e)}); the adapter is not touched by that"
+    print(words, flush=True)
+    if notes is not None: notes.append(words)
 
 # %% ../nbs/31_guards.ipynb #65fa14f3
 def best_effort(
@@ -206,7 +211,9 @@ def tracker_scope(
     experiment: str | None = None,  # name of MLflow's experiment: the job's id
 ):  # a `TrackerScope`: a new one, or that of the job around it
     "Within this, a job is tracked; at its end its runs are ended."
-    if _SCOPE.get(): yield _SCOPE.get(); return
+    if _SCOPE.get():
+        yield _SCOPE.get()
+        return
     scope, status = TrackerScope(experiment), "FINISHED"
     before = _SCOPE.set(scope)
     try: yield scope
@@ -217,6 +224,18 @@ def tracker_scope(
         _SCOPE.reset(before)
         scope.close(status)
 
+# %% ../nbs/31_guards.ipynb #14cf465d
+def _own_experiment(
+    name: str,  # of the job's experiment
+) -> str:  # its id
+    "Find or make the experiment of a job, and end what a killed process left open in it."
+    import mlflow
+    found, client = mlflow.get_experiment_by_name(name), mlflow.MlflowClient()
+    id = found.experiment_id if found else mlflow.create_experiment(name)
+    for left in client.search_runs([id], "attributes.status = 'RUNNING'"):
+        client.set_terminated(left.info.run_id, "KILLED")
+    return id
+
 # %% ../nbs/31_guards.ipynb #3fbe5db8
 def begin_mlflow(
     scope: TrackerScope,  # of the job
@@ -224,11 +243,7 @@ def begin_mlflow(
 ):
     "Begin the run of a job."
     import mlflow
-    place = {}
-    if scope.experiment:
-        found, client = mlflow.get_experiment_by_name(scope.experiment), mlflow.MlflowClient()
-        place["experiment_id"] = found.experiment_id if found else mlflow.create_experiment(scope.experiment)
-        for left in client.search_runs([place["experiment_id"]], "attributes.status = 'RUNNING'"): client.set_terminated(left.info.run_id, "KILLED")
+    place = {"experiment_id": _own_experiment(scope.experiment)} if scope.experiment else {}
     run = mlflow.start_run(run_name=name, nested=mlflow.active_run() is not None, **place)
     scope.closers.append(lambda status: end_mlflow(run.info.run_id, status))
 
@@ -239,7 +254,8 @@ def end_mlflow(
 ):
     "End a run when all that was logged is written."
     import mlflow
-    getattr(mlflow, "flush_async_logging", bool)()  # MLflow of before 2.12 has none
+    flush = getattr(mlflow, "flush_async_logging", None)  # MLflow of before 2.12 has none
+    if flush: flush()
     now = mlflow.active_run()
     if now and now.info.run_id == run_id: mlflow.end_run(status)
     else: mlflow.MlflowClient().set_terminated(run_id, status)
@@ -257,6 +273,27 @@ def _begin(
     scope.closers.append(lambda status: tracker.on_train_end(args, state, control, **kwargs))
     tracker.on_train_begin(args, state, control, **kwargs)
 
+# %% ../nbs/31_guards.ipynb #8a019853
+class _JobTracker:
+    "What of a callback passes on to a tracker what the trainer tells, until that fails."
+    def __init__(self, name, make):
+        self.name, self.inner = name, None
+        self.inner = self.attempt(make)
+
+    def attempt(self, act):
+        try: return act()
+        except Exception as e:
+            self.inner = None
+            print(f"report_to {self.name} is switched off for this run ({one_line(e)}); metrics.jsonl is written all the same", flush=True)
+
+    def pass_on(self, event, *args, **kwargs):
+        if self.inner is not None: self.attempt(lambda: getattr(self.inner, event)(*args, **kwargs))
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.inner is not None: self.attempt(lambda: _begin(self.name, self.inner, args, state, control, **kwargs))
+
+    def on_train_end(self, *args, **kwargs): pass  # at the end of the job
+
 # %% ../nbs/31_guards.ipynb #ae06e57a
 def tracker_callback(
     name: str,  # of the tracker
@@ -264,22 +301,11 @@ def tracker_callback(
 ):  # a `TrainerCallback`
     "A tracker's callback whose run is that of the job, and which can't fail the job."
     from transformers import TrainerCallback
-    class JobTracker(TrainerCallback):
-        def __init__(self): self.inner = self.attempt(make)
-        def attempt(self, act):
-            try: return act()
-            except Exception as e:
-                self.inner = None
-                print(f"report_to {name} is switched off for this run ({one_line(e)}); metrics.jsonl is written all the same", flush=True)
-        def pass_on(self, event, *args, **kwargs):
-            if self.inner is not None: self.attempt(lambda: getattr(self.inner, event)(*args, **kwargs))
-        def on_train_begin(self, args, state, control, **kwargs):
-            if self.inner is not None: self.attempt(lambda: _begin(name, self.inner, args, state, control, **kwargs))
-        def on_train_end(self, *args, **kwargs): pass  # at the end of the job
+    class JobTracker(_JobTracker, TrainerCallback): pass
     def passing(event): return lambda self, *args, **kwargs: self.pass_on(event, *args, **kwargs)
     for event in dir(TrainerCallback):
-        if event.startswith("on_") and event not in vars(JobTracker): setattr(JobTracker, event, passing(event))
-    return JobTracker()
+        if event.startswith("on_") and not hasattr(_JobTracker, event): setattr(JobTracker, event, passing(event))
+    return JobTracker(name, make)
 
 # %% ../nbs/31_guards.ipynb #5e4d5f19
 def tracker_callbacks(
