@@ -61,12 +61,14 @@ def steps_that_fit(
     every: int = 0,  # steps from one evaluation to the next; 0: there is one at the end
 ) -> int:  # 1 or more
     "How many more steps a run can take."
-    each = step + evaluation / every if every else step
-    if each <= 0: return 1
-    return max(1, int((left - evaluation) // each))
+    if every: step += evaluation / every
+    if step <= 0: return 1
+    return max(1, int((left - evaluation) // step))
 
 # %% ../nbs/35d_stopping.ipynb #c7838a38
-MEASURED_SHARE, MOST_MEASURED, LEAST_STEPS = 0.05, 120.0, 3  # of `max_seconds`; seconds; steps
+MEASURED_SHARE = 0.05  # of `max_seconds`, after which the steps are settled
+MOST_MEASURED = 120.0  # seconds, after which they are settled in any case
+LEAST_STEPS = 3  # that are measured before
 
 # %% ../nbs/35d_stopping.ipynb #5d3df88f
 def fitted_steps(
@@ -96,7 +98,8 @@ def _fit_schedule(
     trainer.lr_scheduler = None
     schedule = trainer.create_scheduler(steps)
     schedule.load_state_dict(before.state_dict())
-    rates = [base * rate(schedule.last_epoch) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas)]
+    now = schedule.last_epoch
+    rates = [base * share(now) for base, share in zip(schedule.base_lrs, schedule.lr_lambdas)]
     for group, rate in zip(groups, rates): group["lr"] = rate
     schedule._last_lr = rates
     trainer.callback_handler.lr_scheduler = schedule
@@ -117,9 +120,10 @@ def _steps_between(
     trainer,  # in training
 ) -> int:  # steps from one evaluation to the next; 0: there is none between
     "How often a run evaluates."
-    how = trainer.args.eval_strategy
-    if how == "epoch": return trainer.run.steps_per_epoch
-    return int(trainer.state.eval_steps) if how == "steps" else 0
+    strategy = trainer.args.eval_strategy
+    if strategy == "epoch": return trainer.run.steps_per_epoch
+    if strategy == "steps": return int(trainer.state.eval_steps)
+    return 0
 
 # %% ../nbs/35d_stopping.ipynb #4ec9d4f0
 def _settle_steps(
@@ -128,14 +132,40 @@ def _settle_steps(
     ends: Ends,  # with `max_seconds`
 ):
     "Settle how many steps the run has, as soon as that can be told."
-    run, state, first = trainer.run, trainer.state, trainer.is_world_process_zero()
-    mine = fitted_steps(run, pace, ends, state.global_step, _steps_between(trainer)) if first else 0
-    steps, = sum_over_all(trainer.accelerator, [mine])
-    if not steps: return
-    planned = state.max_steps
-    settle_plan(trainer, fitted_steps=min(steps, planned), fitted_at=state.global_step)
-    words = f"max_seconds {ends.max_seconds:g}: at {pace.step:.3g} s a step the run has {min(steps, planned):,} of {planned:,} steps"
-    if first: print(words, flush=True)
+    state, first, mine = trainer.state, trainer.is_world_process_zero(), 0
+    if first: mine = fitted_steps(trainer.run, pace, ends, state.global_step, _steps_between(trainer))
+    found, = sum_over_all(trainer.accelerator, [mine])
+    if not found: return
+    planned, steps = state.max_steps, min(found, state.max_steps)
+    settle_plan(trainer, fitted_steps=steps, fitted_at=state.global_step)
+    if not first: return
+    print(f"max_seconds {ends.max_seconds:g}: at {pace.step:.3g} s a step the run has {steps:,} of {planned:,} steps", flush=True)
+
+# %% ../nbs/35d_stopping.ipynb #4b0669b6
+class _Timed:
+    "What of a callback fits a run to its time."
+    def __init__(self, trainer, ends): self.trainer, self.ends, self.pace = trainer, ends, Pace()
+
+    def fit(self, state):
+        plan = self.trainer.run.plan
+        if plan.fitted_steps and state.global_step >= plan.fitted_at: fit_run(self.trainer, plan.fitted_steps)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.pace.mark = self.trainer.run.elapsed()
+        self.fit(state)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        run = self.trainer.run
+        self.pace.step_took(run.elapsed())
+        if is_over(self.trainer): return
+        if not run.plan.fitted_steps: _settle_steps(self.trainer, self.pace, self.ends)
+        if state.global_step == run.plan.fitted_at: self.fit(state)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        now = self.trainer.run.elapsed()
+        self.pace.evaluation, self.pace.mark = now - self.pace.mark, now
+
+    def on_save(self, args, state, control, **kwargs): self.pace.mark = self.trainer.run.elapsed()
 
 # %% ../nbs/35d_stopping.ipynb #81c42978
 def time_budget(
@@ -144,22 +174,5 @@ def time_budget(
 ):  # a `TrainerCallback`
     "Fit a run to its time."
     from transformers import TrainerCallback
-    run, pace = trainer.run, Pace()
-    class TimeBudget(TrainerCallback):
-        def fit(self, state):
-            plan = run.plan
-            if plan.fitted_steps and state.global_step >= plan.fitted_at: fit_run(trainer, plan.fitted_steps)
-        def on_train_begin(self, args, state, control, **kwargs):
-            pace.mark = run.elapsed()
-            self.fit(state)
-        def on_step_end(self, args, state, control, **kwargs):
-            pace.step_took(run.elapsed())
-            if is_over(trainer): return
-            if not run.plan.fitted_steps: _settle_steps(trainer, pace, ends)
-            if state.global_step == run.plan.fitted_at: self.fit(state)
-        def on_evaluate(self, args, state, control, **kwargs):
-            now = run.elapsed()
-            pace.evaluation, pace.mark = now - pace.mark, now
-        def on_save(self, args, state, control, **kwargs):
-            pace.mark = run.elapsed()
-    return TimeBudget()
+    class TimeBudget(_Timed, TrainerCallback): pass
+    return TimeBudget(trainer, ends)
