@@ -9,6 +9,7 @@ __all__ = ['LEAST_ON_GPU', 'token_bytes', 'tokens_per_pass', 'packed_passes', 'o
 # %% ../nbs/35b_passes.ipynb #60cc5918
 import contextlib
 from collections import defaultdict
+from dataclasses import dataclass, field
 
 from .metrics import RunState
 from .packing import KeptPrefix, causal_model, keeps_prefix, packed_loss, shares_exactly
@@ -23,10 +24,13 @@ def token_bytes(
 ) -> int:  # of a computed token, about
     "What a token keeps until `backward` has used it."
     inner = causal_model(model)
-    config, number = inner.config.get_text_config(), inner.get_input_embeddings().weight.element_size()
+    config = inner.config.get_text_config()
+    number = inner.get_input_embeddings().weight.element_size()
     hidden, layers = config.hidden_size, config.num_hidden_layers
-    layer = (18 * hidden + 6 * (getattr(config, "intermediate_size", None) or 4 * hidden)) * number
-    return layer + layers * hidden * number if checkpointing else layer * layers
+    between = getattr(config, "intermediate_size", None) or 4 * hidden
+    layer = (18 * hidden + 6 * between) * number
+    if checkpointing: return layer + layers * hidden * number
+    return layer * layers
 
 # %% ../nbs/35b_passes.ipynb #265cd19e
 def tokens_per_pass(
@@ -44,7 +48,7 @@ def tokens_per_pass(
     return max(256, min(free // 2 // token_bytes(model, checkpointing), enough))
 
 # %% ../nbs/35b_passes.ipynb #e8ea85f6
-LEAST_ON_GPU = 64  # tokens that a branch point saves there, or it isn't shared: a call more costs as much
+LEAST_ON_GPU = 64  # tokens that a branch point saves on a GPU, or it isn't shared: a call more costs as much
 
 # %% ../nbs/35b_passes.ipynb #e689b566
 def packed_passes(
@@ -54,20 +58,23 @@ def packed_passes(
 ) -> list:  # of `PackedBatch`
     "A padded batch as flat passes."
     ids, labels = (inputs[name].cpu().numpy() for name in ("input_ids", "labels"))
-    ends = inputs["attention_mask"].sum(1).tolist()
-    features = [{"input_ids": ids[i, :n], "labels": labels[i, :n]} for i, n in enumerate(ends)]
-    return tree_passes(features, budget, keep, LEAST if inputs["input_ids"].device.type == "cpu" else LEAST_ON_GPU)
+    lengths = inputs["attention_mask"].sum(1).tolist()
+    rows = [{"input_ids": ids[i, :n], "labels": labels[i, :n]} for i, n in enumerate(lengths)]
+    least = LEAST if inputs["input_ids"].device.type == "cpu" else LEAST_ON_GPU
+    return tree_passes(rows, budget, keep, least)
 
 # %% ../nbs/35b_passes.ipynb #c117df6a
 def _even_passes(
     trainer,  # a `RowTrainer`
     passes: list,  # of this process
 ) -> list:  # as many on each process, where that is needed
-    "Under FSDP all processes meet in each pass: who has fewer adds empty ones."
+    "The passes, and empty ones where other processes have more."
     import torch
     if not trainer.is_fsdp_enabled: return passes
-    most = trainer.accelerator.gather(torch.tensor([len(passes)], device=trainer.accelerator.device)).max().item()
-    return passes + [pack_rows([{"input_ids": [0, 0], "labels": [-100, -100]}])] * (most - len(passes))
+    count = torch.tensor([len(passes)], device=trainer.accelerator.device)
+    most = trainer.accelerator.gather(count).max().item()
+    empty = pack_rows([{"input_ids": [0, 0], "labels": [-100, -100]}])
+    return passes + [empty] * (most - len(passes))
 
 # %% ../nbs/35b_passes.ipynb #13fc5245
 def _each_pass(
@@ -79,10 +86,20 @@ def _each_pass(
 ) -> list:  # the losses
     "One pass after the other; a process keeps its gradients to itself, under FSDP all but those of the last pass."
     losses = []
-    for i, one in enumerate(passes, 1):
-        apart = train and not (trainer.is_fsdp_enabled and i == len(passes))
-        with trainer.accelerator.no_sync(model) if apart else contextlib.nullcontext(): losses.append(compute(one))
+    for i, batch in enumerate(passes, 1):
+        adds_up = trainer.is_fsdp_enabled and i == len(passes)
+        apart = train and not adds_up
+        with trainer.accelerator.no_sync(model) if apart else contextlib.nullcontext():
+            losses.append(compute(batch))
     return losses
+
+# %% ../nbs/35b_passes.ipynb #33db91c2
+@dataclass(frozen=True)
+class _Passed:
+    "The passes of a step, done."
+    loss: "torch.Tensor"  # of this process, a scalar
+    computed: int  # tokens
+    numbers: dict = field(default_factory=dict)  # TRL's own, of padded batches
 
 # %% ../nbs/35b_passes.ipynb #d7d650de
 def _flat_passes(
@@ -91,21 +108,22 @@ def _flat_passes(
     inputs: dict,  # a padded batch: the rows of an optimizer step, the same on all processes
     num_items=None,  # label tokens of the step, over all processes
     train: bool = True,  # with gradients
-) -> tuple:  # (the loss, a scalar tensor; tokens computed; no numbers of TRL's)
+) -> _Passed:
     "Forward, and backward while training, of this process's rows in flat passes."
-    own, _ = trainer.share(inputs)
-    passes = _even_passes(trainer, packed_passes(own, trainer.run.budget, keeps_prefix(model)))
-    share = trainer.accelerator.num_processes if train and num_items is not None else 1  # gradients are averaged over processes
-    if num_items is None: num_items = sum(p.num_items for p in passes)
-    with trainer.compute_loss_context_manager(): prefix = None if passes[0].rows else KeptPrefix(model, passes[0], num_items)
-    rest, loss = (passes[1:], prefix.loss.detach()) if prefix else (passes, 0)
+    rows, _ = trainer.share(inputs)
+    passes = _even_passes(trainer, packed_passes(rows, trainer.run.budget, keeps_prefix(model)))
+    computed = sum(batch.tokens_computed for batch in passes)
+    factor = trainer.accelerator.num_processes if train and num_items is not None else 1
+    if num_items is None: num_items = sum(batch.num_items for batch in passes)
     def compute(batch):
-        with trainer.compute_loss_context_manager(): part = packed_loss(model, batch, num_items) * share
-        if train: trainer.accelerator.backward(part)
-        return part.detach()
-    loss = sum(_each_pass(trainer, model, rest, compute, train), loss)
-    if train and prefix: prefix.backward()
-    return loss, sum(p.tokens_computed for p in passes), {}
+        with trainer.compute_loss_context_manager(): loss = packed_loss(model, batch, num_items) * factor
+        if train: trainer.accelerator.backward(loss)
+        return loss.detach()
+    if passes[0].rows: return _Passed(sum(_each_pass(trainer, model, passes, compute, train)), computed)
+    with trainer.compute_loss_context_manager(): prefix = KeptPrefix(model, passes[0], num_items)
+    losses = _each_pass(trainer, model, passes[1:], compute, train)
+    if train: prefix.backward()
+    return _Passed(sum(losses, prefix.loss.detach()), computed)
 
 # %% ../nbs/35b_passes.ipynb #602cf0f0
 def _padded_parts(
@@ -127,7 +145,7 @@ def _numbers_apart(
     "Within this, TRL's numbers are those of this process, and go into a dictionary of their own."
     kept, tokens = trainer._metrics[mode], trainer._total_train_tokens
     numbers = trainer._metrics[mode] = defaultdict(list)
-    trainer.accelerator.gather_for_metrics = lambda o, *args, **kwargs: o
+    trainer.accelerator.gather_for_metrics = lambda mine, *args, **kwargs: mine
     try: yield numbers
     finally:
         numbers["num_tokens"] = trainer._total_train_tokens - tokens
@@ -140,15 +158,17 @@ def _merge_numbers(
     mode: str,  # "train" or "eval"
     numbers: dict,  # of this process: name -> a number for each part, "num_tokens", and "labels", label tokens of each part
 ):
-    "Give TRL its numbers, of all processes: means over label tokens (the balance of experts over processes)."
+    "Give TRL its numbers, of all processes."
     import torch
     if not numbers: return
-    names, weights = sorted(set(numbers) - {"num_tokens", "labels"}), torch.tensor(numbers["labels"], dtype=torch.float64)
-    of = {k: torch.ones_like(weights) if k == "aux_loss" else weights for k in names}
-    sums = [torch.tensor(numbers[k], dtype=torch.float64) * of[k] for k in names]
-    own = torch.stack([*sums, *of.values(), weights * 0 + numbers["num_tokens"]]).float()
-    whole = trainer.accelerator.reduce(own.to(trainer.accelerator.device)).double().cpu()
-    for k, total, weight in zip(names, whole, whole[len(names):]): trainer._metrics[mode][k] += (total / weight.clamp(min=1)).tolist()
+    def column(values): return torch.tensor(values, dtype=torch.float64)
+    names, labels = sorted(set(numbers) - {"num_tokens", "labels"}), column(numbers["labels"])
+    weights = [torch.ones_like(labels) if name == "aux_loss" else labels for name in names]
+    sums = [column(numbers[name]) * weight for name, weight in zip(names, weights)]
+    mine = torch.stack([*sums, *weights, torch.full_like(labels, numbers["num_tokens"])]).float()
+    whole = trainer.accelerator.reduce(mine.to(trainer.accelerator.device)).double().cpu()
+    for name, total, weight in zip(names, whole, whole[len(names):]):
+        trainer._metrics[mode][name] += (total / weight.clamp(min=1)).tolist()
     trainer._total_train_tokens += int(whole[-1, 0])
     trainer._metrics[mode]["num_tokens"] = [trainer._total_train_tokens]
 
@@ -159,16 +179,18 @@ def _padded_passes(
     inputs: dict,  # a padded batch: the rows of an optimizer step, the same on all processes
     num_items=None,  # label tokens of the step, over all processes
     train: bool = True,  # with gradients
-) -> tuple:  # (the loss, a scalar tensor; tokens computed; TRL's numbers)
+) -> _Passed:
     "Forward, and backward while training, of this process's rows in padded batches, by TRL's code."
-    parts = _padded_parts(trainer, inputs, trainer.run.pass_rows if train else trainer.run.eval_rows)
+    rows = trainer.run.pass_rows if train else trainer.run.eval_rows
+    parts = _padded_parts(trainer, inputs, rows)
     trainer.current_gradient_accumulation_steps = len(parts)
     labels = [int((part["labels"][:, 1:] != -100).sum()) for part in parts]
     def compute(part): return trainer.padded_pass(model, part, num_items, train)
     with _numbers_apart(trainer, "train" if train else "eval") as numbers:
         losses = _each_pass(trainer, model, parts, compute, train)
     if not train: losses = [loss * n / max(1, sum(labels)) for loss, n in zip(losses, labels)]
-    return sum(losses), sum(part["input_ids"].numel() for part in parts), numbers | {"labels": labels}
+    computed = sum(part["input_ids"].numel() for part in parts)
+    return _Passed(sum(losses), computed, numbers | {"labels": labels})
 
 # %% ../nbs/35b_passes.ipynb #4adf45a0
 def out_of_memory(
@@ -185,7 +207,8 @@ def _make_smaller(
     train: bool = True,  # or evaluate
 ) -> str:  # how large they are now
     "Halve the passes; raises where they have one row already."
-    smallest = f"memory ran out on a pass of one row, {longest} tokens at most: set gradient_checkpointing, or a smaller max_length, which drops longer rows"
+    smallest = (f"memory ran out on a pass of one row, {longest} tokens at most: set gradient_checkpointing, "
+                "or a smaller max_length, which drops longer rows")
     if run.budget:
         if run.budget <= longest: raise MemoryError(smallest)
         run.budget //= 2
@@ -205,10 +228,12 @@ def _average_gradients(
     import torch
     if trainer.accelerator.num_processes == 1 or trainer.is_fsdp_enabled: return
     weights = [p for p in model.parameters() if p.requires_grad]
-    have = torch.tensor([float(p.grad is not None) for p in weights], device=weights[0].device)
-    own = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten().float() for p in weights]
-    *whole, have = trainer.accelerator.reduce(torch.cat([*own, have]), "mean").split([*map(len, own), len(have)])
-    for p, grad, there in zip(weights, whole, have.tolist()): p.grad = grad.view_as(p).to(p.dtype) if there else None
+    given = torch.tensor([float(w.grad is not None) for w in weights], device=weights[0].device)
+    mine = [(torch.zeros_like(w) if w.grad is None else w.grad).flatten().float() for w in weights]
+    mean = trainer.accelerator.reduce(torch.cat([*mine, given]), "mean")
+    *gradients, given = mean.split([*map(len, mine), len(given)])
+    for weight, gradient, any_given in zip(weights, gradients, given.tolist()):
+        weight.grad = gradient.view_as(weight).to(weight.dtype) if any_given else None
 
 # %% ../nbs/35b_passes.ipynb #cbf646b7
 def _sharded_memory(
@@ -217,25 +242,29 @@ def _sharded_memory(
     train: bool,  # or evaluate
 ) -> str:  # a sentence
     "What to set where memory ran out and the step can't be taken again."
-    said = "memory ran out under FSDP, where passes aren't made smaller in a run: set"
-    if run.budget > longest: return f"{said} tokens_per_pass to {max(longest, run.budget // 2)} or less, or gradient_checkpointing"
-    rows, kind = (run.pass_rows, "train") if train else (run.eval_rows, "eval")
-    if run.budget or rows <= 1: return f"{said} gradient_checkpointing, or a smaller max_length, which drops rows longer than that"
-    more = ", and gradient_accumulation_steps so much higher; then the job goes on from its last checkpoint" if train else ""
-    return f"{said} per_device_{kind}_batch_size to {rows // 2}{more}"
+    words = "memory ran out under FSDP, where passes aren't made smaller in a run: set"
+    if run.budget > longest:
+        return f"{words} tokens_per_pass to {max(longest, run.budget // 2)} or less, or gradient_checkpointing"
+    rows = run.pass_rows if train else run.eval_rows
+    if run.budget or rows <= 1:
+        return f"{words} gradient_checkpointing, or a smaller max_length, which drops rows longer than that"
+    if not train: return f"{words} per_device_eval_batch_size to {rows // 2}"
+    return (f"{words} per_device_train_batch_size to {rows // 2}, and gradient_accumulation_steps so much higher; "
+            "then the job goes on from its last checkpoint")
 
 # %% ../nbs/35b_passes.ipynb #b7157b94
 def _word_of(
     trainer,  # a `RowTrainer`
-    e: Exception,  # raised by the passes of a step
+    error: Exception,  # raised by the passes of a step
     longest: int,  # tokens of the longest row
     train: bool,  # or evaluate
 ) -> Exception | None:  # what the other processes must know; None where memory ran out, and passes get smaller
     "See to an error of this process; raises where it ends the run."
-    memory = out_of_memory(e)
-    if memory and trainer.is_fsdp_enabled: raise MemoryError(_sharded_memory(trainer.run, longest, train)) from e
-    if not memory and (train or trainer.is_fsdp_enabled): raise e
-    return None if memory else e
+    if out_of_memory(error):
+        if trainer.is_fsdp_enabled: raise MemoryError(_sharded_memory(trainer.run, longest, train)) from error
+        return None
+    if train or trainer.is_fsdp_enabled: raise error
+    return error
 
 # %% ../nbs/35b_passes.ipynb #951b77c7
 def tell_all(
@@ -255,20 +284,20 @@ def run_step(
     train: bool = True,  # with gradients
 ) -> tuple:  # (this process's loss, a scalar tensor; tokens computed)
     "All passes of a step; smaller ones on all processes, where memory runs out on one."
-    passes, longest = _flat_passes if trainer.run.budget else _padded_passes, inputs["input_ids"].shape[1]
+    take_passes = _flat_passes if trainer.run.budget else _padded_passes
+    longest = inputs["input_ids"].shape[1]
     while True:
         done, problem = None, None
-        try: done = passes(trainer, model, inputs, num_items, train)
+        try: done = take_passes(trainer, model, inputs, num_items, train)
         except Exception as e: problem = _word_of(trainer, e, longest, train)
         if not failed_anywhere(trainer.accelerator, done is None): break
         if not train: tell_all(trainer.accelerator, problem)
         model.zero_grad()
         size = _make_smaller(trainer.run, longest, train)
         if trainer.is_world_process_zero(): print(f"memory ran out: passes are of {size} from here on", flush=True)
-    loss, computed, numbers = done
-    _merge_numbers(trainer, "train" if train else "eval", numbers)
+    _merge_numbers(trainer, "train" if train else "eval", done.numbers)
     if train: _average_gradients(trainer, model)
-    return loss, computed
+    return done.loss, done.computed
 
 # %% ../nbs/35b_passes.ipynb #0e262d1b
 def _held_out(
@@ -284,26 +313,34 @@ def _held_out(
     trainer.held_out = 0.0
     return done
 
+# %% ../nbs/35b_passes.ipynb #431e7897
+class _InPasses:
+    "What of a trainer works on rows in passes."
+    held_out = 0.0  # sum of losses, and of label tokens
+
+    def padded_pass(self, model, part, num_items, train):
+        if train: return super().training_step(model, part, num_items)
+        return super().prediction_step(model, part, True)[0]
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        import torch
+        with torch.no_grad(): loss, _ = run_step(self, model, inputs, train=False)
+        mine, _ = self.share(inputs)
+        loss = mean_over_all(self.accelerator, loss, mine["labels"])
+        tokens = (inputs["labels"][:, 1:] != -100).sum()
+        self.held_out = self.held_out + torch.stack([loss.double() * tokens, tokens.double()])
+        return loss, None, None
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        done = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        return _held_out(self, metric_key_prefix, done)
+
 # %% ../nbs/35b_passes.ipynb #51db953c
 def in_passes(
     base,  # TRL's `SFTTrainer`, or a class made of it
 ):  # a class of trainers
     "A trainer that works on the rows of a step, or of a batch to evaluate, in passes."
-    import torch
-    class InPasses(base):
-        held_out = 0.0  # sum of losses, and of label tokens
-        def padded_pass(self, model, part, num_items, train):
-            if train: return super().training_step(model, part, num_items)
-            return super().prediction_step(model, part, True)[0]
-        def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-            with torch.no_grad(): loss, _ = run_step(self, model, inputs, train=False)
-            loss = mean_over_all(self.accelerator, loss, self.share(inputs)[0]["labels"])
-            tokens = (inputs["labels"][:, 1:] != -100).sum()
-            self.held_out = self.held_out + torch.stack([loss.double() * tokens, tokens.double()])
-            return loss, None, None
-        def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-            done = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-            return _held_out(self, metric_key_prefix, done)
+    class InPasses(_InPasses, base): pass
     return InPasses
 
 # %% ../nbs/35b_passes.ipynb #ea84c765
@@ -314,11 +351,13 @@ def sharing_obstacle(
 ) -> str:  # why rows are trained in padded batches; "" where they share
     "Settle whether rows share their prefix; raises where that was demanded and can't be."
     if settings.shared_prefix is False: return "shared_prefix is false"
-    config = settings.config
-    mixed = "bf16" if config.get("bf16") else "fp16" if config.get("fp16") else None
-    check = shares_exactly(model, [train[i] for i in sorted({0, len(train) - 1})], mixed, config)
-    why = check.reason or ("" if check else "the numerical check failed")
-    if why and settings.shared_prefix is True: raise ValueError(f"shared_prefix is true, but the prefix can't be shared: {why}; use auto")
+    mixed = next((name for name in ("bf16", "fp16") if settings.config.get(name)), None)
+    first_and_last = [train[i] for i in sorted({0, len(train) - 1})]
+    check = shares_exactly(model, first_and_last, mixed, settings.config)
+    if check: return ""
+    why = check.reason or "the numerical check failed"
+    if settings.shared_prefix is True:
+        raise ValueError(f"shared_prefix is true, but the prefix can't be shared: {why}; use auto")
     return why
 
 # %% ../nbs/35b_passes.ipynb #0a9c30f1
@@ -328,7 +367,8 @@ def settle_budget(
     settings: TrainingSettings,  # from `settle_training`
 ) -> tuple:  # (computed tokens of a flat pass, 0 for padded batches; why padded, or "")
     "Whether rows share their prefix, and how many tokens go into a pass."
-    if why := from_first(lambda: sharing_obstacle(model, train, settings)):
+    why = from_first(lambda: sharing_obstacle(model, train, settings))
+    if why:
         if not process_rank(): print(f"rows are trained in padded batches: {why}", flush=True)
         return 0, why
     if settings.tokens_per_pass: return settings.tokens_per_pass, ""
