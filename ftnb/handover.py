@@ -33,6 +33,24 @@ class Handover:
     asked: dict | None = field(default=None, repr=False)  # fields of `AskedRows`: what is asked while the model learns
     parent: dict | None = field(default=None, repr=False)  # fields of `Parent`: the adapter that the job goes on from
 
+# %% ../nbs/51_handover.ipynb #e515bd6c
+def _handover(
+    folder: str,  # for the rows
+    job: runrecord.Job,
+    rows: runrecord.JobRows,
+    asked: AskedRows | None,  # what is asked while the model learns
+) -> Handover:
+    "What is told of a job."
+    return Handover(
+        rows=os.path.abspath(folder),
+        limit=rows.limit,
+        model=vars(job.records.model),
+        lora=job.records.lora,
+        precision=asdict(replace(job.precision, notes=())),
+        settings=asdict(replace(job.settings, notes=())),
+        asked=asdict(asked) if asked else None,
+        parent=asdict(job.parent) if job.parent else None)
+
 # %% ../nbs/51_handover.ipynb #4cf03546
 @contextlib.contextmanager
 def handed_over(
@@ -46,41 +64,48 @@ def handed_over(
     if ranks.process_count() == 1:
         yield None
         return
-    settled = [asdict(replace(part, notes=())) for part in (job.precision, job.settings)]  # the first process says them
-    asks = asdict(asked) if asked else None
-    parent = asdict(job.parent) if job.parent else None
-    told = Handover(os.path.abspath(folder), rows.limit, vars(job.records.model), job.records.lora, *settled, asks, parent)
+    handover = _handover(folder, job, rows, asked)
     try:
         for name in ("train", "test"): getattr(rows, name).dataset.save_to_disk(os.path.join(folder, name))
         storage.write_json(os.path.join(folder, "numbers.json"), rows.numbers)
-        yield asdict(told)
+        yield asdict(handover)
     finally: shutil.rmtree(folder, ignore_errors=True)
 
 # %% ../nbs/51_handover.ipynb #2a0d0c9a
-def _told_rows(
+def _read_rows(
     folder: str,  # that the first process has written
     limit: int,  # tokens a row may have
 ) -> runrecord.JobRows:
-    "The rows of a run; of those that aren't trained the first process has the ledger."
+    "The rows of a run."
     import datasets
     train, test = (tokens.TokenizedRows(datasets.load_from_disk(os.path.join(folder, name)), ()) for name in ("train", "test"))
     ledger = RowLedger(len(train.dataset) + len(test.dataset), len(train.dataset), len(test.dataset), 0)
     numbers = storage.read_json(os.path.join(folder, "numbers.json"), 2**40)
     return runrecord.JobRows(train, test, ledger, {}, limit, numbers=numbers)
 
+# %% ../nbs/51_handover.ipynb #e4d9e2b4
+def _taken_job(
+    args: "JobArgs",  # of the job
+    handover: Handover,  # by the first process
+) -> runrecord.Job:  # with what training needs of it
+    "The job as another process has it."
+    precision = models.Precision(**handover.precision)
+    if precision.device != "cpu": precision = replace(precision, device=models.local_device())
+    model = studio.ModelRecord(**handover.model)
+    records = studio.Records(model, None, None, None, handover.lora, None, None, {})
+    ends = settings.Ends(**handover.settings["ends"])
+    trained = settings.TrainingSettings(**handover.settings | {"ends": ends})
+    token = args.hf_token.reveal() if args.hf_token else None
+    parent = Parent(**handover.parent) if handover.parent else None
+    return runrecord.Job(args, None, records, None, precision, trained, token, parent=parent)
+
 # %% ../nbs/51_handover.ipynb #682fdaba
 def take_over(
     args: "JobArgs",  # of the job
-    told: Handover,  # by the first process
+    handover: Handover,  # by the first process
 ) -> tuple:  # (job, tokenizer, rows, `AskedRows` or None), with what training needs of them
     "The job as another process takes it up."
-    precision = models.Precision(**told.precision)
-    if precision.device != "cpu": precision = replace(precision, device=models.local_device())
-    records = studio.Records(studio.ModelRecord(**told.model), None, None, None, told.lora, None, None, {})
-    token = args.hf_token.reveal() if args.hf_token else None
-    trained = settings.TrainingSettings(**told.settings | {"ends": settings.Ends(**told.settings["ends"])})
-    parent = Parent(**told.parent) if told.parent else None
-    job = runrecord.Job(args, None, records, None, precision, trained, token, parent=parent)
+    job = _taken_job(args, handover)
     tokenizer, *_ = models.load_base_files(job.source, job.token)
-    asked = AskedRows(**told.asked) if told.asked else None
-    return job, tokenizer, _told_rows(told.rows, told.limit), asked
+    asked = AskedRows(**handover.asked) if handover.asked else None
+    return job, tokenizer, _read_rows(handover.rows, handover.limit), asked
