@@ -14,7 +14,8 @@ from .guards import RunStopped, best_effort, check_finite, one_line, step_rows, 
 from .manifest import drop_old_checkpoints, find_checkpoint, seal_checkpoint, whole_checkpoint
 from .metrics import RunState, RunTotals, keep_metrics
 from .plan import RunPlan, joined, read_plan, write_plan
-from .ranks import KnownToAll, failed_anywhere, raise_together, spread_like, sum_over_all, take_state, whole_state, whole_weights
+from .ranks import KnownToAll, failed_anywhere, raise_together, sum_over_all
+from .ranks import spread_like, take_state, whole_state, whole_weights
 from .storage import clear_folder, open_plain, set_aside, storage_error
 
 # %% ../nbs/33_checkpoints.ipynb #50621ed8
@@ -93,34 +94,49 @@ def _take_run_state(
     run = trainer.run
     run.totals = RunTotals(*saved.totals)
     run.mine = RunTotals(*saved.totals) if trainer.is_world_process_zero() else RunTotals()
-    run.budget, run.seconds, run.saved_step = saved.tokens_per_pass, saved.seconds, trainer.state.global_step
-    run.without_gain, run.ended = saved.without_gain, saved.ended
+    run.budget = saved.tokens_per_pass
+    run.seconds = saved.seconds
+    run.saved_step = trainer.state.global_step
+    run.without_gain = saved.without_gain
+    run.ended = saved.ended
     if saved.ended: trainer.state.max_steps = trainer.state.global_step
     trainer._total_loss_scalar = saved.loss_sum
     trainer._tr_loss.fill_(saved.loss_since_log)
     trainer._globalstep_last_logged = saved.logged_step
     trainer._initial_global_step = 0  # the mean loss is that of the whole run
     trainer._total_train_tokens = saved.train_tokens
-    for k, v in saved.unlogged.items(): trainer._metrics["train"][k] = list(v)
+    for name, values in saved.unlogged.items(): trainer._metrics["train"][name] = list(values)
+
+# %% ../nbs/33_checkpoints.ipynb #507f150c
+def _write_files(
+    trainer,  # of the first process
+    part: str,  # the folder to fill
+    state: SavedCounts,
+    weights: dict,  # what is trained, whole
+    optimizer: dict,  # what the optimizer keeps, whole
+):
+    "Write what is the same for all processes."
+    import torch
+    def path(name): return os.path.join(part, name)
+    trainer.model.save_pretrained(part, state_dict=weights, save_embedding_layers=False)
+    with contextlib.suppress(FileNotFoundError): os.remove(path("README.md"))
+    torch.save(optimizer, path("optimizer.pt"))
+    torch.save(trainer.lr_scheduler.state_dict(), path("scheduler.pt"))
+    trainer._save_scaler(part)
+    trainer.state.save_to_json(path("trainer_state.json"))
+    with open(path("run_state.json"), "w", encoding="utf-8") as f: json.dump(asdict(state), f, indent=1, sort_keys=True)
 
 # %% ../nbs/33_checkpoints.ipynb #87f815eb
 def _write_share(
-    trainer,  # in training
+    trainer,  # in training; all processes call this together
     part: str,  # the folder to fill
     state: SavedCounts,
 ):
     "Each process writes its random state, the first one everything else."
-    import torch
     trainer._save_rng_state(part)
-    weights, kept = whole_weights(trainer.model), whole_state(trainer.optimizer)  # of all processes, under FSDP
-    if not trainer.is_world_process_zero(): return
-    trainer.model.save_pretrained(part, state_dict=weights, save_embedding_layers=False)
-    with contextlib.suppress(FileNotFoundError): os.remove(os.path.join(part, "README.md"))
-    torch.save(kept, os.path.join(part, "optimizer.pt"))
-    torch.save(trainer.lr_scheduler.state_dict(), os.path.join(part, "scheduler.pt"))
-    trainer._save_scaler(part)
-    trainer.state.save_to_json(os.path.join(part, "trainer_state.json"))
-    with open(os.path.join(part, "run_state.json"), "w", encoding="utf-8") as f: json.dump(asdict(state), f, indent=1, sort_keys=True)
+    weights = whole_weights(trainer.model)
+    optimizer = whole_state(trainer.optimizer)
+    if trainer.is_world_process_zero(): _write_files(trainer, part, state, weights, optimizer)
 
 # %% ../nbs/33_checkpoints.ipynb #23ab8f3a
 def together(
@@ -133,6 +149,15 @@ def together(
     except Exception as e: problem = e
     raise_together(accelerator, problem)
 
+# %% ../nbs/33_checkpoints.ipynb #f99e5def
+def _by_first(
+    trainer,  # all processes call this together
+    act,  # a function without arguments
+):
+    "Let the first process do something while the others wait; where it fails, all raise."
+    def nothing(): pass
+    together(trainer.accelerator, act if trainer.is_world_process_zero() else nothing)
+
 # %% ../nbs/33_checkpoints.ipynb #c5530ed3
 def check_weights(
     trainer,  # at the end of a step
@@ -143,29 +168,40 @@ def check_weights(
     raise FloatingPointError(f"the weights aren't finite after step {step}; {step_rows(trainer.run, step - 1)}."
                              f" Nothing of it is saved. {what_helps(trainer.model, trainer.args)}")
 
-# %% ../nbs/33_checkpoints.ipynb #960e553e
-def save_checkpoint(
+# %% ../nbs/33_checkpoints.ipynb #bd91e76e
+def _write_together(
     trainer,  # at the end of a step; all processes call this together
-) -> str:  # its folder
-    "Write a checkpoint; where that fails, nothing of it stays and the earlier ones do."
-    step, out, first = trainer.state.global_step, trainer.args.output_dir, trainer.is_world_process_zero()
-    place, part = os.path.join(out, f"checkpoint-{step}"), os.path.join(out, f".checkpoint-{step}.part")
-    state = _run_state(trainer)
-    check_weights(trainer)
+    part: str,  # the folder to fill
+    place: str,  # where it goes when it is whole
+    state: SavedCounts,
+):
+    "Make a folder, fill it, and give it its name."
     def begin():
         clear_folder(part)
         os.makedirs(part)
     def end():
         if os.path.lexists(place): set_aside(place)
-        seal_checkpoint(part, place, step, trainer.run.identity)
-        drop_old_checkpoints(out, trainer.args.save_total_limit, trainer.state.best_model_checkpoint)
-    try:
-        together(trainer.accelerator, begin if first else bool)
-        together(trainer.accelerator, lambda: _write_share(trainer, part, state))
-        together(trainer.accelerator, end if first else bool)
+        seal_checkpoint(part, place, trainer.state.global_step, trainer.run.identity)
+        keep, best = trainer.args.save_total_limit, trainer.state.best_model_checkpoint
+        drop_old_checkpoints(trainer.args.output_dir, keep, best)
+    _by_first(trainer, begin)
+    together(trainer.accelerator, lambda: _write_share(trainer, part, state))
+    _by_first(trainer, end)
+
+# %% ../nbs/33_checkpoints.ipynb #960e553e
+def save_checkpoint(
+    trainer,  # at the end of a step; all processes call this together
+) -> str:  # its folder
+    "Write a checkpoint; where that fails, nothing of it stays and the earlier ones do."
+    step, out = trainer.state.global_step, trainer.args.output_dir
+    place = os.path.join(out, f"checkpoint-{step}")
+    part = os.path.join(out, f".checkpoint-{step}.part")
+    state = _run_state(trainer)
+    check_weights(trainer)
+    try: _write_together(trainer, part, place, state)
     except Exception as e:
         error = storage_error(e, out, f"the checkpoint of step {step}")
-        if first: shutil.rmtree(part, ignore_errors=True)
+        if trainer.is_world_process_zero(): shutil.rmtree(part, ignore_errors=True)
         raise error from (None if error is e else e)
     return place
 
@@ -177,9 +213,11 @@ def load_trained(
     "Put a checkpoint's weights into a model."
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
-    name, weights = model.active_adapters[0], load_file(os.path.join(folder, "adapter_model.safetensors"))
-    parts = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    unknown = set_peft_model_state_dict(model, {k: spread_like(v, parts.get(k)) for k, v in weights.items()}, name).unexpected_keys
+    name = model.active_adapters[0]
+    weights = load_file(os.path.join(folder, "adapter_model.safetensors"))
+    places = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    spread = {key: spread_like(weight, places.get(key)) for key, weight in weights.items()}
+    unknown = set_peft_model_state_dict(model, spread, name).unexpected_keys
     if unknown: raise ValueError(f"{folder} holds weights that this model has no place for: {', '.join(unknown[:3])}")
 
 # %% ../nbs/33_checkpoints.ipynb #141c6d81
@@ -189,9 +227,9 @@ def _load_optimizer(
 ):
     "Optimizer and learning rate as they were."
     import torch
-    kept, rate = (torch.load(os.path.join(folder, name), map_location="cpu", weights_only=True) for name in ("optimizer.pt", "scheduler.pt"))
-    take_state(trainer.optimizer, kept)
-    trainer.lr_scheduler.load_state_dict(rate)
+    def load(name): return torch.load(os.path.join(folder, name), map_location="cpu", weights_only=True)
+    take_state(trainer.optimizer, load("optimizer.pt"))
+    trainer.lr_scheduler.load_state_dict(load("scheduler.pt"))
 
 # %% ../nbs/33_checkpoints.ipynb #e814ed12
 @dataclass(frozen=True)
@@ -201,22 +239,28 @@ class Agreed:
     stop: bool = False  # with a checkpoint
     finish: bool = False  # with an adapter
 
+# %% ../nbs/33_checkpoints.ipynb #6221a5c3
+def _asked_here(
+    trainer,  # at the end of a step
+) -> Agreed:  # as far as this process knows
+    "What is due, or was asked of this process."
+    run, out = trainer.run, trainer.args.output_dir
+    if not trainer.is_world_process_zero(): return Agreed(stop=bool(run.stop_asked_by))
+    asked = os.path.isfile(os.path.join(out, "stop"))
+    if asked and not run.stop_asked_by: run.stop_asked_by = "the file stop"
+    due = run.save_seconds is not None and time.monotonic() - run.saved_at >= run.save_seconds
+    finish = os.path.isfile(os.path.join(out, "finish"))
+    return Agreed(due, bool(run.stop_asked_by), finish)
+
 # %% ../nbs/33_checkpoints.ipynb #018ce590
 def _agree(
     trainer,  # at the end of a step; all processes call this together
 ) -> Agreed:
-    "The first process looks at its clock and for files; any may have been sent a signal. Rows and tokens are added up."
-    run, due, finish = trainer.run, False, False
-    if trainer.is_world_process_zero():
-        out = trainer.args.output_dir
-        if run.save_seconds is not None: due = time.monotonic() - run.saved_at >= run.save_seconds
-        finish = os.path.isfile(os.path.join(out, "finish"))
-        asked = os.path.isfile(os.path.join(out, "stop"))
-        if asked and not run.stop_asked_by: run.stop_asked_by = "the file stop"
-    mine = [int(due), int(bool(run.stop_asked_by)), int(finish), *astuple(run.mine)]
-    due, stop, finish, *totals = sum_over_all(trainer.accelerator, mine)
-    run.totals = RunTotals(*totals)
-    return Agreed(due > 0, stop > 0, finish > 0)
+    "What all processes do; the run's totals are those of all of them."
+    mine = [int(asked) for asked in astuple(_asked_here(trainer))]
+    save, stop, finish, *totals = sum_over_all(trainer.accelerator, [*mine, *astuple(trainer.run.mine)])
+    trainer.run.totals = RunTotals(*totals)
+    return Agreed(save > 0, stop > 0, finish > 0)
 
 # %% ../nbs/33_checkpoints.ipynb #b981d5cb
 def is_over(
@@ -230,11 +274,10 @@ def settle_plan(
     trainer,  # in training; all processes call this together
     **numbers,  # fields of `RunPlan`
 ):
-    "Settle something for all sessions of a run: it is on the disk before anything follows from it."
+    "Settle something for all sessions of a run."
     run, out = trainer.run, trainer.args.output_dir
     run.plan = replace(run.plan, **numbers)
-    def write(): write_plan(out, run.identity, run.plan)
-    together(trainer.accelerator, write if trainer.is_world_process_zero() else bool)
+    _by_first(trainer, lambda: write_plan(out, run.identity, run.plan))
 
 # %% ../nbs/33_checkpoints.ipynb #631c43c2
 def end_run(
@@ -276,10 +319,11 @@ def _finish(
     asked: bool,  # by the file `finish`
 ):
     "Finish where that was asked for; a run that evaluates every few steps evaluates its last one, too."
-    args, step, over = trainer.args, trainer.state.global_step, is_over(trainer)
+    args, was_over = trainer.args, is_over(trainer)
     finish_if_asked(trainer, asked)
-    ends_now = is_over(trainer) and not over
-    if ends_now and args.eval_strategy == "steps" and args.eval_delay <= step: trainer.control.should_evaluate = True
+    if was_over or not is_over(trainer): return
+    evaluates = args.eval_strategy == "steps" and args.eval_delay <= trainer.state.global_step
+    if evaluates: trainer.control.should_evaluate = True
 
 # %% ../nbs/33_checkpoints.ipynb #f1c98324
 def _flow_after_step(
@@ -288,27 +332,55 @@ def _flow_after_step(
     control,  # its `TrainerControl`
 ):
     "Stop, finish or save, where it is time for that or somebody asks for it."
-    run, step = trainer.run, trainer.state.global_step
-    agreed, flow.between = _agree(trainer), False
+    run, agreed = trainer.run, _agree(trainer)
+    flow.between = False
     run.stopping = agreed.stop
     _finish(trainer, agreed.finish)
-    ends = control.should_training_stop or step % run.steps_per_epoch == 0
-    wanted = control.should_save or agreed.save or run.stopping or control.should_training_stop and _saves(trainer)
-    control.should_save, flow.owed = wanted and not ends, wanted and ends
+    ends = control.should_training_stop
+    wanted = control.should_save or agreed.save or run.stopping or (ends and _saves(trainer))
+    waits = ends or trainer.state.global_step % run.steps_per_epoch == 0
+    control.should_save = wanted and not waits
+    flow.owed = wanted and waits
 
 # %% ../nbs/33_checkpoints.ipynb #652e1bd7
 def _flow_after_evaluation(
     flow,  # the `FlowCallback`
     trainer,  # that has evaluated
 ):
-    "Where the evaluation ends the run, the checkpoint is written that goes with it, after all that the epoch's end brings."
+    "Where the evaluation ends the run, its checkpoint is written after all that the epoch's end brings."
     run, state, control = trainer.run, trainer.state, trainer.control
     if not control.should_training_stop or is_over(trainer): return
     best = "" if state.best_metric is None else f" than {state.best_metric:.4g}"
     end_run(trainer, "stopped early", f"{run.without_gain} evaluations in a row were no better{best}")
     if not _saves(trainer): return
-    if flow.between: control.should_save = True
-    else: control.should_save, flow.owed = False, True
+    control.should_save = flow.between
+    if not flow.between: flow.owed = True
+
+# %% ../nbs/33_checkpoints.ipynb #aacb72df
+class _Flow:
+    "What of a callback decides when a checkpoint is written, and when a run ends."
+    owed = False  # a save that waits for the epoch's end
+    between = False  # is an epoch at its end?
+
+    def __init__(self, trainer): self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        run = self.trainer.run
+        run.start_clock()
+        if run.resumed: _take_run_state(self.trainer, run.resumed)
+        finish_if_asked(self.trainer, False)
+
+    def on_step_end(self, args, state, control, **kwargs): _flow_after_step(self, self.trainer, control)
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_save = control.should_save or self.owed
+        self.owed, self.between = False, True
+
+    def on_evaluate(self, args, state, control, **kwargs): _flow_after_evaluation(self, self.trainer)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.trainer.run.stop_clock()
+        check_weights(self.trainer)
 
 # %% ../nbs/33_checkpoints.ipynb #5ed21910
 def flow_callback(
@@ -316,23 +388,8 @@ def flow_callback(
 ):  # a `TrainerCallback`
     "Decides when a checkpoint is written, and when a run ends."
     from transformers import TrainerCallback
-    run = trainer.run
-    class FlowCallback(TrainerCallback):
-        owed, between = False, False  # a save that waits for the epoch's end; is an epoch at its end?
-        def on_train_begin(self, args, state, control, **kwargs):
-            run.start_clock()
-            if run.resumed: _take_run_state(trainer, run.resumed)
-            finish_if_asked(trainer, False)
-        def on_step_end(self, args, state, control, **kwargs):
-            _flow_after_step(self, trainer, control)
-        def on_epoch_end(self, args, state, control, **kwargs):
-            control.should_save, self.owed, self.between = control.should_save or self.owed, False, True
-        def on_evaluate(self, args, state, control, **kwargs):
-            _flow_after_evaluation(self, trainer)
-        def on_train_end(self, args, state, control, **kwargs):
-            run.stop_clock()
-            check_weights(trainer)
-    return FlowCallback()
+    class FlowCallback(_Flow, TrainerCallback): pass
+    return FlowCallback(trainer)
 
 # %% ../nbs/33_checkpoints.ipynb #d1dec4dd
 def _save(
@@ -342,8 +399,8 @@ def _save(
     state = trainer.state
     trainer.store_flos()
     best = os.path.join(trainer.args.output_dir, f"checkpoint-{state.best_global_step}")
-    if state.best_global_step and (state.best_global_step == state.global_step or os.path.isdir(best)):
-        state.best_model_checkpoint = best
+    exists = state.best_global_step == state.global_step or os.path.isdir(best)
+    if state.best_global_step and exists: state.best_model_checkpoint = best
     if is_over(trainer) and not trainer.run.stopping:
         best_effort(f"the checkpoint of the last step, {state.global_step}", lambda: save_checkpoint(trainer))
     else: save_checkpoint(trainer)
@@ -361,8 +418,9 @@ def _save_or_stop(
     if trainer.is_world_process_zero():
         with contextlib.suppress(OSError): os.remove(os.path.join(out, "stop"))
     place = os.path.join(out, f"checkpoint-{state.global_step}")
-    raise RunStopped(f"stopped by {run.stop_asked_by or 'another process'} at step {state.global_step} of {state.max_steps};"
-                     f" a checkpoint is in {place}; run the job again with the same arguments to go on")
+    who = run.stop_asked_by or "another process"
+    raise RunStopped(f"stopped by {who} at step {state.global_step} of {state.max_steps}; a checkpoint is in {place};"
+                     " run the job again with the same arguments to go on")
 
 # %% ../nbs/33_checkpoints.ipynb #a4258897
 def _evaluate_together(
@@ -387,8 +445,9 @@ def _evaluate_sharded(
     except MemoryError: raise  # it says what to set
     except Exception as e:
         if not is_over(trainer): raise
-        raise RuntimeError(f"the last evaluation failed ({one_line(e)}), and under FSDP no process goes on without the others."
-                           f" Run the job again without FSDP: it goes on from its last checkpoint in {trainer.args.output_dir}") from e
+        raise RuntimeError(
+            f"the last evaluation failed ({one_line(e)}), and under FSDP no process goes on without the others. "
+            f"Run the job again without FSDP: it goes on from its last checkpoint in {trainer.args.output_dir}") from e
 
 # %% ../nbs/33_checkpoints.ipynb #70900acb
 def _best_by(
@@ -398,6 +457,18 @@ def _best_by(
     name = getattr(args, "metric_for_best_model", None) or "loss"
     return name if name.startswith("eval_") else f"eval_{name}"
 
+# %% ../nbs/33_checkpoints.ipynb #8a1c17f2
+def _check_held_out(
+    trainer,  # that has evaluated
+    loss: float,  # the held-out loss
+):
+    "Raise where the held-out loss isn't finite; before the first step that is the base model's affair."
+    from math import isfinite
+    step = trainer.state.global_step
+    if not step or isfinite(loss): return
+    raise FloatingPointError(f"the held-out loss is {loss} after step {step}; nothing of it is saved."
+                             f" {what_helps(trainer.model, trainer.args)}")
+
 # %% ../nbs/33_checkpoints.ipynb #ee3ba710
 def _evaluate_apart(
     trainer,  # before, in or after training
@@ -405,26 +476,24 @@ def _evaluate_apart(
 ) -> dict:  # its metrics
     "Evaluate without a trace in the random numbers; raises where the held-out loss isn't finite after training began."
     import torch
-    from math import isfinite
-    shared = _evaluate_sharded if trainer.is_fsdp_enabled else _evaluate_together
+    evaluate_all = _evaluate_sharded if trainer.is_fsdp_enabled else _evaluate_together
     def apart():
-        with torch.random.fork_rng(devices=[]): return shared(trainer, evaluate)
-    withholds = trainer.is_fsdp_enabled or not is_over(trainer)
-    metrics = apart() if withholds else best_effort("the last evaluation", apart, {})
+        with torch.random.fork_rng(devices=[]): return evaluate_all(trainer, evaluate)
+    may_fail = is_over(trainer) and not trainer.is_fsdp_enabled
+    metrics = best_effort("the last evaluation", apart, {}) if may_fail else apart()
     if trainer.is_in_train: trainer.model.train()  # as it was, and as it is in a run that goes on from here
     if not metrics: return dict.fromkeys(("eval_loss", _best_by(trainer.args)), float("nan"))
-    loss, step = metrics.get("eval_loss", 0.0), trainer.state.global_step
-    if step and not isfinite(loss):
-        raise FloatingPointError(f"the held-out loss is {loss} after step {step}; nothing of it is saved. {what_helps(trainer.model, trainer.args)}")
+    _check_held_out(trainer, metrics.get("eval_loss", 0.0))
     return metrics
 
 # %% ../nbs/33_checkpoints.ipynb #6506d92c
 def _load_best(
     trainer,  # after its last step
 ):
-    "Go back to the checkpoint of the lowest held-out loss; where it can't be read, the last weights stay."
+    "Go back to the checkpoint of the best evaluation; where it can't be read, the last weights stay."
     place = os.path.join(trainer.args.output_dir, f"checkpoint-{trainer.state.best_global_step}")
-    best_effort(f"loading the best checkpoint {place} instead of the last weights", lambda: load_trained(trainer.model, whole_checkpoint(place)))
+    def load(): load_trained(trainer.model, whole_checkpoint(place))
+    best_effort(f"loading the best checkpoint {place} instead of the last weights", load)
 
 # %% ../nbs/33_checkpoints.ipynb #0e3afb19
 def _begin_epoch(
@@ -441,44 +510,56 @@ def _begin_epoch(
     return not trainer.control.should_training_stop
 
 # %% ../nbs/33_checkpoints.ipynb #5d661475
-def _saving(
-    base,  # transformers' `Trainer` or a class made of it
-):  # a class of trainers
-    "A trainer whose checkpoints are those of this room."
-    class Saving(base):
-        def evaluate(self, *args, **kwargs): return _evaluate_apart(self, lambda: super(Saving, self).evaluate(*args, **kwargs))
-        def _save_checkpoint(self, model, trial): _save_or_stop(self)
-        def _maybe_log_save_evaluate(self, *args, **kwargs):
-            wanted = self.control.should_save
-            super()._maybe_log_save_evaluate(*args, **kwargs)
-            if wanted and self.run.saved_step != self.state.global_step: _save_or_stop(self)  # `best` may have unset it
-        def _load_from_checkpoint(self, folder, model=None): load_trained(self.model, folder)
-        def _load_optimizer_and_scheduler(self, folder):
-            if folder: _load_optimizer(self, folder)
-        def _load_best_model(self): _load_best(self)
-    return Saving
+class _Saving:
+    "What of a trainer writes and reads checkpoints of this room."
+    def evaluate(self, *args, **kwargs):
+        evaluate = super().evaluate
+        return _evaluate_apart(self, lambda: evaluate(*args, **kwargs))
+
+    def _save_checkpoint(self, model, trial): _save_or_stop(self)
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        wanted = self.control.should_save
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        left = wanted and self.run.saved_step != self.state.global_step  # where only the best are saved, this one isn't
+        if left: _save_or_stop(self)
+
+    def _load_from_checkpoint(self, folder, model=None): load_trained(self.model, folder)
+
+    def _load_optimizer_and_scheduler(self, folder):
+        if folder: _load_optimizer(self, folder)
+
+    def _load_best_model(self): _load_best(self)
+
+# %% ../nbs/33_checkpoints.ipynb #1b3eea6a
+class _Exact:
+    "What of a trainer makes a run go on exactly."
+    def __init__(self, *args, run=None, **kwargs):
+        self.run = RunState() if run is None else run
+        super().__init__(*args, **kwargs)
+
+    def _get_train_sampler(self, *args, **kwargs):
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if hasattr(sampler, "set_epoch"): return sampler  # has an order of its own
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self.run.order = seeded_order(sampler, seed)
+        return self.run.order
+
+    def _run_epoch(self, *args, **kwargs):
+        begun = _begin_epoch(self, kwargs["epoch"], kwargs["num_update_steps_per_epoch"])
+        if begun: super()._run_epoch(*args, **kwargs)
+
+    def _get_grad_norm(self, *args, **kwargs):
+        norm = super()._get_grad_norm(*args, **kwargs)
+        check_finite(self, norm)
+        return norm
 
 # %% ../nbs/33_checkpoints.ipynb #e2956016
 def resumable(
     base,  # transformers' `Trainer` or a class made of it, to train a `PeftModel`
 ):  # a class of trainers
     "A trainer whose checkpoints are whole, and whose runs go on from them exactly."
-    class Resumable(_saving(base)):
-        def __init__(self, *args, run=None, **kwargs):
-            self.run = RunState() if run is None else run
-            super().__init__(*args, **kwargs)
-        def _get_train_sampler(self, *args, **kwargs):
-            sampler = super()._get_train_sampler(*args, **kwargs)
-            if hasattr(sampler, "set_epoch"): return sampler  # has an order of its own
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            self.run.order = seeded_order(sampler, seed)
-            return self.run.order
-        def _run_epoch(self, *args, **kwargs):
-            if _begin_epoch(self, kwargs["epoch"], kwargs["num_update_steps_per_epoch"]): super()._run_epoch(*args, **kwargs)
-        def _get_grad_norm(self, *args, **kwargs):
-            norm = super()._get_grad_norm(*args, **kwargs)
-            check_finite(self, norm)
-            return norm
+    class Resumable(_Exact, _Saving, base): pass
     return Resumable
 
 # %% ../nbs/33_checkpoints.ipynb #922f5b82
@@ -499,7 +580,9 @@ def _announce(
     if not trainer.is_world_process_zero(): return
     now, then = trainer.accelerator.num_processes, trainer.run.resumed.processes
     print(f"going on from {folder}", flush=True)
-    if now != then: print(f"the checkpoint is of {then} processes and this run has {now}: the random numbers of dropout start anew", flush=True)
+    if now == then: return
+    differs = f"the checkpoint is of {then} processes and this run has {now}"
+    print(f"{differs}: the random numbers of dropout start anew", flush=True)
 
 # %% ../nbs/33_checkpoints.ipynb #3997d8ce
 def _take_files(
@@ -511,9 +594,10 @@ def _take_files(
     finish = os.path.join(out, "finish")
     with contextlib.suppress(OSError): os.remove(os.path.join(out, "stop"))
     if not os.path.isfile(finish): return plan
-    if plan and not place and not plan.ends_at: return plan  # of a session that took no step to its end
-    if plan and place and not plan.ends_at: plan = replace(plan, ends_at=int(place.rpartition("-")[2]))
     if plan is None: print(f"{finish} is from before this run; it is removed", flush=True)
+    elif not plan.ends_at:
+        if not place: return plan  # the run hasn't finished a step: it finishes after its first
+        plan = replace(plan, ends_at=int(place.rpartition("-")[2]))
     with contextlib.suppress(OSError): os.remove(finish)
     return plan
 
@@ -534,13 +618,13 @@ def _choose_checkpoint(
     keep_metrics(os.path.join(out, "metrics.jsonl"), saved.metrics_lines if saved else 0)
     return place, plan
 
-# %% ../nbs/33_checkpoints.ipynb #3241fde4
-def begin_or_resume(
+# %% ../nbs/33_checkpoints.ipynb #4746e2fb
+def _choose_for_all(
     trainer,  # before training; all processes call this together
-    identity: dict,  # from `run_identity`
-) -> str | None:  # the checkpoint to go on from
+    identity: dict,  # this run's
+) -> tuple:  # (the checkpoint to go on from or None, `RunPlan`)
     "Let the first process choose the checkpoint, and tell it to all."
-    run, answer, tokens = trainer.run, [None], trainer.run.budget
+    tokens, answer = trainer.run.budget, [None]
     several = trainer.accelerator.num_processes > 1
     if several:
         from accelerate.utils import broadcast_object_list, gather_object
@@ -550,7 +634,16 @@ def begin_or_resume(
         except Exception as e: answer = [storage_error(e, trainer.args.output_dir, "what a run needs to go on")]
     if several: broadcast_object_list(answer)
     if isinstance(answer[0], Exception): raise answer[0]
-    place, run.plan = answer[0]
+    return answer[0]
+
+# %% ../nbs/33_checkpoints.ipynb #3241fde4
+def begin_or_resume(
+    trainer,  # before training; all processes call this together
+    identity: dict,  # from `run_identity`
+) -> str | None:  # the checkpoint to go on from
+    "Find where the run stands, and set it there."
+    run = trainer.run
+    place, run.plan = _choose_for_all(trainer, identity)
     run.budget, run.identity = run.plan.tokens_per_pass, identity
     if place: _announce(trainer, place)
     return place
