@@ -70,7 +70,8 @@ def unsound_base(
     if not name: return ""
     sentence = f"The base model itself isn't sound: its {name} holds numbers that aren't finite"
     if not _computes_in_fp16(model, args): return f"{sentence}; copy or download it again, or name another"
-    return f"{sentence} as fp16 has them: set bf16 in place of fp16, and where that doesn't help, download the base again"
+    return (f"{sentence} as fp16 has them: set bf16 in place of fp16, "
+            "and where that doesn't help, download the base again")
 
 # %% ../nbs/31_guards.ipynb #970c3dd6
 def what_helps(
@@ -284,7 +285,8 @@ class _JobTracker:
         try: return act()
         except Exception as e:
             self.inner = None
-            print(f"report_to {self.name} is switched off for this run ({one_line(e)}); metrics.jsonl is written all the same", flush=True)
+            why = f"report_to {self.name} is switched off for this run ({one_line(e)})"
+            print(f"{why}; metrics.jsonl is written all the same", flush=True)
 
     def pass_on(self, event, *args, **kwargs):
         if self.inner is not None: self.attempt(lambda: getattr(self.inner, event)(*args, **kwargs))

@@ -58,7 +58,7 @@ def handed_over(
     rows: runrecord.JobRows,  # from `prepare_rows`
     asked: AskedRows | None = None,  # what is asked while the model learns
 ):
-    "Within this, other processes find the rows in `train_out_dir`; gives a `Handover` as a dict, None where there are no others."
+    "Within this, other processes find the rows; gives a `Handover` as a dict, None where there are no others."
     folder = os.path.join(job.args.train_out_dir, ".rows")
     storage.clear_folder(folder)  # of a run that died
     if ranks.process_count() == 1:
@@ -78,7 +78,8 @@ def _read_rows(
 ) -> runrecord.JobRows:
     "The rows of a run."
     import datasets
-    train, test = (tokens.TokenizedRows(datasets.load_from_disk(os.path.join(folder, name)), ()) for name in ("train", "test"))
+    def read(name): return tokens.TokenizedRows(datasets.load_from_disk(os.path.join(folder, name)), ())
+    train, test = read("train"), read("test")
     ledger = RowLedger(len(train.dataset) + len(test.dataset), len(train.dataset), len(test.dataset), 0)
     numbers = storage.read_json(os.path.join(folder, "numbers.json"), 2**40)
     return runrecord.JobRows(train, test, ledger, {}, limit, numbers=numbers)

@@ -156,7 +156,7 @@ def _numbers_apart(
 def _merge_numbers(
     trainer,  # a `RowTrainer`
     mode: str,  # "train" or "eval"
-    numbers: dict,  # of this process: name -> a number for each part, "num_tokens", and "labels", label tokens of each part
+    numbers: dict,  # of this process: name -> a number for each part; "num_tokens"; "labels", label tokens of each
 ):
     "Give TRL its numbers, of all processes."
     import torch

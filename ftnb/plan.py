@@ -42,7 +42,8 @@ def read_plan(
         content = read_json(path)
         if content["identity"] != identity: return None
         try: return RunPlan(**_numbers(content))
-        except (ValueError, TypeError) as e: print(f"{path} isn't as a run writes it ({e}); it is written anew", flush=True)
+        except (ValueError, TypeError) as e:
+            print(f"{path} isn't as a run writes it ({e}); it is written anew", flush=True)
     return None
 
 # %% ../nbs/32b_plan.ipynb #768872a7

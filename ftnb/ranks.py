@@ -101,7 +101,7 @@ def _next_word(
 # %% ../nbs/28_ranks.ipynb #ccf22708
 @contextlib.contextmanager
 def leading():
-    "Within this, the first process works while the others `hear`; gives a function that tells them something, else None."
+    "Within this, the first process works while the others `hear`; gives a function that tells them something."
     store = _store() if process_count() > 1 else None
     done = False
 
@@ -257,7 +257,8 @@ def settings_for_all(
     "What several processes need: whole batches, and buffers left alone."
     if processes == 1: return config
     if config.get("train_sampling_strategy") == "batch_rebalance":
-        raise ValueError("train_sampling_strategy batch_rebalance deals rows in its own way: leave it out on several processes")
+        own_way = "train_sampling_strategy batch_rebalance deals rows in its own way"
+        raise ValueError(f"{own_way}: leave it out on several processes")
     whole = {"per_device_train_batch_size": batch_size(config) * processes}
     return config | whole | {"ddp_broadcast_buffers": False, "average_tokens_across_devices": True}
 

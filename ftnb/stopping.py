@@ -138,8 +138,8 @@ def _settle_steps(
     if not found: return
     planned, steps = state.max_steps, min(found, state.max_steps)
     settle_plan(trainer, fitted_steps=steps, fitted_at=state.global_step)
-    if not first: return
-    print(f"max_seconds {ends.max_seconds:g}: at {pace.step:.3g} s a step the run has {steps:,} of {planned:,} steps", flush=True)
+    limit = f"max_seconds {ends.max_seconds:g}: at {pace.step:.3g} s a step"
+    if first: print(f"{limit} the run has {steps:,} of {planned:,} steps", flush=True)
 
 # %% ../nbs/35d_stopping.ipynb #4b0669b6
 class _Timed:

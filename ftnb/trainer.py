@@ -166,7 +166,7 @@ def _trainer_class(
     grouped: bool = False,  # are rows dealt by what they share?
     ask=None,  # function of the model that gives `Answers`
 ):  # a class of trainers
-    "TRL's `SFTTrainer` with passes, a meter and checkpoints to go on from; made here, since importing TRL takes seconds."
+    "TRL's `SFTTrainer` with passes, a meter and checkpoints to go on from."
     from trl import SFTTrainer
     several = dealing(resumable(_grouping(SFTTrainer, grouped)))
     class RowTrainer(_asking(in_passes(several), ask)):
@@ -266,7 +266,7 @@ def quiet_trainer(
     for display in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK): trainer.remove_callback(display)
 
 # %% ../nbs/36_trainer.ipynb #23716e02
-_NO_EVALUATION = {"eval_strategy": "no", "load_best_model_at_end": False, "eval_on_start": False}  # where no row is held out
+_NO_EVALUATION = dict(eval_strategy="no", load_best_model_at_end=False, eval_on_start=False)  # where no row is held out
 
 # %% ../nbs/36_trainer.ipynb #5fdad7fc
 def make_trainer(
@@ -375,7 +375,7 @@ def train_adapter(
     test,  # the same of the held-out rows; may be empty
     settings: TrainingSettings,  # from `settle_training`
     bar: bool | None = None,  # a tqdm bar; default: where somebody is watching
-    identity: dict | None = None,  # JSON-able; what a checkpoint must agree with, beside settings, LoRA, rows and versions
+    identity: dict | None = None,  # JSON-able; what a checkpoint must agree with beside settings, LoRA, rows, versions
     row_numbers: list | None = None,  # the number in the data set of each row of `train`, for errors
     ask=None,  # function of the model that gives `Answers`, asked in each evaluation
 ) -> TrainedRun:  # the trained model, losses before and after
