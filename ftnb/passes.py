@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from .metrics import RunState
 from .packing import KeptPrefix, causal_model, keeps_prefix, packed_loss, shares_exactly
 from .prefix import LEAST, common_prefix, pack_rows, tree_passes
-from .ranks import KnownToAll, failed_anywhere, free_memory, from_first, mean_over_all, process_rank, raise_together
+from .ranks import KnownToAll, failed_anywhere, free_memory, from_first, label_tokens, mean_over_all
+from .ranks import process_rank, raise_together
 from .settings import TrainingSettings
 
 # %% ../nbs/35b_passes.ipynb #da368336
@@ -101,6 +102,20 @@ class _Passed:
     computed: int  # tokens
     numbers: dict = field(default_factory=dict)  # TRL's own, of padded batches
 
+# %% ../nbs/35b_passes.ipynb #d3f897a2
+def _packed_pass(
+    trainer,  # a `RowTrainer`
+    model,  # as the trainer wrapped it
+    batch,  # a `PackedBatch`
+    num_items,  # label tokens of the step, over all processes
+    factor: int,  # processes whose gradients are averaged
+    train: bool,  # with gradients
+):  # the loss, a scalar tensor without gradients
+    "One flat pass forward, and backward while training."
+    with trainer.compute_loss_context_manager(): loss = packed_loss(model, batch, num_items) * factor
+    if train: trainer.accelerator.backward(loss)
+    return loss.detach()
+
 # %% ../nbs/35b_passes.ipynb #d7d650de
 def _flat_passes(
     trainer,  # a `RowTrainer`
@@ -115,10 +130,7 @@ def _flat_passes(
     computed = sum(batch.tokens_computed for batch in passes)
     factor = trainer.accelerator.num_processes if train and num_items is not None else 1
     if num_items is None: num_items = sum(batch.num_items for batch in passes)
-    def compute(batch):
-        with trainer.compute_loss_context_manager(): loss = packed_loss(model, batch, num_items) * factor
-        if train: trainer.accelerator.backward(loss)
-        return loss.detach()
+    def compute(batch): return _packed_pass(trainer, model, batch, num_items, factor, train)
     if passes[0].rows: return _Passed(sum(_each_pass(trainer, model, passes, compute, train)), computed)
     with trainer.compute_loss_context_manager(): prefix = KeptPrefix(model, passes[0], num_items)
     losses = _each_pass(trainer, model, passes[1:], compute, train)
@@ -152,6 +164,20 @@ def _numbers_apart(
         trainer._metrics[mode], trainer._total_train_tokens = kept, tokens
         del trainer.accelerator.gather_for_metrics
 
+# %% ../nbs/35b_passes.ipynb #72b77334
+def _weighted(
+    numbers: dict,  # as in `_merge_numbers`
+) -> dict:  # name -> tensor (2, parts): sums, and what they will be divided by
+    "A process's numbers, ready to be added up."
+    import torch
+    labels = torch.tensor(numbers["labels"], dtype=torch.float64)
+    weighted = {}
+    for name in sorted(set(numbers) - {"num_tokens", "labels"}):
+        weight = torch.ones_like(labels) if name == "aux_loss" else labels
+        means = torch.tensor(numbers[name], dtype=torch.float64)
+        weighted[name] = torch.stack([means * weight, weight])
+    return weighted
+
 # %% ../nbs/35b_passes.ipynb #e55064f8
 def _merge_numbers(
     trainer,  # a `RowTrainer`
@@ -161,15 +187,13 @@ def _merge_numbers(
     "Give TRL its numbers, of all processes."
     import torch
     if not numbers: return
-    def column(values): return torch.tensor(values, dtype=torch.float64)
-    names, labels = sorted(set(numbers) - {"num_tokens", "labels"}), column(numbers["labels"])
-    weights = [torch.ones_like(labels) if name == "aux_loss" else labels for name in names]
-    sums = [column(numbers[name]) * weight for name, weight in zip(names, weights)]
-    mine = torch.stack([*sums, *weights, torch.full_like(labels, numbers["num_tokens"])]).float()
-    whole = trainer.accelerator.reduce(mine.to(trainer.accelerator.device)).double().cpu()
-    for name, total, weight in zip(names, whole, whole[len(names):]):
+    weighted, accelerator = _weighted(numbers), trainer.accelerator
+    tokens = torch.full((2, len(numbers["labels"])), numbers["num_tokens"], dtype=torch.float64)
+    mine = torch.stack([*weighted.values(), tokens]).float()
+    whole = accelerator.reduce(mine.to(accelerator.device)).double().cpu()
+    for name, (total, weight) in zip(weighted, whole):
         trainer._metrics[mode][name] += (total / weight.clamp(min=1)).tolist()
-    trainer._total_train_tokens += int(whole[-1, 0])
+    trainer._total_train_tokens += int(whole[-1, 0, 0])
     trainer._metrics[mode]["num_tokens"] = [trainer._total_train_tokens]
 
 # %% ../nbs/35b_passes.ipynb #5e7962e0
@@ -184,7 +208,7 @@ def _padded_passes(
     rows = trainer.run.pass_rows if train else trainer.run.eval_rows
     parts = _padded_parts(trainer, inputs, rows)
     trainer.current_gradient_accumulation_steps = len(parts)
-    labels = [int((part["labels"][:, 1:] != -100).sum()) for part in parts]
+    labels = [int(label_tokens(part["labels"])) for part in parts]
     def compute(part): return trainer.padded_pass(model, part, num_items, train)
     with _numbers_apart(trainer, "train" if train else "eval") as numbers:
         losses = _each_pass(trainer, model, parts, compute, train)
@@ -275,6 +299,19 @@ def tell_all(
     try: raise_together(accelerator, problem)
     except Exception as e: raise KnownToAll(str(e)) from e
 
+# %% ../nbs/35b_passes.ipynb #27185fd4
+def _attempt(
+    trainer,  # a `RowTrainer`
+    model,  # as the trainer wrapped it
+    inputs: dict,  # a padded batch: the rows of an optimizer step, the same on all processes
+    num_items,  # label tokens of the step, over all processes; None: of these rows
+    train: bool,  # with gradients
+) -> tuple:  # (`_Passed`, or None where it failed; what the other processes must know of that)
+    "Take all passes of a step."
+    take_passes = _flat_passes if trainer.run.budget else _padded_passes
+    try: return take_passes(trainer, model, inputs, num_items, train), None
+    except Exception as e: return None, _word_of(trainer, e, inputs["input_ids"].shape[1], train)
+
 # %% ../nbs/35b_passes.ipynb #3ef84336
 def run_step(
     trainer,  # a `RowTrainer`
@@ -284,12 +321,9 @@ def run_step(
     train: bool = True,  # with gradients
 ) -> tuple:  # (this process's loss, a scalar tensor; tokens computed)
     "All passes of a step; smaller ones on all processes, where memory runs out on one."
-    take_passes = _flat_passes if trainer.run.budget else _padded_passes
     longest = inputs["input_ids"].shape[1]
     while True:
-        done, problem = None, None
-        try: done = take_passes(trainer, model, inputs, num_items, train)
-        except Exception as e: problem = _word_of(trainer, e, longest, train)
+        done, problem = _attempt(trainer, model, inputs, num_items, train)
         if not failed_anywhere(trainer.accelerator, done is None): break
         if not train: tell_all(trainer.accelerator, problem)
         model.zero_grad()
@@ -327,7 +361,7 @@ class _InPasses:
         with torch.no_grad(): loss, _ = run_step(self, model, inputs, train=False)
         mine, _ = self.share(inputs)
         loss = mean_over_all(self.accelerator, loss, mine["labels"])
-        tokens = (inputs["labels"][:, 1:] != -100).sum()
+        tokens = label_tokens(inputs["labels"])
         self.held_out = self.held_out + torch.stack([loss.double() * tokens, tokens.double()])
         return loss, None, None
 

@@ -6,8 +6,8 @@
 __all__ = ['process_rank', 'process_count', 'local_command', 'interface_to', 'missed_rendezvous', 'run_locally', 'deal_rows',
            'leading', 'hear', 'from_first', 'alone', 'shards_model', 'is_echo', 'told_to_launcher', 'leave',
            'free_memory', 'usable_cores', 'taken_memory', 'batch_size', 'rows_per_step', 'settings_for_all', 'share_of',
-           'sum_over_all', 'mean_over_all', 'failed_anywhere', 'raise_together', 'KnownToAll', 'whole_tensor',
-           'spread_like', 'whole_weights', 'whole_state', 'take_state', 'save_whole', 'dealing']
+           'sum_over_all', 'label_tokens', 'mean_over_all', 'failed_anywhere', 'raise_together', 'KnownToAll',
+           'whole_tensor', 'spread_like', 'whole_weights', 'whole_state', 'take_state', 'save_whole', 'dealing']
 
 # %% ../nbs/28_ranks.ipynb #ac3957a8
 import contextlib, json, os, sys, time
@@ -288,6 +288,13 @@ def sum_over_all(
     if accelerator.num_processes == 1: return list(numbers)
     return accelerator.reduce(torch.tensor(numbers, device=accelerator.device)).tolist()
 
+# %% ../nbs/28_ranks.ipynb #c3bc9fd3
+def label_tokens(
+    labels,  # of a padded batch, a tensor (rows, tokens); -100: no label
+):  # a tensor, a whole number
+    "How many tokens carry loss."
+    return (labels[:, 1:] != -100).sum()
+
 # %% ../nbs/28_ranks.ipynb #5050a5cd
 def mean_over_all(
     accelerator,  # of the trainer
@@ -297,7 +304,7 @@ def mean_over_all(
     "The held-out loss of a batch whose rows were dealt."
     import torch
     if accelerator.num_processes == 1: return loss
-    tokens = (labels[:, 1:] != -100).sum().to(loss)
+    tokens = label_tokens(labels).to(loss)
     mine = torch.stack([loss * tokens, tokens]).double()
     total, tokens = accelerator.reduce(mine)
     return (total / tokens.clamp(min=1)).to(loss.dtype)
