@@ -24,6 +24,27 @@ def _moved_token(
     moved = [t for t, i in tokenizer.get_added_vocab().items() if ids.get(t) != i]
     return next(iter(moved + [shared.token for shared in shared_ids(copied)]), None)
 
+# %% ../nbs/14c_special_tokens.ipynb #124d66bd
+def _fill_ids(
+    tokenizer,  # a fast transformers tokenizer; changed
+    mark: str,  # a private character
+):
+    "Add a token for each id that the vocabulary leaves out."
+    from tokenizers import AddedToken
+    left_out = max(tokenizer.get_vocab().values()) + 1 - len(tokenizer)
+    tokenizer.add_tokens([AddedToken(f"{mark * 3}{i}", normalized=False, special=False) for i in range(left_out)])
+
+# %% ../nbs/14c_special_tokens.ipynb #0c35b5c8
+def _stand_in_tokens(
+    tokenizer,  # a fast transformers tokenizer
+    stand_ins: dict,  # special token -> text that stands for it
+) -> list:  # of `AddedToken`
+    "Tokens for the stand-ins, which take the spaces beside them as the special tokens do."
+    from tokenizers import AddedToken
+    special = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
+    return [AddedToken(text, normalized=False, special=False, lstrip=special[name].lstrip, rstrip=special[name].rstrip)
+            for name, text in stand_ins.items()]
+
 # %% ../nbs/14c_special_tokens.ipynb #27476b28
 def _marked(
     tokenizer,  # a fast transformers tokenizer; not changed
@@ -31,18 +52,14 @@ def _marked(
 ):  # the tokenizer with the stand-ins as ordinary added tokens
     "A tokenizer that knows the stand-ins; raises where a copy of it has other ids."
     import copy
-    from tokenizers import AddedToken
     tok = copy.deepcopy(tokenizer)
-    if moved := _moved_token(tokenizer, tok):
-        raise ValueError(f"the tokenizer doesn't keep its ids when it is saved: its token {moved!r} comes back with another one; "
-                         "ids are left out in its vocabulary: take the model's original tokenizer.json")
+    moved = _moved_token(tokenizer, tok)
+    if moved:
+        raise ValueError(f"the tokenizer doesn't keep its ids when it is saved: its token {moved!r} comes back with "
+                         "another one; ids are left out in its vocabulary: take the model's original tokenizer.json")
     if not stand_ins: return tok
-    missing = max(tok.get_vocab().values()) + 1 - len(tok)
-    mark = next(iter(stand_ins.values()))[0]
-    tok.add_tokens([AddedToken(f"{mark * 3}{i}", normalized=False, special=False) for i in range(missing)])
-    like = {t.content: t for t in tok.added_tokens_decoder.values()}
-    tok.add_tokens([AddedToken(text, normalized=False, special=False, lstrip=like[c].lstrip, rstrip=like[c].rstrip)
-                    for c, text in stand_ins.items()])
+    _fill_ids(tok, mark=next(iter(stand_ins.values()))[0])
+    tok.add_tokens(_stand_in_tokens(tok, stand_ins))
     return tok
 
 # %% ../nbs/14c_special_tokens.ipynb #3d46c0eb
@@ -82,22 +99,23 @@ class PlainTokenizer(KnownTokenizer):
     def ids(self) -> set:
         "Ids of the special tokens."
         return {i for i, _ in self.special.values()}
-
     @cached_property
     def stand_ins(self) -> dict:
         "Special token -> text that stands for it."
-        return {c: f"{self.mark}{i}{self.mark}" for c, (i, _) in self.special.items()}
-
+        return {name: f"{self.mark}{i}{self.mark}" for name, (i, _) in self.special.items()}
     @cached_property
     def pattern(self) -> re.Pattern:
         "What finds special tokens in a text."
         longest_first = sorted(self.special, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-
     @cached_property
     def marked(self) -> object:
         "The tokenizer, with the stand-ins as tokens."
         return _marked(self.tokenizer, self.stand_ins)
+    @cached_property
+    def stood_for(self) -> dict:
+        "Id of each stand-in -> id of its special token."
+        return {self.marked.convert_tokens_to_ids(text): self.special[name][0] for name, text in self.stand_ins.items()}
 
 # %% ../nbs/14c_special_tokens.ipynb #39985391
 def _with_stand_ins(
@@ -106,11 +124,12 @@ def _with_stand_ins(
     spans: list,  # (start, end) of each value
 ) -> str:  # the text with a stand-in for each special token outside the values
     "Replace the template's special tokens."
-    parts, at = [], 0
+    def stand_in(found): return plain.stand_ins[found[0]]
+    parts, last = [], 0
     for start, end in spans + [(len(text), len(text))]:
-        own = plain.pattern.sub(lambda m: plain.stand_ins[m[0]], text[at:start])
-        parts += [own, text[start:end]]
-        at = end
+        fixed = plain.pattern.sub(stand_in, text[last:start])
+        parts += [fixed, text[start:end]]
+        last = end
     return "".join(parts)
 
 # %% ../nbs/14c_special_tokens.ipynb #07f359a6
@@ -120,6 +139,16 @@ class Forged(Exception):
         token: str,  # the special token
     ): self.token = token
 
+# %% ../nbs/14c_special_tokens.ipynb #38200277
+def _with_free_mark(
+    plain: PlainTokenizer,
+    text: str,  # of a row
+) -> PlainTokenizer:  # whose mark isn't in the text
+    "Choose another mark where a text holds it."
+    if plain.mark not in text: return plain
+    free = next(c for c in map(chr, range(0xe000, 0xf8ff)) if c not in text)
+    return replace(plain, mark=free)
+
 # %% ../nbs/14c_special_tokens.ipynb #56fba2bd
 def encode_plain(
     plain: PlainTokenizer,  # made from the row's tokenizer
@@ -128,16 +157,13 @@ def encode_plain(
     **kwargs,  # passed to the tokenizer
 ) -> tuple:  # (ids, offsets in the text with its stand-ins)
     "Encode a text so that no value becomes a special token; raises `Forged` where there's no way round."
-    if plain.mark in text:
-        free = next(c for c in map(chr, range(0xe000, 0xf8ff)) if c not in text)
-        plain = replace(plain, mark=free)
-    tok = plain.marked
-    back = {tok.convert_tokens_to_ids(plain.stand_ins[c]): i for c, (i, _) in plain.special.items()}
+    plain = _with_free_mark(plain, text)
     marked = _with_stand_ins(plain, text, spans)
-    (ids, offsets), = encode_with_offsets(tok, [marked], split_special_tokens=True, **kwargs)
+    (ids, offsets), = encode_with_offsets(plain.marked, [marked], split_special_tokens=True, **kwargs)
     for i, (start, end) in zip(ids, offsets):
-        if i in plain.ids and i != plain.unknown and end > start: raise Forged(tok.convert_ids_to_tokens(i))
-    return [back.get(i, i) for i in ids], offsets
+        if i not in plain.ids or i == plain.unknown: continue
+        if end > start: raise Forged(plain.marked.convert_ids_to_tokens(i))  # it is of the text, not put around it
+    return [plain.stood_for.get(i, i) for i in ids], offsets
 
 # %% ../nbs/14c_special_tokens.ipynb #7541026e
 def spans_within(
@@ -178,6 +204,8 @@ def forged_reason(
     token: str,  # special, and what a value can't help becoming
 ) -> Dropped:
     "Why such a row is dropped, and what can be done."
+    advice = "make it an ordinary token in the base's tokenizer.json"
     roles = [role for role, t in tokenizer.special_tokens_map.items() if t == token]
-    what = f"name another {' and '.join(roles)} in the base's tokenizer_config.json" if roles else "make it an ordinary token in the base's tokenizer.json"
-    return Dropped(f"a value can't be told from the special token {token!r}, which the vocabulary has as a word: {what}")
+    if roles: advice = f"name another {' and '.join(roles)} in the base's tokenizer_config.json"
+    return Dropped(f"a value can't be told from the special token {token!r}, "
+                   f"which the vocabulary has as a word: {advice}")
