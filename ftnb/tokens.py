@@ -71,10 +71,12 @@ def _eos_problems(
 ) -> list:  # of `Problem`
     "Whether a row can end in EOS."
     eos = tokenizer.eos_token
-    if eos is None: return [Problem("eos_token", "the tokenizer has no EOS token; set eos_token in its tokenizer_config.json")]
+    if eos is None:
+        return [Problem("eos_token", "the tokenizer has no EOS token; set eos_token in its tokenizer_config.json")]
     ids = tokenizer(eos, verbose=False)["input_ids"]
     if tokenizer.eos_token_id in ids: return []
-    return [Problem("eos_token", f"the tokenizer turns its EOS token {eos!r} into the tokens {tokenizer.convert_ids_to_tokens(ids)}; "
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    return [Problem("eos_token", f"the tokenizer turns its EOS token {eos!r} into the tokens {tokens}; "
                     "add it to the special tokens in tokenizer.json, or set an eos_token that is one")]
 
 # %% ../nbs/15_tokens.ipynb #35392b6b
@@ -99,13 +101,15 @@ def _tokenizing_problems(
     "What is in the way of tokenizing."
     problems = []
     needed = dict.fromkeys([TRAINING_DATA_TEXT_FIELD, *map(value_column, template.fields)])
-    missing = [c for c in needed if c not in columns]
+    missing = [column for column in needed if column not in columns]
     if missing:
         names = " or ".join(map(repr, missing))
-        problems.append(Problem(missing[0], f"the data set has no column {names}; format it with this template first"))
+        text = f"the data set has no column {names}; format it with this template first"
+        problems.append(Problem(missing[0], text))
     problems += tokenizer_problems(tokenizer)
     if completion_only and template.completion is None:
-        problems.append(Problem("completion_only_loss", "completion_only_loss needs a prompt whose prompt_template ends in its completion_template"))
+        text = "completion_only_loss needs a prompt whose prompt_template ends in its completion_template"
+        problems.append(Problem("completion_only_loss", text))
     return problems
 
 # %% ../nbs/15_tokens.ipynb #4b1a0c4f
@@ -134,8 +138,10 @@ def _places(
 ) -> tuple:  # ([(start, end) of each value], start of the completion or None)
     "Where values and completion lie; an EOS at the end of a value is the row's own."
     end = len(batch[TRAINING_DATA_TEXT_FIELD][n]) - len(eos)
-    spans, start = value_spans(template, {f: batch[value_column(f)][n] for f in template.fields})
-    return [(min(a, end), min(b, end)) for a, b in spans], None if start is None else min(start, end)
+    values = {name: batch[value_column(name)][n] for name in template.fields}
+    spans, start = value_spans(template, values)
+    if start is not None: start = min(start, end)
+    return [(min(a, end), min(b, end)) for a, b in spans], start
 
 # %% ../nbs/15_tokens.ipynb #c0f55101
 def _starts(
@@ -146,12 +152,13 @@ def _starts(
     "Where completions begin, from the end of the texts; only where EOS was taken off a text must its parts be looked at."
     texts = batch[TRAINING_DATA_TEXT_FIELD]
     part = PromptTemplate(template.pieces[template.completion:])
-    columns = [batch[value_column(f)] for f in part.fields]
+    columns = [batch[value_column(name)] for name in part.fields]
     rows = zip(*columns) if columns else [()] * len(texts)
     starts = []
     for n, (text, row) in enumerate(zip(texts, rows)):
         end = format_row(part, dict(zip(part.fields, row))) + eos
-        starts.append(len(text) - len(end) if text.endswith(end) else _places(template, batch, n, eos)[1])
+        if text.endswith(end): starts.append(len(text) - len(end))
+        else: starts.append(_places(template, batch, n, eos)[1])
     return starts
 
 # %% ../nbs/15_tokens.ipynb #018deefe
@@ -200,6 +207,25 @@ def _encode_batch(
     if not all(text.startswith(shared.common) for text in texts): shared = SharedStart()
     return _Encoded(texts, shared, *shared.encode(tokenizer, texts))
 
+# %% ../nbs/15_tokens.ipynb #d95cdd22
+def _asked_by_end(
+    plain: PlainTokenizer,  # made from the rows' tokenizer
+    batch: _Encoded,  # the texts
+    prompts: list,  # of them
+) -> dict:  # number of a prompt -> its ids, from the end of what they share
+    "Tokens of those prompts that needn't be tokenized whole."
+    tok, cut, reach = plain.tokenizer, batch.shared.cut, find_reach(plain.tokenizer)
+    lengths = [len(prompt) - cut for prompt in prompts]
+    found = [find_prompt_end(encoding, length, reach) for encoding, length in zip(batch.encodings, lengths)]
+    ends = {i: end for i, end in enumerate(found) if end}
+    if not ends: return {}
+    tails = [prompts[i][cut + end.cut:] for i, end in ends.items()]
+    asked, head = {}, [] if cut else plain.outer[0]
+    for (i, end), tail in zip(ends.items(), call_tokenizer(tok, tails, add_special_tokens=False)["input_ids"]):
+        before, after = batch.ids[i][:end.before], batch.ids[i][end.before:end.before + end.settled]
+        if tail[:end.settled] == after: asked[i] = strip_doubled(before + tail, head)
+    return asked
+
 # %% ../nbs/15_tokens.ipynb #7bfc15eb
 def _asked_ids(
     plain: PlainTokenizer,  # made from the rows' tokenizer
@@ -207,23 +233,26 @@ def _asked_ids(
     prompts: list,  # of them
 ) -> list:  # ids of each prompt, from the end of what they share
     "Tokenize the prompts of texts that are tokenized."
-    tok, shared = plain.tokenizer, batch.shared
-    head = [] if shared.cut else plain.outer[0]
-    reach = find_reach(tok)
-    ends = {}
-    for i, (prompt, encoding) in enumerate(zip(prompts, batch.encodings)):
-        end = find_prompt_end(encoding, len(prompt) - shared.cut, reach)
-        if end: ends[i] = end
-    tails = [prompts[i][shared.cut + end.cut:] for i, end in ends.items()]
-    found = {}
-    for (i, end), tail in zip(ends.items(), call_tokenizer(tok, tails, add_special_tokens=False)["input_ids"] if tails else ()):
-        before, after = batch.ids[i][:end.before], batch.ids[i][end.before:end.before + end.settled]
-        if tail[:end.settled] == after: found[i] = strip_doubled(before + tail, head)
+    def whole(numbers): return batch.shared.encode_prompts(plain.tokenizer, [prompts[i] for i in numbers])
+    found = _asked_by_end(plain, batch, prompts)
     tried = list(found)[::125]
-    if [found[i] for i in tried] != shared.encode_prompts(tok, [prompts[i] for i in tried]): found = {}
+    if [found[i] for i in tried] != whole(tried): found = {}
     left = [i for i in range(len(prompts)) if i not in found]
-    found |= zip(left, shared.encode_prompts(tok, [prompts[i] for i in left]))
+    found |= zip(left, whole(left))
     return [found[i] for i in range(len(prompts))]
+
+# %% ../nbs/15_tokens.ipynb #a123c4b8
+def _completions(
+    plain: PlainTokenizer,  # made from the rows' tokenizer
+    texts: "Iterable",  # of completions, with EOS
+) -> dict:  # text -> ids
+    "Tokenize completions as they go on from their prompts."
+    tok, different = plain.tokenizer, list(dict.fromkeys(texts))
+    def encode(some, anchor):
+        if anchor: return encode_with_offsets(tok, [anchor + text for text in some], add_special_tokens=False)
+        found = call_tokenizer(tok, some, add_special_tokens=False)["input_ids"]
+        return [(ids, []) for ids in found]  # nothing to take off, so no offsets
+    return dict(zip(different, completion_ids(plain.anchors, different, encode)))
 
 # %% ../nbs/15_tokens.ipynb #8e3bcc4b
 def _asked_rows(
@@ -233,18 +262,29 @@ def _asked_rows(
     whole: list,  # ids of each row, BOS and EOS once
 ) -> list:  # a `_Row` each
     "Rows that begin with the tokens of their prompt."
-    tok, head = plain.tokenizer, batch.shared.head
+    head = batch.shared.head
     asked = _asked_ids(plain, batch, [text[:start] for text, start in zip(batch.texts, starts)])
     rows = [_Row(ids, head, len(head) + len(prompt)) for ids, prompt in zip(whole, asked)]
-    apart = {i: batch.texts[i][starts[i]:] for i, prompt in enumerate(asked) if whole[i][:len(prompt)] != prompt}
+    apart = [i for i, prompt in enumerate(asked) if whole[i][:len(prompt)] != prompt]
     if not apart: return rows
-    def encode(some, anchor):
-        if anchor: return encode_with_offsets(tok, [anchor + text for text in some], add_special_tokens=False)
-        return [(ids, []) for ids in call_tokenizer(tok, some, add_special_tokens=False)["input_ids"]]
-    ends = list(dict.fromkeys(apart.values()))
-    ids = dict(zip(ends, completion_ids(plain.anchors, ends, encode)))
-    for i, end in apart.items(): rows[i] = _Row(asked[i] + ids[end], head, rows[i].asked, joined=True)
+    completions = {i: batch.texts[i][starts[i]:] for i in apart}
+    ids = _completions(plain, completions.values())
+    for i, text in completions.items(): rows[i] = _Row(asked[i] + ids[text], head, rows[i].asked, joined=True)
     return rows
+
+# %% ../nbs/15_tokens.ipynb #1441a9bf
+def _without_forgery(
+    plain: PlainTokenizer,  # made from the rows' tokenizer
+    template: PromptTemplate,  # that made the texts
+    batch: dict,  # column -> values
+    done: _Encoded,  # its texts
+    n: int,  # row of the batch
+) -> _Row | Dropped | None:  # None where no value hits a special token
+    "Tokenize a row again, so that its values stay text."
+    spans, start = _places(template, batch, n, plain.tokenizer.eos_token)
+    if not _forges(plain, done.texts[n], done.encodings[n], done.shared.cut, spans): return None
+    try: return _plain_row(plain, done.texts[n], spans, start)
+    except Forged as e: return forged_reason(plain.tokenizer, e.token)
 
 # %% ../nbs/15_tokens.ipynb #a85a7e12
 def _tokenize_batch(
@@ -262,13 +302,25 @@ def _tokenize_batch(
         if ids[-1:] != [tok.eos_token_id]: raise ValueError(missing_eos(tok, text, ids))
     if template.completion is None: rows = [_Row(ids, done.shared.head) for ids in whole]
     else: rows = _asked_rows(plain, done, _starts(template, batch, tok.eos_token), whole)
-    for n, ids in enumerate(whole):
-        if plain.ids.isdisjoint(ids[:-1]): continue
-        spans, start = _places(template, batch, n, tok.eos_token)
-        if not _forges(plain, done.texts[n], done.encodings[n], done.shared.cut, spans): continue
-        try: rows[n] = _plain_row(plain, done.texts[n], spans, start)
-        except Forged as e: rows[n] = forged_reason(tok, e.token)
+    with_specials = [n for n, ids in enumerate(whole) if not plain.ids.isdisjoint(ids[:-1])]
+    for n in with_specials:
+        again = _without_forgery(plain, template, batch, done, n)
+        if again is not None: rows[n] = again
     return rows
+
+# %% ../nbs/15_tokens.ipynb #acb30f08
+def _flat_ids(
+    rows: list,  # of `_Row`
+    shared: "np.ndarray",  # bool, for each token of all rows: is it of those that rows share?
+) -> "np.ndarray":  # int64
+    "The ids of all rows, one after the other."
+    import numpy as np
+    ids = np.empty(len(shared), np.int64)
+    ids[~shared] = np.fromiter(chain.from_iterable(row.ids for row in rows), np.int64)
+    if not shared.any(): return ids
+    head = max((row.head for row in rows), key=len)
+    ids[shared] = np.tile(head, sum(bool(row.head) for row in rows))
+    return ids
 
 # %% ../nbs/15_tokens.ipynb #1727fdf1
 def _table(
@@ -278,19 +330,16 @@ def _table(
     "Rows as `datasets` stores them."
     import numpy as np, pyarrow as pa
     heads = np.array([len(row.head) for row in rows], np.int64)
-    lengths = heads + np.array([len(row.ids) for row in rows], np.int64)
+    lengths = np.array([len(row) for row in rows], np.int64)
     ends = np.cumsum([0, *lengths])
     place = np.arange(ends[-1]) - np.repeat(ends[:-1], lengths)  # of each token in its row
-    shared = place < np.repeat(heads, lengths)
-    ids = np.empty(ends[-1], np.int64)
-    ids[~shared] = np.fromiter(chain.from_iterable(row.ids for row in rows), np.int64)
-    if shared.any(): ids[shared] = np.tile(max((row.head for row in rows), key=len), np.count_nonzero(heads))
-    labels = ids
+    ids = labels = _flat_ids(rows, place < np.repeat(heads, lengths))
     if completion_only:
         silent = np.minimum([row.asked for row in rows], lengths - 1).astype(np.int64)
         labels = np.where(place < np.repeat(silent, lengths), -100, ids)
     places = pa.array(ends, pa.int32())
-    return pa.table([pa.ListArray.from_arrays(places, pa.array(o)) for o in (ids, labels)], ["input_ids", "labels"])
+    lists = [pa.ListArray.from_arrays(places, pa.array(flat)) for flat in (ids, labels)]
+    return pa.table(lists, ["input_ids", "labels"])
 
 # %% ../nbs/15_tokens.ipynb #f829e3d3
 def _find_shared(
@@ -299,17 +348,22 @@ def _find_shared(
     template: PromptTemplate,  # that made the texts
 ) -> SharedStart:  # of nothing, where whole texts must be tokenized
     "What the texts of a data set begin with, and their prompts too."
-    some = dataset.select(range(0, len(dataset), max(1, len(dataset)//512)))[:]
+    step = max(1, len(dataset)//512)
+    some = dataset.select(range(0, len(dataset), step))[:]
     texts, prompts = some[TRAINING_DATA_TEXT_FIELD], []
-    spans, first = value_spans(template, dict.fromkeys(template.fields, ""))
-    if first is not None: prompts = [t[:start] for t, start in zip(texts, _starts(template, some, tokenizer.eos_token))]
-    return find_shared_start(tokenizer, [*texts, *prompts], min([a for a, _ in spans] + [first or 0]*(first is not None), default=None))
+    spans, completion = value_spans(template, dict.fromkeys(template.fields, ""))
+    slots = [start for start, _ in spans]
+    if completion is not None:
+        starts = _starts(template, some, tokenizer.eos_token)
+        prompts = [text[:start] for text, start in zip(texts, starts)]
+        slots.append(completion)
+    return find_shared_start(tokenizer, [*texts, *prompts], min(slots, default=None))
 
 # %% ../nbs/15_tokens.ipynb #44f4614d
 def _as_dataset(
     tables: list,  # pyarrow tables, one at least
 ):  # a `Dataset` in memory
-    "Tables as one data set; a name is drawn for it, for to reckon one from so many tokens takes long."
+    "Tables as one data set."
     import pyarrow as pa
     from datasets import Dataset
     from datasets.fingerprint import generate_random_fingerprint
@@ -371,10 +425,12 @@ def tokenize_rows(
 ) -> TokenizedRows:  # ids and labels, and the dropped rows with their reasons
     "Token ids and labels of every row; raises where EOS or the completion can't be found."
     template = PromptTemplate(()) if template is None else read_template(template, strict=False)
-    raise_problems(_tokenizing_problems(tokenizer, template, completion_only, dataset.column_names), "The rows can't be tokenized")
+    problems = _tokenizing_problems(tokenizer, template, completion_only, dataset.column_names)
+    raise_problems(problems, "The rows can't be tokenized")
     dataset, numbers, dropped = _short_enough(_used_columns(dataset, template), max_length)
     plain, shared = PlainTokenizer(tokenizer), _find_shared(dataset, tokenizer, template)
-    batches = (_tokenize_batch(dataset[at:at + 1000], plain, template, shared) for at in range(0, len(dataset), 1000))
+    batches = (_tokenize_batch(dataset[start:start + 1000], plain, template, shared)
+               for start in range(0, len(dataset), 1000))
     rows = gather_rows(batches, numbers, max_length, partial(_table, completion_only=completion_only))
     return replace(rows, dropped=dropped | rows.dropped)
 
@@ -386,9 +442,11 @@ def boundary_note(
 ) -> str:  # a sentence, or ""
     "What became of rows whose completion would have changed the tokens of their prompt."
     if not joined: return ""
-    asked = "".join(literal + "x" * (field is not None) for literal, field in template.pieces[:template.completion])
-    space = asked[len(asked.rstrip()):]
     note = (f"in {joined:,} of {total:,} rows a token would join the end of the prompt to the completion: "
             "they are trained as they will be asked, the tokens of the prompt, then those of the completion")
+    pieces = template.pieces[:template.completion]
+    prompt = "".join(literal if name is None else literal + "x" for literal, name in pieces)
+    space = prompt[len(prompt.rstrip()):]
     if not space: return note
-    return f"{note}; models learn and answer better where the {space!r} at the prompt's end stands at the start of completion_template instead"
+    return (f"{note}; models learn and answer better where the {space!r} at the prompt's end stands "
+            "at the start of completion_template instead")
