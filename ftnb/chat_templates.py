@@ -67,8 +67,8 @@ def open_chat_template(
 ) -> ChatTemplate:
     "A tokenizer's chat template; raises where it has none."
     if not tokenizer.chat_template:
-        raise ValueError("the model has no chat template, so it can't be given conversations: take one that was taught to chat, "
-                         "put its chat_template.jinja beside its tokenizer, or write a prompt with question and answer")
+        raise ValueError("the model has no chat template, so it can't be given conversations: "
+                         "take one that was taught to chat, put its chat_template.jinja beside its tokenizer, or write a prompt with question and answer")
     own, with_tools = (with_date(tokenizer.get_chat_template(tools=tools), day) for tools in (None, [{}]))
     return ChatTemplate(tokenizer, own, with_tools, with_date(training_template(tokenizer), day))
 
@@ -128,8 +128,8 @@ def _begins(
 ) -> int:  # characters of the beginning
     "Where a part of a conversation ends in the whole; raises where it isn't its beginning."
     if text.startswith(beginning): return len(beginning)
-    raise ValueError(f"the chat template writes what comes up to turn {number} otherwise than in the whole conversation, so the turn can't be "
-                     "told apart: train on the last turn (completion_only_loss), or on all")
+    raise ValueError(f"the chat template writes what comes up to turn {number} otherwise than in the whole "
+                     "conversation, so the turn can't be told apart: train on the last turn (completion_only_loss), or on all")
 
 # %% ../nbs/15b_chat_templates.ipynb #04984b95
 def _turn_end(
@@ -152,11 +152,13 @@ def _grown_spans(
     text: str,  # of it
 ) -> list:  # (start, end) of each of the assistant's turns
     "The assistant's turns, by rendering a conversation as it grows."
-    spans, tools = [], conversation.tools
+    spans = []
     for k, turn in enumerate(conversation.turns):
         if turn["role"] != "assistant": continue
-        if not k: raise ValueError("turn 1 is the assistant's: nobody has asked, and the chat template can't tell where it begins")
-        asked = chat.render(conversation.turns[:k], tools, asking=True)
+        if k == 0:
+            raise ValueError("turn 1 is the assistant's: nobody has asked, "
+                             "and the chat template can't tell where it begins")
+        asked = chat.render(conversation.turns[:k], conversation.tools, asking=True)
         spans.append((_begins(text, asked, k + 1), _turn_end(chat, conversation, text, k)))
     return spans
 
@@ -166,7 +168,8 @@ def _check_answer(
 ):
     "Raise where a conversation has no answer to learn."
     number, role = conversation.answer + 1, conversation.turns[conversation.answer]["role"]
-    if role != "assistant": raise ValueError(f"turn {number}, which is to be learnt, is the {role}'s: there is no answer to train on")
+    if role != "assistant":
+        raise ValueError(f"turn {number}, which is to be learnt, is the {role}'s: there is no answer to train on")
     if number == 1: raise ValueError("turn 1 is the assistant's: nobody has asked")
 
 # %% ../nbs/15b_chat_templates.ipynb #daf018d3
@@ -191,20 +194,32 @@ def _said(
     names = [call.get("function", call)["name"] for call in turn.get("tool_calls", ())]
     return [text.strip() for text in [*parts, *names] if text.strip()]
 
+# %% ../nbs/15b_chat_templates.ipynb #3779f7b8
+def _place_behind(
+    text: str,  # of a conversation
+    said: str,  # by a turn
+    role: str,  # of the turn
+    place: int,  # behind what was found before
+) -> int:  # behind what was said, or -1 where it isn't there
+    "Look for what a turn says: in its order for user and assistant, anywhere for the others."
+    if role in ("user", "assistant"):
+        found = text.find(said, place)
+        return -1 if found < 0 else found + len(said)
+    in_json = json.dumps(said, ensure_ascii=False)[1:-1]
+    return place if said in text or in_json in text else -1
+
 # %% ../nbs/15b_chat_templates.ipynb #7a7eaa90
 def lost_turn(
     text: str,  # of a conversation
     turns: tuple,  # of it
 ) -> int | None:  # number of a turn, from 1
     "The first turn that isn't in a text, or not as it was written."
-    at = 0
+    place = 0
     for number, turn in enumerate(turns, 1):
         for said in _said(turn):
-            if turn["role"] in ("user", "assistant"):
-                found = text.find(said, at)
-                if found < 0: return number
-                at = found + len(said)
-            elif said not in text and json.dumps(said, ensure_ascii=False)[1:-1] not in text: return number
+            place = _place_behind(text, said, turn["role"], place)
+            if place < 0: return number
+    return None
 
 # %% ../nbs/15b_chat_templates.ipynb #63ee1d8b
 @dataclass(frozen=True)
@@ -241,7 +256,8 @@ def _spans(
     if loss.completion: _check_answer(conversation)
     if loss.assistant and has_marks: return _marked_spans(chat, conversation, loss.completion)
     text = chat.render(conversation.turns, tools)
-    spans = _grown_spans(chat, conversation, text) if loss.assistant else [(0, len(text))]
+    spans = [(0, len(text))]
+    if loss.assistant: spans = _grown_spans(chat, conversation, text)
     if not loss.completion: return text, spans
     try: start = _answer_start(chat, conversation, text, False)
     except ValueError:
@@ -258,8 +274,10 @@ def _checked(
     "Render a conversation; raises where a turn got lost."
     text, spans = _spans(chat, conversation, loss)
     if not spans: raise ValueError("no turn of it is the assistant's")
-    if lost := lost_turn(text, conversation.turns):
-        raise ValueError(f"the chat template drops or rewrites turn {lost}, the {conversation.turns[lost - 1]['role']}'s")
+    lost = lost_turn(text, conversation.turns)
+    if lost:
+        role = conversation.turns[lost - 1]["role"]
+        raise ValueError(f"the chat template drops or rewrites turn {lost}, the {role}'s")
     return RenderedConversation(text, tuple(spans))
 
 # %% ../nbs/15b_chat_templates.ipynb #b8523914
@@ -290,13 +308,13 @@ def typed_spans(
     right: str,  # the mark behind it
 ) -> tuple:  # (the text without marks, [(start, end) of what was between them])
     "Take marks out of a text."
-    parts, spans, at = [], [], 0
+    parts, spans, place = [], [], 0
     for part in re.split(f"({left}.*?{right})", marked, flags=re.DOTALL):
         typed = part.startswith(left) and part.endswith(right)
         if typed: part = part[1:-1]
-        if typed and part: spans.append((at, at + len(part)))
+        if typed and part: spans.append((place, place + len(part)))
         parts.append(part)
-        at += len(part)
+        place += len(part)
     return "".join(parts), spans
 
 # %% ../nbs/15b_chat_templates.ipynb #cbc3cf4b
@@ -315,7 +333,8 @@ def _typed(
     changed = replace(conversation, turns=_mapped(conversation.turns, mark), tools=_mapped(conversation.tools, mark))
     text, values = typed_spans(render(changed), left, right)
     if text == plain: return tuple(values)
-    raise ValueError(f"a turn holds the special token {found[0]!r}, and the chat template doesn't leave it alone: take it out")
+    raise ValueError(f"a turn holds the special token {found[0]!r}, "
+                     "and the chat template doesn't leave it alone: take it out")
 
 # %% ../nbs/15b_chat_templates.ipynb #5f04b12b
 def render_conversation(
@@ -338,4 +357,6 @@ def render_asked(
     "A conversation so far, ending where the assistant is to go on."
     asked = replace(conversation, turns=conversation.asked)
     def render(some): return chat.render(some.turns, some.tools, asking=True)
-    return RenderedConversation(render(asked), (), _typed(render, asked, special) if special else ())
+    rendered = RenderedConversation(render(asked), spans=())
+    if special is None: return rendered
+    return replace(rendered, values=_typed(render, asked, special))
