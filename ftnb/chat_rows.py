@@ -20,7 +20,8 @@ from .problems import Problem, raise_problems
 from .prompts import PromptTemplate, conversation_warnings, format_rows
 from .special_tokens import Dropped, Forged, PlainTokenizer, encode_piece, encode_plain, forged_reason
 from .tokenizer import call_tokenizer
-from .tokens import TokenizedRows, gather_rows, most_characters, tokenize_rows, tokenizer_problems, too_many_characters
+from .tokens import (TokenizedRows, gather_rows, most_characters, tokenize_rows, tokenizer_problems,
+                         too_many_characters)
 
 # %% ../nbs/15c_chat_rows.ipynb #2840c472
 class _Pieces:
@@ -119,9 +120,9 @@ def _row(
     if not exact or not all(_is_asked(encoded, start, pieces) for start in starts):
         return _row_of_pieces(pieces.plain, rendered, True)
     labels = [-100] * len(encoded.ids)
-    for span in rendered.spans:
-        a, b = map(encoded.token_at, span)
-        labels[a:b] = encoded.ids[a:b]
+    for start, end in rendered.spans:
+        first, behind = encoded.token_at(start), encoded.token_at(end)
+        labels[first:behind] = encoded.ids[first:behind]
     return ChatRow(encoded.ids, labels)
 
 # %% ../nbs/15c_chat_rows.ipynb #c918aee1
@@ -180,7 +181,9 @@ def _table(
     "Rows as `datasets` stores them."
     import pyarrow as pa
     kind = pa.list_(pa.int64())
-    return pa.table({"input_ids": pa.array([row.ids for row in rows], kind), "labels": pa.array([row.labels for row in rows], kind)})
+    ids = pa.array([row.ids for row in rows], kind)
+    labels = pa.array([row.labels for row in rows], kind)
+    return pa.table({"input_ids": ids, "labels": labels})
 
 # %% ../nbs/15c_chat_rows.ipynb #0dad3a15
 def tokenize_conversations(
@@ -204,8 +207,8 @@ def _loss_problems(
 ) -> list:  # of `Problem`
     "What can't be had of plain text."
     if not loss.assistant: return []
-    return [Problem("assistant_only_loss", "assistant_only_loss needs conversations: a prompt that is {messages} alone, "
-                    "or chat_template true in the training arguments")]
+    return [Problem("assistant_only_loss", "assistant_only_loss needs conversations: a prompt that is {messages} "
+                    "alone, or chat_template true in the training arguments")]
 
 # %% ../nbs/15c_chat_rows.ipynb #c9131cce
 def tokenize_dataset(
@@ -240,7 +243,8 @@ def _text_of(
 ) -> str:
     "What a turn says."
     content = turn.get("content") or ""
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+    if isinstance(content, str): return content
+    return "".join(part["text"] for part in content)
 
 # %% ../nbs/15c_chat_rows.ipynb #0065d893
 def asked_ids(
@@ -250,8 +254,10 @@ def asked_ids(
 ) -> list:
     "A conversation so far, as a model is given it."
     rendered = chat_templates.render_asked(chat, conversation, plain.pattern)
-    if rendered.values: return encode_plain(plain, rendered.text, list(rendered.values), add_special_tokens=False)[0]
-    return call_tokenizer(plain.tokenizer, rendered.text, add_special_tokens=False)["input_ids"]
+    if not rendered.values:
+        return call_tokenizer(plain.tokenizer, rendered.text, add_special_tokens=False)["input_ids"]
+    ids, _ = encode_plain(plain, rendered.text, list(rendered.values), add_special_tokens=False)
+    return ids
 
 # %% ../nbs/15c_chat_rows.ipynb #20c9a9cb
 def _answer(
@@ -261,9 +267,9 @@ def _answer(
 ) -> tuple:  # (the answer, id of the token that ends it or None)
     "What is right, and where it ends."
     said = _text_of(turn).split("</think>")[-1].strip()
-    at = text.find(said) + len(said)
-    end = plain.pattern.search(text, at)
-    right = plain.pattern.sub("", text[:end.start()] if end else text).strip()
+    end = plain.pattern.search(text, text.find(said) + len(said))
+    if end: text = text[:end.start()]
+    right = plain.pattern.sub("", text).strip()
     return right, plain.special[end[0]][0] if end else None
 
 # %% ../nbs/15c_chat_rows.ipynb #930ef25b
@@ -296,6 +302,28 @@ def _learns_to_stop(
     start, end = rendered.spans[-1]
     return bool(plain.pattern.search(rendered.text, start, end))
 
+# %% ../nbs/15c_chat_rows.ipynb #c3df0639
+def _conversation_notes(
+    chat: ChatTemplate,  # from `open_chat_template`
+    plain: PlainTokenizer,  # made from its tokenizer
+    conversation: Conversation,  # from `read_conversation`
+    loss: Loss,  # where it is
+) -> list:  # sentences; none for a conversation that is dropped anyway
+    "What one conversation shows of its chat template."
+    try:
+        done = chat_templates.render_conversation(chat, conversation, loss)
+        own = chat.render(conversation.turns, conversation.tools)
+    except ValueError: return []
+    notes = []
+    if not _learns_to_stop(plain, done):
+        notes.append("no special token ends what the assistant says, by this chat template: "
+                     "the model doesn't learn to stop")
+    if done.text != own:
+        notes.append("the assistant's turns are trained as TRL's template for training writes them, and the model's "
+                     "own chat template writes them otherwise once a conversation goes on; completion_only_loss trains "
+                     "the last turn by the model's own")
+    return notes
+
 # %% ../nbs/15c_chat_rows.ipynb #17939d18
 def chat_notes(
     tokenizer,  # with a chat template
@@ -306,17 +334,9 @@ def chat_notes(
 ) -> list:  # sentences
     "What to know of a chat template and these conversations."
     chat, plain = chat_templates.open_chat_template(tokenizer), PlainTokenizer(tokenizer)
-    some = dataset.select(range(min(n, len(dataset))))
-    good = [talk for talk in conversations(some, template) if not isinstance(talk, str)]
-    notes = []
-    for talk in good:
-        try: done, own = chat_templates.render_conversation(chat, talk, loss), chat.render(talk.turns, talk.tools)
-        except ValueError: continue
-        if not _learns_to_stop(plain, done):
-            notes.append("no special token ends what the assistant says, by this chat template: the model doesn't learn to stop")
-        if done.text != own:
-            notes.append("the assistant's turns are trained as TRL's template for training writes them, and the model's own chat template writes "
-                         "them otherwise once a conversation goes on; completion_only_loss trains the last turn by the model's own")
+    first = dataset.select(range(min(n, len(dataset))))
+    good = [found for found in conversations(first, template) if isinstance(found, Conversation)]
+    notes = [note for talk in good for note in _conversation_notes(chat, plain, talk, loss)]
     return list(dict.fromkeys(notes))
 
 # %% ../nbs/15c_chat_rows.ipynb #1a4e088f
@@ -328,8 +348,8 @@ def template_unused(
     if not tokenizer.chat_template or template.chat: return ""
     special = PlainTokenizer(tokenizer).pattern
     if any(special.search(literal) for literal, _ in template.pieces): return ""  # somebody wrote the turns by hand
-    return ("the model has a chat template, and this prompt is trained as plain text: chat_template true in the training arguments "
-            "makes prompt and completion a user's and an assistant's turn")
+    return ("the model has a chat template, and this prompt is trained as plain text: chat_template true in the "
+            "training arguments makes prompt and completion a user's and an assistant's turn")
 
 # %% ../nbs/15c_chat_rows.ipynb #4d37a8f6
 def row_notes(
@@ -340,5 +360,7 @@ def row_notes(
 ) -> list:  # sentences
     "What to know of rows and the chat template, whether it is used or not."
     if template.chat: return chat_notes(tokenizer, dataset, template, loss)
+    notes = list(conversation_warnings(dataset, template))
     unused = template_unused(tokenizer, template)
-    return [*conversation_warnings(dataset, template), *[unused] * bool(unused)]
+    if unused: notes.append(unused)
+    return notes
