@@ -54,10 +54,12 @@ def panics_as_errors():
 # %% ../nbs/13_tokenizer_trial.ipynb #2213e66c
 def probe_texts() -> tuple:  # of str
     "Texts that bring out patterns that backtrack."
-    words = ("ab ", "a1", "it's ", "x-", "</s> ", "<|x|>", "é", "日本", "🙂", "\r\n", "1,000.5 ", "Aa", "a. ", "\u0301", "\u00a0")
+    words = ("ab ", "a1", "it's ", "x-", "</s> ", "<|x|>", "é", "日本", "🙂", "\r\n", "1,000.5 ",
+             "Aa", "a. ", "\u0301", "\u00a0")
     signs = [chr(i) for i in (9, 10, *range(32, 127))]
     short = [part * 64 + end for part in (*signs, *words) for end in ("", "!", "\n\x00")]
-    return tuple(short + [part * 1000 + "~" for part in ("a", " ", "\n", *words)])
+    long = [part * 1000 + "~" for part in ("a", " ", "\n", *words)]
+    return tuple(short + long)
 
 # %% ../nbs/13_tokenizer_trial.ipynb #b4071de4
 _TRIAL = """
@@ -89,10 +91,25 @@ def _last_words(
     status: int,  # how it ended
 ) -> str:  # one line
     "The reason that a process gave."
-    lines = stderr.decode("utf-8", "replace").strip().splitlines()
-    lines = [line.strip() for line in lines if line.strip() and not line.startswith("note: run with")]
-    if lines: return lines[-1].removeprefix("pyo3_runtime.PanicException: ")[:200]
-    return f"its process ended with {signal.Signals(-status).name if status < 0 else status}"
+    lines = map(str.strip, stderr.decode("utf-8", "replace").splitlines())
+    said = [line for line in lines if line and not line.startswith("note: run with")]
+    if said: return said[-1].removeprefix("pyo3_runtime.PanicException: ")[:200]
+    how = signal.Signals(-status).name if status < 0 else status
+    return f"its process ended with {how}"
+
+# %% ../nbs/13_tokenizer_trial.ipynb #d55400d9
+def _judge(
+    done: "subprocess.CompletedProcess",  # of the trial
+    texts: tuple,  # that it was to encode
+    seconds: float,  # of a processor, that it was given
+) -> Trial:  # without a cause where all is well
+    "How a trial went, by what its process said."
+    said = done.stdout.split()
+    if said[-1:] == [b"done"]: return Trial(len(texts))
+    words = _last_words(done.stderr, done.returncode)
+    cause = _cause(words, done.returncode)
+    if cause == "time": words = f"it takes longer than {seconds:g} seconds"
+    return Trial(len(said), cause, words)
 
 # %% ../nbs/13_tokenizer_trial.ipynb #4986297f
 def _try(
@@ -103,16 +120,12 @@ def _try(
     "Encode texts in another process; by the clock it may take ten times as long, and half a minute for loading."
     env = os.environ | {"RUST_BACKTRACE": "0", "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-P", "-c", _TRIAL, file, str(seconds)]
-    limit = 30 + 10 * seconds
-    try: done = subprocess.run(command, input=json.dumps(texts).encode(), capture_output=True, timeout=limit, env=env)
+    given, limit = json.dumps(texts).encode(), 30 + 10 * seconds
+    try: done = subprocess.run(command, input=given, capture_output=True, timeout=limit, env=env)
     except subprocess.TimeoutExpired as e:
-        return Trial(len((e.stdout or b"").split()), "time", f"it isn't done after {limit:g} seconds by the clock")
-    said = done.stdout.split()
-    if said[-1:] == [b"done"]: return Trial(len(texts))
-    words = _last_words(done.stderr, done.returncode)
-    cause = _cause(words, done.returncode)
-    if cause == "time": words = f"it takes longer than {seconds:g} seconds"
-    return Trial(len(said), cause, words)
+        begun = len((e.stdout or b"").split())
+        return Trial(begun, "time", f"it isn't done after {limit:g} seconds by the clock")
+    return _judge(done, texts, seconds)
 
 # %% ../nbs/13_tokenizer_trial.ipynb #19a75f0a
 @lru_cache(maxsize=8)
