@@ -13,6 +13,7 @@ import contextlib
 import os
 from itertools import chain
 
+import ftnb.matching as matching
 import ftnb.models as models
 import ftnb.targets as targets
 from .fields import in_argument
@@ -157,12 +158,12 @@ def target_problems(
     import re
     if problems := _token_problems(config, lora): return problems
     try:
-        model = models.shape_model(config)
+        model = matching.shape_model(config)
         names = [name for name, _ in model.named_modules()]
         slow = targets.slow_pattern(targets.name_patterns(lora), names)
         if slow: return [Problem("target_modules", slow)]
         try:
-            with models.on_meta(): tried = apply_lora(model, lora)
+            with matching.on_meta(): tried = apply_lora(model, lora)
             start = lora.get("init_lora_weights", True)
             return _head_problems(tried) + _start_problems(tried, start)
         except (ValueError, TypeError, AttributeError, re.error) as e: return [Problem("target_modules", str(e))]
@@ -206,7 +207,7 @@ def opened_by(
     model,  # a base model, with weights or without
 ) -> str:  # such as "AutoModelForImageTextToText"; "" for AutoModelForCausalLM, by which everybody opens a model
     "By which of transformers' own doors a base model is opened, where it isn't the usual one."
-    auto = models.auto_class(model.config)
+    auto = matching.auto_class(model.config)
     return auto.__name__ if auto and auto.__name__ != "AutoModelForCausalLM" else ""
 
 # %% ../nbs/23_adapters.ipynb #3a560aab

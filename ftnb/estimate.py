@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import ftnb.adapters as adapters
+import ftnb.matching as matching
 import ftnb.models as models
 import ftnb.packing as packing
 import ftnb.passes as passes
@@ -32,8 +33,8 @@ def plan_model(
 ):  # a `PeftModel` without memory; None where it can't be built without weights
     "The model that will be trained, as shapes."
     try:
-        base = models.shape_model(config, precision.dtype)
-        with models.on_meta(): return adapters.apply_lora(base, lora)
+        base = matching.shape_model(config, precision.dtype)
+        with matching.on_meta(): return adapters.apply_lora(base, lora)
     except (NotImplementedError, RuntimeError): return None
 
 # %% ../nbs/40_estimate.ipynb #f61c53dd

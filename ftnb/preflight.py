@@ -21,6 +21,7 @@ import ftnb.estimate as estimate
 import ftnb.hub as hub
 import ftnb.jobargs as jobargs
 import ftnb.lora_settings as lora_settings
+import ftnb.matching as matching
 import ftnb.models as models
 import ftnb.packing as packing
 import ftnb.parents as parents
@@ -445,7 +446,7 @@ def _check_base(
     "The base model's files, its tokenizer and its settings."
     if model is None: return None
     source, token = studio.model_source(model), log.args.token
-    problems, notes = log.attempt("model", models.check_base_model, source, token) or ((), ())
+    problems, notes = log.attempt("model", matching.check_base_model, source, token) or ((), ())
     log.add("warning", "model", *notes, where="base_model_id")
     log.add("error", "model", *problems, where="base_model_id")
     files = None if problems else log.attempt("model", models.load_base_files, source, token)

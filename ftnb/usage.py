@@ -15,7 +15,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 import ftnb.lora_settings as lora_settings
-import ftnb.models as models
+import ftnb.matching as matching
 import ftnb.prompts as prompts
 import ftnb.runrecord as runrecord
 import ftnb.storage as storage
@@ -66,7 +66,7 @@ def _opener(
 ) -> str:  # such as "AutoModelForCausalLM"
     "The class of transformers that opens a base; the usual one where that can't be found out here."
     from transformers import AutoConfig
-    try: found = models.auto_class(AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False))
+    try: found = matching.auto_class(AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False))
     except (OSError, ValueError): found = None
     return found.__name__ if found else "AutoModelForCausalLM"
 
