@@ -60,16 +60,18 @@ def score_base(
     model,  # from `build_model`, untrained
 ):  # a function of the trained model: base against adapter, {} where nothing was asked
     "Ask the base; what it gives asks the trained model, and compares."
-    if ranks.process_rank() or ranks.shards_model(): return lambda trained: {}
+    def no_comparison(trained): return {}
+    if ranks.process_rank() or ranks.shards_model(): return no_comparison
     loss = job.settings.loss
     def scorer():
         return evaluate.make_scorer(rows.held_out, tokenizer, job.template, loss.completion, rows.limit, assistant_only=loss.assistant)
     questions, score = guards.best_effort("base against adapter", scorer, (None, None))
-    if score is None: return lambda trained: {}
+    if score is None: return no_comparison
     untrained = model.disable_adapter() if job.parent else adapters.as_base(model)
     with untrained: before = guards.best_effort("the base's score", lambda: score(model))
-    if before is None: return lambda trained: {}
-    return lambda trained: evaluate.describe_scores(questions, before, score(trained))
+    if before is None: return no_comparison
+    def compare(trained): return evaluate.describe_scores(questions, before, score(trained))
+    return compare
 
 # %% ../nbs/52_finetune.ipynb #02c3e509
 def save_trained(
@@ -87,13 +89,14 @@ def save_trained(
         if ranks.shards_model(): logits()  # of which each process has a part
         return None
     def not_written(e): guards.say_failed("the tokenizer beside the adapter", e, notes)
-    some = rows.train.dataset[:1000]["input_ids"]
-    folder = adapters.save_adapter(model, tokenizer, job.args.out_dir, job.source, some, job.token, not_written)
+    first_rows = rows.train.dataset[:1000]["input_ids"]
+    folder = adapters.save_adapter(model, tokenizer, job.args.out_dir, job.source, first_rows, job.token, not_written)
     if ranks.shards_model(): expected = logits()
     else: expected = guards.best_effort("the logits to prove the adapter by", logits, None, notes)
     comparison = guards.best_effort("base against adapter", lambda: compare(model), {}, notes)
-    used = adapters.used_settings(model, job.records.lora)
-    return runrecord.SavedAdapter(folder, expected, probe, run.metrics, used, run.unshared, comparison, notes, identity, run.ended)
+    return runrecord.SavedAdapter(
+        folder, expected, probe, metrics=run.metrics, used=adapters.used_settings(model, job.records.lora),
+        unshared=run.unshared, comparison=comparison, notes=notes, identity=identity, ended=run.ended)
 
 # %% ../nbs/52_finetune.ipynb #facd596d
 def train_and_save(
