@@ -80,20 +80,51 @@ def _settings_rows(
             rows.append([f"{kind}: {name}", asked.get(name, ""), used.get(name, "")])
     return rows[:200]
 
+# %% ../nbs/49_report.ipynb #10a0e62c
+def _are_numbers(
+    values: tuple,  # of anything JSON can hold
+) -> bool:
+    "Are all of them numbers?"
+    return all(isinstance(value, (int, float)) for value in values)
+
+# %% ../nbs/49_report.ipynb #0d591f10
+def _asked_figures(
+    record: runrecord.RunRecord,  # of the run
+) -> dict:  # name -> (figure of the base, of the adapter)
+    "What came of asking base and adapter the same."
+    names = {"loss": "held-out loss", "perplexity": "perplexity", "score": str(record.comparison.get("metric"))}
+    models = record.comparison.get("models", {})
+    if not isinstance(models, dict): return {}
+    base, adapter = models.get("base", {}), models.get("adapter", {})
+    if not (isinstance(base, dict) and isinstance(adapter, dict)): return {}
+    pairs = {name: (base.get(key), adapter.get(key)) for key, name in names.items()}
+    return {name: pair for name, pair in pairs.items() if _are_numbers(pair)}
+
 # %% ../nbs/49_report.ipynb #4f8388ea
 def comparison_figures(
     record: runrecord.RunRecord,  # of the run
 ) -> dict:  # name -> (figure of the base, of the adapter)
-    "What a job found when it asked base and adapter the same, in numbers."
-    names = {"loss": "held-out loss", "perplexity": "perplexity", "score": str(record.comparison.get("metric"))}
-    models, figures = record.comparison.get("models", {}), {}
-    if not isinstance(models, dict) or not all(isinstance(model, dict) for model in models.values()): return {}
-    for key, name in names.items():
-        pair = tuple(models.get(model, {}).get(key) for model in ("base", "adapter"))
-        if all(isinstance(figure, (int, float)) for figure in pair): figures[name] = pair
-    before, after = (record.metrics.get(name) for name in ("eval_loss_before", "eval_loss"))
-    if not all(isinstance(loss, (int, float)) for loss in (before, after)): return figures
-    return {"held-out loss": (before, after)} | {name: pair for name, pair in figures.items() if name == names["score"]}
+    "How base and adapter do on rows that were held out, in numbers."
+    figures = _asked_figures(record)
+    losses = record.metrics.get("eval_loss_before"), record.metrics.get("eval_loss")
+    if not _are_numbers(losses): return figures
+    score = str(record.comparison.get("metric"))
+    of_all = {"held-out loss": losses}
+    if score in figures: of_all[score] = figures[score]
+    return of_all
+
+# %% ../nbs/49_report.ipynb #cb6f9cb6
+def _curve_results(
+    metrics: curves.RunMetrics,  # of the run
+) -> dict:  # what -> number
+    "The held-out loss where a run's curves begin and end."
+    held_out = metrics.curve("eval_loss").means()
+    if not held_out: return {}
+    return {"held-out loss before": held_out[0][1], "held-out loss": held_out[-1][1]}
+
+# %% ../nbs/49_report.ipynb #153d508b
+_RESULT_NAMES = {"eval_loss_before": "held-out loss before", "eval_loss": "held-out loss",
+                 "train_loss": "training loss, mean"}  # of the trainer's numbers
 
 # %% ../nbs/49_report.ipynb #a25392a5
 def _result_rows(
@@ -101,12 +132,10 @@ def _result_rows(
     metrics: curves.RunMetrics,  # of the run
 ) -> list:  # [what, value]
     "What came of a run: its last numbers, or those of its curves."
-    held_out, numbers = metrics.curve("eval_loss").means(), {}
-    if held_out and not record.metrics: numbers = {"held-out loss before": held_out[0][1], "held-out loss": held_out[-1][1]}
-    beside = ("eval_loss_before", "eval_loss") if comparison_figures(record) else ()  # they stand with base and adapter
-    names = {"eval_loss_before": "held-out loss before", "eval_loss": "held-out loss", "train_loss": "training loss, mean"}
+    compared = ("eval_loss_before", "eval_loss") if comparison_figures(record) else ()  # they have a table of their own
+    numbers = {} if record.metrics else _curve_results(metrics)
     for name, value in record.metrics.items():
-        if name not in beside: numbers[names.get(name, name.replace("_", " "))] = value
+        if name not in compared: numbers[_RESULT_NAMES.get(name, name.replace("_", " "))] = value
     if record.seconds is not None: numbers["whole job"] = progress.short_time(record.seconds)
     return [[name, value] for name, value in numbers.items() if isinstance(value, (int, float, str))]
 
@@ -137,7 +166,8 @@ def run_notes(
     "What there is to say about a run."
     notes = [f"step {step:,}: {text}" for step, text in metrics.messages if text]
     notes += [f"{name} wasn't a finite number at step {step:,}" for name, step in metrics.bad.items()]
-    if metrics.unread: notes.append(f"{metrics.unread:,} line{'s' * (metrics.unread > 1)} of {metrics.path.name} couldn't be read")
+    lines = "1 line" if metrics.unread == 1 else f"{metrics.unread:,} lines"
+    if metrics.unread: notes.append(f"{lines} of {metrics.path.name} couldn't be read")
     state = curves.run_state(metrics)
     if state == "silent": notes.append("a run that says nothing evaluates, saves, waits for its machine, or was killed: its log tells")
     if state == "waiting": notes.append(f"there is no line in {metrics.path} yet")
@@ -150,7 +180,8 @@ def _source_rows(
     "The records that a run was made from."
     rows = []
     for kind, row in record.records.items():
-        rows.append([kind, row.get("name") or row.get("source") or "", str(row.get("sha256", ""))[:12]])
+        name = row.get("name") or row.get("source") or ""
+        rows.append([kind, name, str(row.get("sha256", ""))[:12]])
     return rows[:20]
 
 # %% ../nbs/49_report.ipynb #7096d0b5
@@ -158,6 +189,14 @@ _STYLE = ("body{font:15px/1.5 system-ui,sans-serif;max-width:900px;margin:2em au
           "h1{font-size:1.4em}h2{font-size:1.1em;margin-top:1.6em}img{width:100%}table{border-collapse:collapse}"
           "td,th{border-bottom:1px solid #e5e7eb;padding:2px 14px 2px 0;vertical-align:top}"
           "code,pre{overflow-wrap:anywhere;white-space:pre-wrap;font-size:13px}")
+
+# %% ../nbs/49_report.ipynb #997ef171
+def _arguments_html(
+    record: runrecord.RunRecord,  # of the run
+) -> str:  # HTML; "" where they aren't known
+    "The job's arguments, without a token."
+    arguments = re.sub(r"--hf_token[ =]+\S+", "", record.arguments)
+    return arguments and f"<code>{html_cell(arguments, 20_000)}</code>"
 
 # %% ../nbs/49_report.ipynb #3e6a9c18
 def _page_parts(
@@ -172,7 +211,6 @@ def _page_parts(
     answers = html_table(["asked", "expected", "base", "adapter"], _answer_rows(record))
     notes = [*record.notes, *(f"run.json: {problem}" for problem in record.problems), *run_notes(metrics)]
     versions = [list(item) for item in record.versions.items()]
-    arguments = re.sub(r"--hf_token[ =]+\S+", "", record.arguments)
     return {"Results": html_table(["", ""], _result_rows(record, metrics)),
             "Base against adapter": html_table(["", "base", "adapter"], figures) + answers,
             "Rows": lines(rows),
@@ -181,7 +219,7 @@ def _page_parts(
             "Settings": html_table(["", "asked", "used"], _settings_rows(record)),
             "Made from": html_table(["", "name", "SHA-256"], _source_rows(record)),
             "Versions": html_table(["", ""], versions[:40]),
-            "Arguments": arguments and f"<code>{html_cell(arguments, 20_000)}</code>"}
+            "Arguments": _arguments_html(record)}
 
 # %% ../nbs/49_report.ipynb #86402c63
 def report_html(
@@ -194,10 +232,12 @@ def report_html(
     "A run on a page of its own."
     from base64 import b64encode
     name = html_cell(record.adapter_name or curves.run_name(metrics.path))
+    head = f'<meta charset="utf-8"><title>{name}</title><style>{_STYLE}</style>'
     picture = f'<img alt="curves of the run" src="data:image/png;base64,{b64encode(image).decode()}">'
-    parts = [f"<h2>{heading}</h2>{part}" for heading, part in _page_parts(metrics, record, rows, ways).items() if part]
-    return (f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{name}</title><style>{_STYLE}</style></head><body>'
-            f"<h1>{name}</h1><p>{html_cell(curves.run_headline(metrics))}</p>{picture}{''.join(parts)}</body></html>")
+    body = f"<h1>{name}</h1><p>{html_cell(curves.run_headline(metrics))}</p>{picture}"
+    for heading, part in _page_parts(metrics, record, rows, ways).items():
+        if part: body += f"<h2>{heading}</h2>{part}"
+    return f'<!DOCTYPE html><html lang="en"><head>{head}</head><body>{body}</body></html>'
 
 # %% ../nbs/49_report.ipynb #a5cab3bd
 def write_report(
@@ -208,7 +248,8 @@ def write_report(
     folder = Path(train_out_dir)
     record, metrics = runrecord.read_record(folder, out_dir), curves.read_metrics(folder)
     image = plots.figure_png(plots.plot_run(metrics, record.adapter_name or None), 130)
-    page = report_html(metrics, record, _ledger_lines(folder, record), image, usage.usage_html(out_dir or record.given.get("out_dir")))
+    ways = usage.usage_html(out_dir or record.given.get("out_dir"))
+    page = report_html(metrics, record, _ledger_lines(folder, record), image, ways)
     for name, content in (("run.png", image), ("report.html", page.encode("utf-8", "replace"))):
         with storage.whole_file(folder/name, binary=True) as f: f.write(content)
     return folder/"report.html"
