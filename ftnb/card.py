@@ -22,8 +22,9 @@ def hub_name(
     base: str,  # folder or hub name of a base
 ) -> str:  # "" for a folder
     "The name of a base for others."
-    there = os.path.isdir(base) or base.startswith((".", "/", "~"))
-    return base if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) and not there else ""
+    is_folder = os.path.isdir(base) or base.startswith((".", "/", "~"))
+    is_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base)
+    return base if is_name and not is_folder else ""
 
 # %% ../nbs/49b_card.ipynb #640a2dc5
 def _head(
@@ -34,55 +35,6 @@ def _head(
     tags = ["lora", "peft", "ftnb", *(["conversational"] if adapter.chat else [])]
     base = hub_name(adapter.base) or None
     return ModelCardData(base_model=base, library_name="peft", pipeline_tag="text-generation", tags=tags).to_yaml()
-
-# %% ../nbs/49b_card.ipynb #6c463698
-def _markdown_table(
-    head: list,  # names of the columns
-    rows: list,  # of lists of values
-) -> str:  # "" where there are no rows
-    "A table."
-    def line(cells): return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-    if not rows: return ""
-    return "\n".join([line(head), line(["---"] * len(head)), *map(line, rows)])
-
-# %% ../nbs/49b_card.ipynb #42e4ccd5
-_SETTINGS = ("r", "lora_alpha", "lora_dropout", "target_modules", "learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps",
-             "optim", "max_length", "completion_only_loss", "seed", "dtype", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type")  # that a card shows
-
-# %% ../nbs/49b_card.ipynb #c1396e0e
-def _settings_rows(
-    record: runrecord.RunRecord,  # of the run
-) -> list:  # [setting, value]
-    "Settings that make an adapter what it is."
-    settings = report.run_settings(record)
-    rows = [[name, settings[name]] for name in _SETTINGS if settings.get(name) not in (None, "", [], -1)]
-    return [[name, ", ".join(value) if isinstance(value, list) else value] for name, value in rows]
-
-# %% ../nbs/49b_card.ipynb #751c226f
-def _result_rows(
-    record: runrecord.RunRecord,  # of the run
-) -> list:  # [what, base, adapter]
-    "How base and adapter did on rows that were held out."
-    shares = ("exact match", "accuracy")
-    def shown(name, figure): return f"{figure:.1%}" if name in shares else curves.short_number(figure)
-    return [[name, *(shown(name, figure) for figure in pair)] for name, pair in report.comparison_figures(record).items()]
-
-# %% ../nbs/49b_card.ipynb #fe7d4c3b
-def _rows_sentence(
-    record: runrecord.RunRecord,  # of the run
-) -> str:  # "" where the ledger can't be read
-    "On how many rows it was trained."
-    try: ledger = RowLedger.from_dict(record.rows)
-    except (KeyError, TypeError, ValueError, AttributeError): return ""
-    return f"It was trained on {ledger.trained:,} rows; {ledger.held_out:,} were held out."
-
-# %% ../nbs/49b_card.ipynb #3dd4eed8
-def _for_others(
-    adapter: usage.SavedAdapter,  # from `usage.read_adapter`
-    folder: str,  # where they find it
-) -> usage.SavedAdapter:
-    "An adapter as others name it."
-    return replace(adapter, folder=folder, base=hub_name(adapter.base) or "BASE")
 
 # %% ../nbs/49b_card.ipynb #441fdd78
 def _prompt_text(
@@ -95,6 +47,87 @@ def _prompt_text(
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}text\n{text}\n{fence}\n\nThe answer goes on from there, and ends in the tokenizer's EOS."
 
+# %% ../nbs/49b_card.ipynb #4f88920f
+def _markdown_line(
+    cells: list,  # of values
+) -> str:
+    "A line of a table."
+    texts = [str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells]
+    return f"| {' | '.join(texts)} |"
+
+# %% ../nbs/49b_card.ipynb #6c463698
+def _markdown_table(
+    head: list,  # names of the columns
+    rows: list,  # of lists of values
+) -> str:  # "" where there are no rows
+    "A table."
+    if not rows: return ""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(map(_markdown_line, lines))
+
+# %% ../nbs/49b_card.ipynb #42e4ccd5
+_SETTINGS = ("r", "lora_alpha", "lora_dropout", "target_modules",
+             "learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps", "optim",
+             "max_length", "completion_only_loss", "seed",
+             "dtype", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type")  # that a card shows
+
+# %% ../nbs/49b_card.ipynb #c1396e0e
+def _settings_rows(
+    record: runrecord.RunRecord,  # of the run
+) -> list:  # [setting, value]
+    "Settings that make an adapter what it is."
+    settings, rows = report.run_settings(record), []
+    for name in _SETTINGS:
+        value = settings.get(name)
+        if value in (None, "", [], -1): continue
+        rows.append([name, ", ".join(value) if isinstance(value, list) else value])
+    return rows
+
+# %% ../nbs/49b_card.ipynb #ef5f7d65
+def _shown(
+    name: str,  # of a figure
+    figure: float,  # a share of rows, or a loss
+) -> str:
+    "A figure as it is read."
+    is_share = name in ("exact match", "accuracy")
+    return f"{figure:.1%}" if is_share else curves.short_number(figure)
+
+# %% ../nbs/49b_card.ipynb #751c226f
+def _result_rows(
+    record: runrecord.RunRecord,  # of the run
+) -> list:  # [what, base, adapter]
+    "How base and adapter did on rows that were held out."
+    figures = report.comparison_figures(record)
+    return [[name, _shown(name, base), _shown(name, adapter)] for name, (base, adapter) in figures.items()]
+
+# %% ../nbs/49b_card.ipynb #fe7d4c3b
+def _rows_sentence(
+    record: runrecord.RunRecord,  # of the run
+) -> str:  # "" where the ledger can't be read
+    "On how many rows it was trained."
+    try: ledger = RowLedger.from_dict(record.rows)
+    except (KeyError, TypeError, ValueError, AttributeError): return ""
+    return f"It was trained on {ledger.trained:,} rows; {ledger.held_out:,} were held out."
+
+# %% ../nbs/49b_card.ipynb #b74b1906
+def _introduction(
+    adapter: usage.SavedAdapter,  # from `usage.read_adapter`
+) -> str:
+    "What an adapter is, in a sentence or two."
+    record = adapter.record
+    base = hub_name(adapter.base) or record.records.get("model", {}).get("name") or "a base model"
+    version = record.versions.get("ftnb")
+    program = f"ftnb {version}" if version else "ftnb"
+    return f"A LoRA adapter of rank {adapter.rank} for {base}, trained with {program}. {_rows_sentence(record)}".strip()
+
+# %% ../nbs/49b_card.ipynb #3dd4eed8
+def _for_others(
+    adapter: usage.SavedAdapter,  # from `usage.read_adapter`
+    folder: str,  # where they find it
+) -> usage.SavedAdapter:
+    "An adapter as others name it."
+    return replace(adapter, folder=folder, base=hub_name(adapter.base) or "BASE")
+
 # %% ../nbs/49b_card.ipynb #ea0ee223
 def card_text(
     adapter: usage.SavedAdapter,  # from `usage.read_adapter`
@@ -102,17 +135,15 @@ def card_text(
 ) -> str:  # the whole README.md
     "A model card."
     record = adapter.record
-    base = hub_name(adapter.base) or record.records.get("model", {}).get("name") or "a base model"
-    version = record.versions.get("ftnb")
-    intro = f"A LoRA adapter of rank {adapter.rank} for {base}, trained with ftnb{f' {version}' if version else ''}. {_rows_sentence(record)}"
     versions = [[name, version] for name, version in record.versions.items() if version]
     parts = {"What it is asked": _prompt_text(adapter),
              "What came of it": _markdown_table(["on rows that were held out", "base", "adapter"], _result_rows(record)),
              "How it was trained": _markdown_table(["setting", "value"], _settings_rows(record)),
              "Use it": usage.ways_to_use(_for_others(adapter, folder)).markdown(),
              "Versions": _markdown_table(["library", "version"], versions)}
-    said = [f"## {heading}\n\n{text}" for heading, text in parts.items() if text]
-    return "\n\n".join([f"---\n{_head(adapter)}\n---\n\n# {adapter.name}", intro.strip(), *said]) + "\n"
+    said = [f"---\n{_head(adapter)}\n---\n\n# {adapter.name}", _introduction(adapter)]
+    said += [f"## {heading}\n\n{text}" for heading, text in parts.items() if text]
+    return "\n\n".join(said) + "\n"
 
 # %% ../nbs/49b_card.ipynb #365115e6
 def write_card(
