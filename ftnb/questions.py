@@ -35,11 +35,10 @@ def _shown(
     row: dict,  # column -> value
 ) -> str:  # the value, or a line a column where there are more
     "What a row puts into the prompt."
-    columns = [f for _, f in template.pieces[:template.completion] if f is not None]
-    asked = list(dict.fromkeys(columns))
-    values = [format_row(PromptTemplate((("", f),)), row) for f in asked]
+    asked = PromptTemplate(template.pieces[:template.completion]).fields
+    values = [format_row(PromptTemplate((("", column),)), row) for column in asked]
     if len(asked) == 1: return values[0]
-    return "\n".join(f"{f}: {v}" for f, v in zip(asked, values))
+    return "\n".join(f"{column}: {value}" for column, value in zip(asked, values))
 
 # %% ../nbs/41_questions.ipynb #0e0d5484
 def _halves(
@@ -49,14 +48,12 @@ def _halves(
     eos: str = "",  # that ends a row
 ) -> tuple:  # (prompt, completion), as texts
     "A row as it is asked, and what is right."
-    at = template.completion
-    pieces = []
-    for literal, column in template.pieces[at:]:
+    prompt, completion = template.pieces[:template.completion], []
+    for literal, column in template.pieces[template.completion:]:
         for token in silent: literal = literal.replace(token, "")
-        pieces.append((literal, column))
-    asked = format_row(PromptTemplate(template.pieces[:at]), row)
-    right = format_row(PromptTemplate(tuple(pieces)), row, eos)
-    return asked, right.removesuffix(eos)
+        completion.append((literal, column))
+    right = format_row(PromptTemplate(tuple(completion)), row, eos)
+    return format_row(PromptTemplate(prompt), row), right.removesuffix(eos)
 
 # %% ../nbs/41_questions.ipynb #b1590c71
 def _first_rows(
@@ -95,13 +92,34 @@ def _chat_questions(
     features, asked = [], []
     for row, talk in zip(used.dataset, conversations(data.select(used.kept), template)):
         try: question = ask_conversation(chat, plain, talk)
-        except ValueError: continue
+        except ValueError: continue  # it ends in a user's turn
         features.append(row)
         asked.append(question)
     if not asked: raise_problems([Problem("", "no conversation ends in an answer of the assistant's")], "There is nothing to compare on")
-    ids, right, shown = zip(*((q.ids, q.reference, q.shown) for q in asked))
+    prompts, references = tuple(q.ids for q in asked), tuple(q.reference for q in asked)
     ends = {q.end for q in asked if q.end is not None}
-    return Questions(tuple(features), ids, right, shown, total, tuple(sorted(ends)))
+    return Questions(tuple(features), prompts, references, tuple(q.shown for q in asked), total, tuple(sorted(ends)))
+
+# %% ../nbs/41_questions.ipynb #3f7b31dc
+def _template_questions(
+    data,  # a `Dataset`
+    tokenizer,  # a fast one
+    template: PromptTemplate,  # with slots for columns
+    loss: Loss,  # where it is
+    max_length: int,  # tokens; a longer row is left out
+    total: int,  # rows that these were taken from
+) -> Questions:
+    "Rows that are filled into a template, as questions."
+    text = map_dataset_with_prompt_template(data, template, tokenizer.eos_token)
+    used = tokenize_rows(text, tokenizer, template, loss.completion, max_length)
+    _check_used(used)
+    values = [{field: text[i][value_column(field)] for field in template.fields} for i in used.kept]
+    shown = tuple(_shown(template, row) for row in values)
+    if not template.asks: return Questions(tuple(used.dataset), (), (), shown, total)
+    silent = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    halves = [_halves(template, row, silent, tokenizer.eos_token) for row in values]
+    prompts, references = tuple(asked for asked, _ in halves), tuple(right.strip() for _, right in halves)
+    return Questions(tuple(used.dataset), prompts, references, shown, total)
 
 # %% ../nbs/41_questions.ipynb #af299f67
 def make_questions(
@@ -117,14 +135,7 @@ def make_questions(
     "Format and tokenize rows as training does; rows that training would drop are left out."
     data, total = _first_rows(rows, n)
     template = settle_template(template, data, chat_template)
-    loss = Loss(template.asks and not assistant_only if completion_only is None else completion_only, assistant_only)
-    if template.chat: return _chat_questions(data, tokenizer, template, loss, max_length, total)
-    text = map_dataset_with_prompt_template(data, template, tokenizer.eos_token)
-    used = tokenize_rows(text, tokenizer, template, loss.completion, max_length)
-    _check_used(used)
-    values = [{f: text[i][value_column(f)] for f in template.fields} for i in used.kept]
-    silent = tuple(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
-    halves = [_halves(template, row, silent, tokenizer.eos_token) for row in values] if template.asks else []
-    prompts = tuple(asked for asked, _ in halves)
-    references = tuple(right.strip() for _, right in halves)
-    return Questions(tuple(used.dataset), prompts, references, tuple(_shown(template, row) for row in values), total)
+    if completion_only is None: completion_only = template.asks and not assistant_only
+    loss = Loss(completion_only, assistant_only)
+    make = _chat_questions if template.chat else _template_questions
+    return make(data, tokenizer, template, loss, max_length, total)
