@@ -51,7 +51,9 @@ def render(
     text = system if system and holder is None else self.opening
     for i, turn in enumerate(turns):
         around = self.user if turn["role"] == "user" else self.assistant
-        text += around.before + (system if i == holder else "") + turn["content"] + around.after
+        text += around.before
+        if i == holder: text += system
+        text += turn["content"] + around.after
     return text + self.answer
 
 # %% ../../nbs/ui/8b_chat_formats.ipynb #541aad6f
@@ -106,6 +108,27 @@ def _shared_end(
     "The longest text that both end in."
     return os.path.commonprefix([a[::-1], b[::-1]])[::-1]
 
+# %% ../../nbs/ui/8b_chat_formats.ipynb #90617f8f
+def _end_of_user(
+    ended: str,  # what ends a conversation behind a user's turn
+    to_answer: str,  # what stands between a question and its answer
+    tail: str,  # what stands behind the last question, where an answer is asked for
+) -> str:
+    "What a template writes behind a user's turn."
+    agrees = to_answer.startswith(ended) and tail.startswith(ended)
+    return ended if agrees else os.path.commonprefix([to_answer, tail])
+
+# %% ../../nbs/ui/8b_chat_formats.ipynb #1d0c5840
+def _begin_of_user(
+    ended: str,  # what ends a conversation behind an answer
+    to_more: str,  # what stands between an answer and the next question
+    head: str,  # what stands before the first question
+) -> str:
+    "What a template writes before a user's turn."
+    begin = to_more.removeprefix(ended)
+    agrees = to_more.startswith(ended) and head.endswith(begin)
+    return begin if agrees else _shared_end(head, to_more)
+
 # %% ../../nbs/ui/8b_chat_formats.ipynb #a91683ad
 def _read_turns(
     tokenizer,  # with a chat template
@@ -115,13 +138,11 @@ def _read_turns(
     answered_end = _pieces(_written(tokenizer, conversation(_ASKED, _ANSWERED), False), _ANSWERED)[-1]
     whole = _written(tokenizer, conversation(_ASKED, _ANSWERED, _MORE))
     _, to_answer, to_more, tail = _pieces(whole, _ASKED, _ANSWERED, _MORE)
-    ends_alike = to_answer.startswith(asked_end) and tail.startswith(asked_end)
-    after_user = asked_end if ends_alike else os.path.commonprefix([to_answer, tail])
-    before_user = to_more.removeprefix(answered_end)
-    if not (to_more.startswith(answered_end) and head.endswith(before_user)): before_user = _shared_end(head, to_more)
-    assistant = Around(to_answer[len(after_user):], to_more[:len(to_more) - len(before_user)])
-    opening = head[:len(head) - len(before_user)]
-    return ChatFormat(opening, Around(before_user, after_user), assistant, tail[len(after_user):])
+    after_user = _end_of_user(asked_end, to_answer, tail)
+    before_user = _begin_of_user(answered_end, to_more, head)
+    assistant = Around(to_answer.removeprefix(after_user), to_more.removesuffix(before_user))
+    opening, answer = head.removesuffix(before_user), tail.removeprefix(after_user)
+    return ChatFormat(opening, Around(before_user, after_user), assistant, answer)
 
 # %% ../../nbs/ui/8b_chat_formats.ipynb #184da2e0
 def _add_system(
@@ -131,12 +152,14 @@ def _add_system(
     "Find where the system text goes."
     from jinja2 import TemplateError
     messages = conversation(_ASKED, _ANSWERED, _MORE, system=_SYSTEM)
+    user = chat.user.before
     try: before, after = _pieces(_written(tokenizer, messages), _SYSTEM)
-    except (TemplateError, ValueError): return replace(chat, notes=(*chat.notes, "the chat template takes no system text"))
+    except (TemplateError, ValueError):
+        return replace(chat, notes=(*chat.notes, "the chat template takes no system text"))
     if _ASKED in before: return replace(chat, system=Around("", after.partition(_MORE)[0]), place="last")
-    after, begin = after.partition(_ASKED)[0], chat.opening + chat.user.before
-    if after.endswith(chat.user.before): return replace(chat, system=Around(before, after.removesuffix(chat.user.before)))
-    return replace(chat, system=Around(before.removeprefix(begin), after), place="first")
+    after = after.partition(_ASKED)[0]
+    if after.endswith(user): return replace(chat, system=Around(before, after.removesuffix(user)))
+    return replace(chat, system=Around(before.removeprefix(chat.opening + user), after), place="first")
 
 # %% ../../nbs/ui/8b_chat_formats.ipynb #84f37241
 _TRIED = (("Hi",), ("Hi {x}", "Hello.", "Bye"), ("One\ntwo", "Three", "four", "Five", "six?"))  # conversations
@@ -147,13 +170,13 @@ def _difference(
     chat: ChatFormat,  # from `_add_system`
 ) -> str:  # a sentence; "" where there is none
     "Where a format writes something else than the tokenizer."
-    for system in (None, "Be kind.") if chat.system else (None,):
-        for texts in _TRIED:
-            messages = conversation(*texts, system=system)
-            found, right = chat.render(messages), _written(tokenizer, messages)
-            if found != right:
-                at = len(os.path.commonprefix([found, right]))
-                return f"where the model reads {right[at:at + 40]!r}, Ollama would write {found[at:at + 40]!r}"
+    tried = [conversation(*texts) for texts in _TRIED]
+    if chat.system: tried += [conversation(*texts, system="Be kind.") for texts in _TRIED]
+    for messages in tried:
+        found, right = chat.render(messages), _written(tokenizer, messages)
+        if found == right: continue
+        at = len(os.path.commonprefix([found, right]))
+        return f"where the model reads {right[at:at + 40]!r}, Ollama would write {found[at:at + 40]!r}"
     return ""
 
 # %% ../../nbs/ui/8b_chat_formats.ipynb #d123eb96
@@ -162,8 +185,10 @@ def _stops(
     chat: ChatFormat,  # from `_add_system`
 ) -> tuple:  # of tokens
     "Tokens at which an answer ends: the one behind a turn, and the tokenizer's own."
-    special = sorted(filter(chat.assistant.after.startswith, tokenizer.all_special_tokens), key=len)
-    return tuple(dict.fromkeys([*special[-1:], *filter(None, [tokenizer.eos_token])]))
+    behind = [token for token in tokenizer.all_special_tokens if chat.assistant.after.startswith(token)]
+    ends = [max(behind, key=len)] if behind else []
+    if tokenizer.eos_token: ends.append(tokenizer.eos_token)
+    return tuple(dict.fromkeys(ends))
 
 # %% ../../nbs/ui/8b_chat_formats.ipynb #6533e4d8
 def read_chat_format(
@@ -171,13 +196,14 @@ def read_chat_format(
 ) -> ChatFormat:
     "How a tokenizer's chat template writes conversations; raises where no template for Ollama can say the same."
     from jinja2 import TemplateError
-    if not tokenizer.chat_template: raise ValueError("the tokenizer has no chat template")
+    template, refused = tokenizer.chat_template, "the chat template can't be put into Ollama's words"
+    if not template: raise ValueError("the tokenizer has no chat template")
     try: chat = _add_system(tokenizer, _read_turns(tokenizer))
-    except (TemplateError, ValueError, TypeError) as e: raise ValueError(f"the chat template can't be put into Ollama's words: {e}") from None
-    if difference := _difference(tokenizer, chat): raise ValueError(f"the chat template can't be put into Ollama's words: {difference}")
+    except (TemplateError, ValueError, TypeError) as e: raise ValueError(f"{refused}: {e}") from None
+    if difference := _difference(tokenizer, chat): raise ValueError(f"{refused}: {difference}")
     notes = [*chat.notes]
-    if "strftime_now" in tokenizer.chat_template: notes.append("the chat template writes the day's date: Ollama's will go on with today's")
-    if "tools" in tokenizer.chat_template: notes.append("tools, which the chat template can write, are left out")
+    if "strftime_now" in template: notes.append("the chat template writes the day's date: Ollama's will go on with today's")
+    if "tools" in template: notes.append("tools, which the chat template can write, are left out")
     return replace(chat, stops=_stops(tokenizer, chat), notes=tuple(notes))
 
 # %% ../../nbs/ui/8b_chat_formats.ipynb #2955912c
@@ -199,35 +225,50 @@ def go_literal(
     text = re.sub(r'\{{2,}|\{$|"{3,}|"$', risky, text)
     return "".join(c if c.isprintable() or c in "\n\t" else _go_string(c) for c in text)
 
+# %% ../../nbs/ui/8b_chat_formats.ipynb #059112be
+def _go_turn(
+    around: Around,  # what stands before and after
+    *inside: str,  # actions
+) -> str:
+    "Actions between two texts."
+    return go_literal(around.before) + "".join(inside) + go_literal(around.after)
+
+# %% ../../nbs/ui/8b_chat_formats.ipynb #171c7b06
+def _go_if(
+    condition: str,  # in Go's words
+    text: str,  # to be written under it
+) -> str:
+    "A part of a template under a condition."
+    return "{{ if " + condition + " }}" + text + "{{ end }}"
+
+# %% ../../nbs/ui/8b_chat_formats.ipynb #789a3c00
+_HOLDS_SYSTEM = {"first": "and $.System (eq $i 1)", "last": "and $.System $last"}  # place -> when a user's turn does
+
 # %% ../../nbs/ui/8b_chat_formats.ipynb #10d37008
 def _user_turn(
     chat: ChatFormat,  # from `read_chat_format`
 ) -> str:
     "The user's turn, with the system text where it goes there."
-    when = {"first": "and $.System (eq $i 1)", "last": "and $.System $last"}.get(chat.place)
-    around = chat.user
     system = ""
-    if when:
-        before, after = go_literal(chat.system.before), go_literal(chat.system.after)
-        system = f"{{{{ if {when} }}}}{before}{{{{ $.System }}}}{after}{{{{ end }}}}"
-    asked = f"{{{{ if $last }}}}{go_literal(chat.answer)}{{{{ end }}}}"
-    return f"{go_literal(around.before)}{system}{{{{ .Content }}}}{go_literal(around.after)}{asked}"
+    if chat.place in _HOLDS_SYSTEM: system = _go_if(_HOLDS_SYSTEM[chat.place], _go_turn(chat.system, "{{ $.System }}"))
+    return _go_turn(chat.user, system, "{{ .Content }}") + _go_if("$last", go_literal(chat.answer))
 
 # %% ../../nbs/ui/8b_chat_formats.ipynb #6577fe8e
 def go_template(
     chat: ChatFormat,  # from `read_chat_format`
 ) -> str:  # for the TEMPLATE of a Modelfile
     "A chat format as a template of Ollama."
-    opening, turn = go_literal(chat.opening), ""
+    opening, system = go_literal(chat.opening), ""
     if chat.system and chat.place == "turn":
-        turn = f"{go_literal(chat.system.before)}{{{{ .Content }}}}{go_literal(chat.system.after)}"
-        if opening: opening = f"{{{{ if not .System }}}}{opening}{{{{ end }}}}"
-    before, after = go_literal(chat.assistant.before), go_literal(chat.assistant.after)
-    return (f"{opening}{{{{ range $i, $_ := .Messages }}}}{{{{ $last := eq (len (slice $.Messages $i)) 1 }}}}"
-            f'{{{{ if eq .Role "system" }}}}{turn}'
-            f'{{{{ else if eq .Role "user" }}}}{_user_turn(chat)}'
-            f'{{{{ else if eq .Role "assistant" }}}}{before}{{{{ .Content }}}}{{{{ if not $last }}}}{after}{{{{ end }}}}'
-            "{{ end }}{{ end }}")
+        system = _go_turn(chat.system, "{{ .Content }}")
+        if opening: opening = _go_if("not .System", opening)
+    answer_end = _go_if("not $last", go_literal(chat.assistant.after))
+    return "".join([
+        opening, "{{ range $i, $_ := .Messages }}", "{{ $last := eq (len (slice $.Messages $i)) 1 }}",
+        '{{ if eq .Role "system" }}', system,
+        '{{ else if eq .Role "user" }}', _user_turn(chat),
+        '{{ else if eq .Role "assistant" }}', go_literal(chat.assistant.before), "{{ .Content }}", answer_end,
+        "{{ end }}{{ end }}"])
 
 # %% ../../nbs/ui/8b_chat_formats.ipynb #4c065c1b
 def go_prompt(
@@ -236,4 +277,8 @@ def go_prompt(
     "A plain prompt as a template of Ollama."
     columns = [column for _, column in pieces if column is not None]
     if len(columns) != 1: return "{{ .Prompt }}"
-    return "".join(go_literal(text) + ("" if column is None else "{{ .Prompt }}") for text, column in pieces)
+    template = ""
+    for text, column in pieces:
+        template += go_literal(text)
+        if column is not None: template += "{{ .Prompt }}"
+    return template
