@@ -26,8 +26,9 @@ def base_of(
 ) -> str:  # folder or hub name
     "The base that an adapter was trained on."
     found = usage.saved_lora(out_dir).get("base_model_name_or_path")
-    if not found: raise ValueError(f"{Path(out_dir)/'adapter_config.json'} doesn't say on which base the adapter stands (base_model_name_or_path)")
-    return found
+    if found: return found
+    raise ValueError(f"{Path(out_dir)/'adapter_config.json'} doesn't say on which base the adapter stands "
+                     "(base_model_name_or_path)")
 
 # %% ../../nbs/ui/8_merging.ipynb #93ab3502
 def _load_whole(
@@ -65,10 +66,11 @@ def _check_merged(
     expected: Expected,  # from `_write_merged`
 ):
     "Raise where a merged model isn't base and adapter."
-    difference = (adapters.probe_logits(_load_whole(folder), expected.ids) - expected.logits).abs().max().item()
+    logits = adapters.probe_logits(_load_whole(folder), expected.ids)
+    difference = (logits - expected.logits).abs().max().item()
     if difference <= expected.limit: return  # a NaN isn't
-    raise adapters.NotProven(f"the merged model gives logits that differ by {difference:.3g} from those of base and adapter "
-                             f"(limit {expected.limit:.3g})")
+    raise adapters.NotProven(f"the merged model gives logits that differ by {difference:.3g} from those of base "
+                             f"and adapter (limit {expected.limit:.3g})")
 
 # %% ../../nbs/ui/8_merging.ipynb #c1c4b2c8
 def _stop_at_end(
@@ -77,9 +79,21 @@ def _stop_at_end(
 ):
     "Let the model's settings for generation stop where rows ended."
     known = model.generation_config.eos_token_id
-    known = known if isinstance(known, list) else [known]
+    if not isinstance(known, list): known = [known]
     ends = [id for id in dict.fromkeys([tokenizer.eos_token_id, *known]) if id is not None]
-    if ends: model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
+    if not ends: return
+    model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
+
+# %% ../../nbs/ui/8_merging.ipynb #4ff11c36
+def _expect(
+    model,  # a `PeftModel`
+    tokenizer,  # of the adapter
+) -> Expected:
+    "What base and adapter give on one row."
+    ids = tokenizer("The adapter and its base, as one model: 1, 2, 3.")["input_ids"]
+    logits = adapters.probe_logits(model, ids)
+    with model.disable_adapter(): alone = adapters.probe_logits(model, ids)
+    return Expected(ids, logits, alone, str(model.dtype).removeprefix("torch."))
 
 # %% ../../nbs/ui/8_merging.ipynb #3ac2a718
 def _write_merged(
@@ -90,17 +104,15 @@ def _write_merged(
     "Add an adapter into its base."
     from peft import PeftModel
     from transformers import AutoTokenizer
-    model = PeftModel.from_pretrained(_load_whole(base_of(out_dir), token), str(out_dir)).eval()
+    base = _load_whole(base_of(out_dir), token)
+    model = PeftModel.from_pretrained(base, str(out_dir)).eval()
     tokenizer = AutoTokenizer.from_pretrained(out_dir)
-    ids = tokenizer("The adapter and its base, as one model: 1, 2, 3.")["input_ids"]
-    logits = adapters.probe_logits(model, ids)
-    with model.disable_adapter(): alone = adapters.probe_logits(model, ids)
-    dtype = str(model.dtype).removeprefix("torch.")
-    model = model.merge_and_unload(safe_merge=True)
-    _stop_at_end(model, tokenizer)
-    model.save_pretrained(folder)
+    expected = _expect(model, tokenizer)
+    merged = model.merge_and_unload(safe_merge=True)
+    _stop_at_end(merged, tokenizer)
+    merged.save_pretrained(folder)
     tokenizer_files.copy_files(tokenizer_files.own_tokenizer_files(str(out_dir)), folder)
-    return Expected(ids, logits, alone, dtype)
+    return expected
 
 # %% ../../nbs/ui/8_merging.ipynb #8f499763
 def new_folder(
