@@ -21,6 +21,7 @@ import ftnb.studio as studio
 import ftnb.ui.monitoring as live
 from .api import ClouderaError
 from .workspace import Workspace, workspace_from_env
+from ..findings import Finding
 from ..problems import Problem, raise_problems
 
 # %% ../../nbs/cluster/4_sending.ipynb #540a51e1
@@ -196,8 +197,8 @@ def _take_back_row(
 
 # %% ../../nbs/cluster/4_sending.ipynb #2a7d5e91
 def _elsewhere(
-    finding: preflight.Finding,  # of a check on this machine
-) -> preflight.Finding:  # for a job that another machine will run
+    finding: Finding,  # of a check on this machine
+) -> Finding:  # for a job that another machine will run
     "What this machine lacks is no error there."
     if finding.level != "error": return finding
     if finding.about != "memory" and finding.problem.where != "dist_num": return finding
@@ -215,7 +216,7 @@ def check_sending(
     known = (os.environ if env is None else env).get(consts.HF_TOKEN, "").strip()
     if args.hf_token and args.hf_token.reveal() != known:
         text = f"the Hugging Face token isn't sent along: set {consts.HF_TOKEN} in the project's environment"
-        findings.append(preflight.Finding("warning", "token", Problem("hf_token", text)))
+        findings.append(Finding("warning", "token", Problem("hf_token", text)))
     return replace(report, findings=tuple(findings))
 
 # %% ../../nbs/cluster/4_sending.ipynb #5cd79356
