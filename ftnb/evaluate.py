@@ -57,11 +57,23 @@ def __str__(self: AnswerTable):
         answers = [_cell(f"{mark} {answer.strip()}") for mark, answer in zip(self.marks(row), row[2:])]
         lines.append((_cell(row[0]), _cell(row[1]), *answers))
     widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(t.ljust(w) for t, w in zip(line, widths)).rstrip() for line in lines)
+    padded = ("  ".join(map(str.ljust, line, widths)) for line in lines)
+    return "\n".join(map(str.rstrip, padded))
 
 # %% ../nbs/44_evaluate.ipynb #86704877
 @patch
 def __repr__(self: AnswerTable): return str(self)
+
+# %% ../nbs/44_evaluate.ipynb #78806082
+def _check_lengths(
+    **lists: list,  # name and list
+):
+    "Raise where lists differ in length."
+    sizes = {name: len(entries) for name, entries in lists.items()}
+    if len(set(sizes.values())) == 1: return
+    found = ", ".join(f"{name} {size}" for name, size in sizes.items())
+    text = f"the lists differ in length ({found}): each needs one entry per row"
+    raise_problems([Problem("", text)], "No table can be made")
 
 # %% ../nbs/44_evaluate.ipynb #a6cd47e4
 def answer_table(
@@ -72,10 +84,7 @@ def answer_table(
     n: int = 6,  # rows to show
 ) -> AnswerTable:  # prints as text, shows as a table in a notebook
     "Put the answers of base and adapter side by side."
-    sizes = {name: len(v) for name, v in dict(prompts=prompts, references=references, before=before, after=after).items()}
-    if len(set(sizes.values())) > 1:
-        found = ", ".join(f"{name} {size}" for name, size in sizes.items())
-        raise_problems([Problem("", f"the lists differ in length ({found}): each needs one entry per row")], "No table can be made")
+    _check_lengths(prompts=prompts, references=references, before=before, after=after)
     def same(row): return comparable(row[2], row[1]) == comparable(row[3], row[1])
     rows = sorted(zip(prompts, references, before, after), key=same)
     return AnswerTable(tuple(rows[:n]), len(prompts))
@@ -93,19 +102,29 @@ def html_row(
         made.append(f'<{tag} style="text-align:left;{style}">{escape(text.strip())}</{tag}>')
     return f"<tr>{''.join(made)}</tr>"
 
+# %% ../nbs/44_evaluate.ipynb #22f40dbf
+def _differ(
+    answers: list,  # of several models
+    right: str,  # the row's right answer
+) -> bool:
+    "Do models answer a row differently?"
+    return len({comparable(answer, right) for answer in answers}) > 1
+
+# %% ../nbs/44_evaluate.ipynb #eb095da6
+_COLOURS = {"✓": "background:rgba(46,160,67,.25)", "✗": "background:rgba(248,81,73,.2)"}
+
 # %% ../nbs/44_evaluate.ipynb #cbf75692
 @patch
 def _repr_html_(
     self: AnswerTable,  # shown by Jupyter
 ) -> str:  # HTML, with everything that a model said escaped
-    "A table whose marks say which answers are right and which changed; the colours only repeat them."
-    colours = {"✓": "background:rgba(46,160,67,.25)", "✗": "background:rgba(248,81,73,.2)"}
+    "A table whose marks say which answers are right and which changed."
     lines = [html_row(["", "message", "expected", *self.models], "th")]
     for row in self.rows:
-        changed = len({comparable(a, row[1]) for a in row[2:]}) > 1
-        marks = self.marks(row, "✓", "✗")
-        answers = [(f"{m}\N{NO-BREAK SPACE}{a.strip()}", colours.get(m, "")) for m, a in zip(marks, row[2:])]
-        lines.append(html_row(["≠" if changed else "", row[0], row[1], *answers]))
+        asked, right, *said = row
+        marked = zip(self.marks(row, "✓", "✗"), said)
+        answers = [(f"{mark}\N{NO-BREAK SPACE}{answer.strip()}", _COLOURS.get(mark, "")) for mark, answer in marked]
+        lines.append(html_row(["≠" if _differ(said, right) else "", asked, right, *answers]))
     note = f"{len(self.rows)} of {self.total} rows; ≠ the answers differ, ✓ right, ✗ wrong"
     return f"<table>{''.join(lines)}</table><small>{note}</small>"
 
@@ -120,17 +139,20 @@ class Comparison:
     @property
     def changed(self) -> list:
         "Rows whose answers aren't the same for all models."
-        rows = zip(self.questions.references, *(s.answers for s in self.models.values()))
-        return [i for i, (right, *answers) in enumerate(rows) if len({comparable(a, right) for a in answers}) > 1]
+        rows = zip(self.questions.references, *(scores.answers for scores in self.models.values()))
+        return [i for i, (right, *answers) in enumerate(rows) if _differ(answers, right)]
 
     def table(
         self,
         n: int = 6,  # rows at most
     ) -> AnswerTable:  # the rows where the answers differ first
         "Answers side by side."
-        asked, right, changed = self.questions.shown, self.questions.references, self.changed
-        order = changed + [i for i in range(len(right)) if i not in set(changed)]
-        rows = [(asked[i] if asked else "", right[i], *(s.answers[i] for s in self.models.values())) for i in order[:n]]
+        asked, right, changed = self.questions.shown, self.questions.references, set(self.changed)
+        order = sorted(range(len(right)), key=lambda i: i not in changed)
+        rows = []
+        for i in order[:n]:
+            answers = [scores.answers[i] for scores in self.models.values()]
+            rows.append((asked[i] if asked else "", right[i], *answers))
         return AnswerTable(tuple(rows), len(right), tuple(self.models), self.metric)
 
 # %% ../nbs/44_evaluate.ipynb #3f1fb9ae
@@ -139,8 +161,10 @@ def _score_text(
 ) -> str:  # "75.0% (3 of 4)"; "-" where nothing was asked
     "The metric of a model, to be read."
     if scores.score is None: return "-"
-    if set(scores.scores) <= {0.0, 1.0}: return f"{scores.score:.1%} ({int(sum(scores.scores))} of {len(scores.scores)})"
-    return f"{scores.score:.4g}"
+    only_marks = set(scores.scores) <= {0.0, 1.0}
+    if not only_marks: return f"{scores.score:.4g}"
+    right = int(sum(scores.scores))
+    return f"{scores.score:.1%} ({right} of {len(scores.scores)})"
 
 # %% ../nbs/44_evaluate.ipynb #a9eea358
 @patch
@@ -189,21 +213,25 @@ def precision_notes(self: Comparison) -> list:  # sentences
 @patch
 def notes(self: Comparison) -> list:  # sentences
     "What the figures are of, and how far they can be trusted."
-    q, first = self.questions, next(iter(self.models.values()))
-    used = f"{len(q):,} of {q.total:,} held-out rows; loss and perplexity over their {first.tokens:,} tokens that carry loss"
-    if not q.references: return [used, "no answers: the prompt has no completion template"]
-    changed = f"{len(self.changed):,} of {len(q.references):,} answers differ between the models"
-    return [used, changed, *(f"{name}: {result}" for name, result in self.against_base().items()), *self.precision_notes()]
+    asked, first = self.questions, next(iter(self.models.values()))
+    rows = f"{len(asked):,} of {asked.total:,} held-out rows"
+    used = f"{rows}; loss and perplexity over their {first.tokens:,} tokens that carry loss"
+    if not asked.references: return [used, "no answers: the prompt has no completion template"]
+    changed = f"{len(self.changed):,} of {len(asked.references):,} answers differ between the models"
+    paired = [f"{name}: {result}" for name, result in self.against_base().items()]
+    return [used, changed, *paired, *self.precision_notes()]
 
-# %% ../nbs/44_evaluate.ipynb #a5e8887b
+# %% ../nbs/44_evaluate.ipynb #db1609aa
 @patch
 def __str__(self: Comparison):
     rows = self.figures()
     first, *widths = [max(map(len, column)) for column in zip(*rows)]
     lines = []
-    for name, *figures in rows: lines.append("  ".join([name.ljust(first), *(t.rjust(w) for t, w in zip(figures, widths))]))
-    table = ["", str(self.table())] if self.questions.references else []
-    return "\n".join([*lines, *self.notes(), *table])
+    for name, *figures in rows:
+        lines.append("  ".join([name.ljust(first), *map(str.rjust, figures, widths)]))
+    lines += self.notes()
+    if self.questions.references: lines += ["", str(self.table())]
+    return "\n".join(lines)
 
 # %% ../nbs/44_evaluate.ipynb #31fe86b7
 @patch
@@ -223,6 +251,29 @@ def _repr_html_(
     answers = self.table()._repr_html_() if self.questions.references else ""
     return f"<table>{''.join(lines)}</table><p>{escape('; '.join(self.notes()))}</p>{answers}"
 
+# %% ../nbs/44_evaluate.ipynb #b3c56082
+@patch
+def _model_figures(self: Comparison) -> dict:  # name -> figures, for JSON
+    "The figures of each model."
+    found = {name: {"loss": s.loss, "perplexity": s.perplexity, "score": s.score} for name, s in self.models.items()}
+    for name, (least, most) in self.intervals().items(): found[name]["interval"] = [least, most]
+    for name, paired in self.against_base().items():
+        found[name]["against_base"] = {"better": paired.better, "worse": paired.worse, "p": paired.p}
+    return found
+
+# %% ../nbs/44_evaluate.ipynb #702d8ccc
+@patch
+def _changed_answers(
+    self: Comparison,
+    n: int,  # rows at most
+) -> list:  # of dicts, for JSON
+    "Rows whose answers differ."
+    found, asked = [], self.questions
+    for i in self.changed[:n]:
+        answers = {name: scores.answers[i] for name, scores in self.models.items()}
+        found.append({"asked": asked.shown[i], "expected": asked.references[i], **answers})
+    return found
+
 # %% ../nbs/44_evaluate.ipynb #705a4bd1
 @patch
 def as_dict(
@@ -230,35 +281,27 @@ def as_dict(
     n: int = 5,  # changed answers at most
 ) -> dict:  # for JSON
     "The figures of each model, and some answers that changed."
-    asked, models = self.questions, self.models
-    figures = {name: {"loss": s.loss, "perplexity": s.perplexity, "score": s.score} for name, s in models.items()}
-    some = []
-    for i in self.changed[:n]:
-        answers = {name: s.answers[i] for name, s in models.items()}
-        some.append({"asked": asked.shown[i], "expected": asked.references[i], **answers})
-    for name, (least, most) in self.intervals().items(): figures[name]["interval"] = [least, most]
-    for name, paired in self.against_base().items():
-        figures[name]["against_base"] = {"better": paired.better, "worse": paired.worse, "p": paired.p}
-    return {"rows": len(asked), "rows_held_out": asked.total, "loss_tokens": next(iter(models.values())).tokens,
-            "metric": self.figures()[0][3], "models": figures, "answers_changed": len(self.changed), "changed": some}
+    first = next(iter(self.models.values()))
+    return {"rows": len(self.questions), "rows_held_out": self.questions.total, "loss_tokens": first.tokens,
+            "metric": self.figures()[0][3], "models": self._model_figures(),
+            "answers_changed": len(self.changed), "changed": self._changed_answers(n)}
 
 # %% ../nbs/44_evaluate.ipynb #88cda202
 def _adapter_problem(
-    name: str,  # that it was given
     folder: "str|Path",  # where it should be
-) -> Problem | None:
+) -> str:  # the end of a sentence, or ""
     "What is wrong with an adapter's folder."
-    def wrong(text): return Problem(name, f"{name}: {text}")
     path = os.path.join(folder, "adapter_config.json")
-    if not os.path.isfile(path): return wrong(f"{folder} has no adapter_config.json; name the folder of a saved adapter")
+    if not os.path.isfile(path): return f"{folder} has no adapter_config.json; name the folder of a saved adapter"
     if not os.path.isfile(os.path.join(folder, "adapter_model.safetensors")):
-        return wrong(f"{folder} has no adapter_model.safetensors; nothing else is loaded")
+        return f"{folder} has no adapter_model.safetensors; nothing else is loaded"
     try:
         with open(path, encoding="utf-8") as f: config = json.load(f)
         kind, bias = config.get("peft_type"), config.get("bias", "none")
-    except (ValueError, AttributeError): return wrong(f"{path} isn't a JSON object")
-    if kind != "LORA": return wrong(f"{folder} holds an adapter of type {kind}; LORA can be compared")
-    if bias != "none": return wrong(f"it has trained biases (bias is {bias!r}), which PEFT writes into the base, so there is no base beside it")
+    except (ValueError, AttributeError): return f"{path} isn't a JSON object"
+    if kind != "LORA": return f"{folder} holds an adapter of type {kind}; LORA can be compared"
+    if bias == "none": return ""
+    return f"it has trained biases (bias is {bias!r}), which PEFT writes into the base, so there is no base beside it"
 
 # %% ../nbs/44_evaluate.ipynb #ff8ab638
 def _names(
@@ -279,9 +322,11 @@ def _named(
     "The adapters to compare, by name."
     if isinstance(adapters, (str, os.PathLike)): adapters = [adapters]
     named = dict(adapters) if isinstance(adapters, dict) else _names(list(adapters))
-    problems = [Problem("base", "base: this name is taken; give the adapter another")] if "base" in named else []
-    found = [_adapter_problem(name, folder) for name, folder in named.items()]
-    raise_problems(problems + [p for p in found if p], "These adapters can't be loaded")
+    found = [Problem("base", "base: this name is taken; give the adapter another")] if "base" in named else []
+    for name, folder in named.items():
+        problem = _adapter_problem(folder)
+        if problem: found.append(Problem(name, f"{name}: {problem}"))
+    raise_problems(found, "These adapters can't be loaded")
     return named
 
 # %% ../nbs/44_evaluate.ipynb #aff7ea6d
@@ -319,11 +364,27 @@ def _check_in_memory(
     "Raise where a model in memory can't be compared."
     problems = []
     if getattr(model, "lora_start", None):
-        problems.append(Problem("base", "this model in memory began with a part of its base (init_lora_weights): save it, and name its folder"))
+        text = "this model in memory began with a part of its base (init_lora_weights): save it, and name its folder"
+        problems.append(Problem("base", text))
     if hasattr(model, "peft_config") and folders:
-        problems.append(Problem("base", "the model in memory has adapters already; give its base by its folder or hub name"))
+        text = "the model in memory has adapters already; give its base by its folder or hub name"
+        problems.append(Problem("base", text))
     if tokenizer is None: problems.append(Problem("tokenizer", "a model in memory needs its tokenizer: tokenizer=…"))
     raise_problems(problems, "The models can't be compared")
+
+# %% ../nbs/44_evaluate.ipynb #f0ffde51
+def _put_on(
+    model,  # a base model; gets the adapters
+    folders: dict,  # name -> folder
+) -> tuple:  # (the model with them, name -> the adapter's name within PEFT)
+    "Put adapters on a base."
+    from peft import PeftModel
+    inside = {name: f"adapter_{i}" for i, name in enumerate(folders)}  # PEFT takes no dots in names
+    for name, folder in folders.items():
+        options = dict(adapter_name=inside[name], torch_device=str(model.device))
+        if hasattr(model, "peft_config"): model.load_adapter(str(folder), **options)
+        else: model = PeftModel.from_pretrained(model, str(folder), **options)
+    return model, inside
 
 # %% ../nbs/44_evaluate.ipynb #49607149
 def load_models(
@@ -333,19 +394,13 @@ def load_models(
     precision: Precision | None = None,  # from `choose_precision`; default: fp32, not quantised
 ) -> LoadedModels:  # with one base in memory
     "Load a base model and put adapters on it; a plain model in memory gets them too."
-    from peft import PeftModel
     quiet_libraries()
     folders, model = _named(adapters), base
     if hasattr(base, "forward"): _check_in_memory(base, tokenizer, folders)
     else: model = load_base_model(str(base), precision or choose_precision({}, None))
     if tokenizer is None: tokenizer = load_tokenizer(str(base))
-    if hasattr(base, "peft_config"):
-        return LoadedModels(model, tokenizer, {"adapter" if name == "default" else name: name for name in base.peft_config})
-    inside = {name: f"adapter_{i}" for i, name in enumerate(folders)}  # PEFT takes no dots in names
-    for name, folder in folders.items():
-        there = dict(adapter_name=inside[name], torch_device=str(model.device))
-        if hasattr(model, "peft_config"): model.load_adapter(str(folder), **there)
-        else: model = PeftModel.from_pretrained(model, str(folder), **there)
+    if hasattr(base, "peft_config"): inside = {"adapter" if name == "default" else name: name for name in base.peft_config}
+    else: model, inside = _put_on(model, folders)
     return LoadedModels(model, tokenizer, inside)
 
 # %% ../nbs/44_evaluate.ipynb #ca439d35
@@ -410,8 +465,8 @@ def make_scorer(
     assistant_only: bool = False,  # loss on what the assistant says in conversations
 ) -> tuple:  # (`Questions` or None, function of a model that gives its `Scores`, or None where it can't)
     "What base and adapter are asked."
-    questions = None
-    if len(rows): questions = _or_say(make_questions, rows, tokenizer, template, n, completion_only, max_length, assistant_only)
+    options = n, completion_only, max_length, assistant_only
+    questions = _or_say(make_questions, rows, tokenizer, template, *options) if len(rows) else None
     def score(model):
         if questions is not None: return _or_say(score_model, model, tokenizer, questions, batch_size=8)
     return questions, score
@@ -427,5 +482,6 @@ def describe_scores(
     found = Comparison(questions, {"base": before, "adapter": after})
     (_, *columns), *rows = found.figures()
     for name, *figures in rows:
-        print(f"{name + ':':<9}" + ", ".join(f"{column} {figure}" for column, figure in zip(columns, figures)), flush=True)
+        said = ", ".join(f"{column} {figure}" for column, figure in zip(columns, figures))
+        print(f"{name + ':':<9}{said}", flush=True)
     return found.as_dict()
