@@ -35,8 +35,9 @@ def _base_for_others(
     "The name of the base on the hub; raises where there is none."
     found = base or merging.base_of(out_dir)
     if model_card.hub_name(found): return found
-    raise_problems([Problem("base", f"the adapter stands on {found}, which nobody else has: give the base's name on the hub (base='owner/name')")],
-                   "The adapter can't be pushed")
+    advice = "give the base's name on the hub (base='owner/name')"
+    problem = Problem("base", f"the adapter stands on {found}, which nobody else has: {advice}")
+    raise_problems([problem], "The adapter can't be pushed")
 
 # %% ../../nbs/ui/8e_pushing.ipynb #d5a37d8b
 def _copy_for_others(
@@ -45,13 +46,13 @@ def _copy_for_others(
     repo: str,  # name on the hub
     base: str,  # of the base, on the hub
 ):
-    "Copy what is sent, without a word of this machine."
+    "Copy what is sent."
     shutil.copyfile(out_dir/"adapter_model.safetensors", folder/"adapter_model.safetensors")
     tokenizer_files.copy_files(tokenizer_files.own_tokenizer_files(str(out_dir)), str(folder))
     lora = usage.saved_lora(out_dir) | {"base_model_name_or_path": base}
     (folder/"adapter_config.json").write_text(json.dumps(lora, indent=2, sort_keys=True), encoding="utf-8")
-    text = model_card.card_text(replace(usage.read_adapter(out_dir), base=base), folder=repo)
-    (folder/"README.md").write_text(text, encoding="utf-8")
+    adapter = replace(usage.read_adapter(out_dir), base=base)
+    (folder/"README.md").write_text(model_card.card_text(adapter, folder=repo), encoding="utf-8")
 
 # %% ../../nbs/ui/8e_pushing.ipynb #4e7d54ec
 def _send(
@@ -87,7 +88,8 @@ def push(
     with tempfile.TemporaryDirectory() as work:
         _copy_for_others(out_dir, Path(work), repo, known)
         url, private = _send(work, repo, private, token)
-        return Pushed(url, private, tuple(sorted(str(p.relative_to(work)) for p in Path(work).rglob("*") if p.is_file())))
+        names = sorted(str(path.relative_to(work)) for path in Path(work).rglob("*") if path.is_file())
+    return Pushed(url, private, tuple(names))
 
 # %% ../../nbs/ui/8e_pushing.ipynb #727c3347
 @patch
