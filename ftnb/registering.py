@@ -15,18 +15,27 @@ import ftnb.runrecord as runrecord
 import ftnb.studio as studio
 from .problems import raise_problems
 
+# %% ../nbs/50_registering.ipynb #6f3ca178
+def _later_command(
+    out_dir: str,  # folder of the adapter
+    place: str,  # path or URL of the Studio database
+) -> str:  # for a shell
+    "The command that registers an adapter later."
+    database = [] if "://" in place else ["--db", place]
+    return shlex.join(["ftnb_register", os.path.abspath(out_dir), *database])
+
 # %% ../nbs/50_registering.ipynb #7ec0888f
 def register_job(
     job: runrecord.Job,  # whose adapter is in its place
     wait: float = 300,  # seconds to go on trying while the database is in use
 ) -> str:  # id of the adapter
     "Register the adapter of a job; where that fails, say how to do it later."
-    args, place = job.args, studio.studio_place(job.engine)
-    try: return registry.register_adapter(job.engine, **registry.registration(args), wait=wait)
+    out_dir = job.args.out_dir
+    try: return registry.register_adapter(job.engine, **registry.registration(job.args), wait=wait)
     except Exception as e:
-        database = [] if "://" in place else ["--db", place]  # a URL may hold a password
-        command = shlex.join(["ftnb_register", os.path.abspath(args.out_dir), *database])
-        said = f"{e}\nThe adapter stays, whole, in {args.out_dir}. This registers it (--name NAME gives it another name):\n{command}"
+        command = _later_command(out_dir, studio.studio_place(job.engine))
+        advice = "This registers it (--name NAME gives it another name)"
+        said = f"{e}\nThe adapter stays, whole, in {out_dir}. {advice}:\n{command}"
         raise RuntimeError(said) from (None if isinstance(e, ValueError) else e)
 
 # %% ../nbs/50_registering.ipynb #38370d1b
@@ -36,8 +45,9 @@ def _check_rows(
 ):
     "Raise where the database lacks what the job's arguments name."
     named = {"models": args.base_model_id, "prompts": args.prompt_id}
-    missing = [f"{table} {id}: there is no such row" for table, id in named.items() if studio.fetch(engine, table, id) is None]
-    raise_problems(missing, f"The job's records aren't in {studio.studio_place(engine)}")
+    missing = [(table, id) for table, id in named.items() if studio.fetch(engine, table, id) is None]
+    problems = [f"{table} {id}: there is no such row" for table, id in missing]
+    raise_problems(problems, f"The job's records aren't in {studio.studio_place(engine)}")
 
 # %% ../nbs/50_registering.ipynb #8039d403
 def register_saved(
@@ -57,19 +67,26 @@ def register_saved(
     wanted = registry.registration(replace(args, adapter_name=name, auto_add_adapter=True))
     return registry.register_adapter(engine, **wanted | {"location": location}, wait=wait)
 
+# %% ../nbs/50_registering.ipynb #871ca6ac
+def _register_parser() -> "ArgumentParser":
+    "The arguments of `ftnb_register`."
+    from argparse import ArgumentParser
+    about = "Register an adapter that a job has saved, when it couldn't. Once more changes nothing."
+    usual_db = f"{consts.STUDIO_DB}, else {consts.STUDIO_DB_DEFAULT}"
+    waiting = "how long to go on trying while the database is in use (default: %(default)s)"
+    parser = ArgumentParser("ftnb_register", description=about)
+    parser.add_argument("out_dir", metavar="OUT_DIR", help="folder of the adapter, with its run.json")
+    parser.add_argument("--db", help=f"path or URL of the Studio database (default: {usual_db})")
+    parser.add_argument("--name", help="name for the adapter (default: what the job was told)")
+    parser.add_argument("--wait", type=float, default=300, metavar="SECONDS", help=waiting)
+    return parser
+
 # %% ../nbs/50_registering.ipynb #f268d7f3
 def register_command(
     argv: list | None = None,  # arguments; default: the command line's
 ):
     "The console script `ftnb_register`."
-    from argparse import ArgumentParser
-    parser = ArgumentParser("ftnb_register", description="Register an adapter that a job has saved, when it couldn't. Once more changes nothing.")
-    parser.add_argument("out_dir", metavar="OUT_DIR", help="folder of the adapter, with its run.json")
-    parser.add_argument("--db", help=f"path or URL of the Studio database (default: {consts.STUDIO_DB}, else {consts.STUDIO_DB_DEFAULT})")
-    parser.add_argument("--name", help="name for the adapter (default: what the job was told)")
-    parser.add_argument("--wait", type=float, default=300, metavar="SECONDS",
-                        help="how long to go on trying while the database is in use (default: %(default)s)")
-    given = parser.parse_args(argv)
+    given = _register_parser().parse_args(argv)
     try: id = register_saved(**vars(given))
     except (ValueError, OSError) as e: sys.exit(str(e))
     print(f"registered: {given.out_dir} as {id}")

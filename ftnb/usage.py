@@ -58,7 +58,8 @@ def saved_lora(
     "The settings that PEFT has saved with an adapter."
     try: return storage.read_json(Path(out_dir)/"adapter_config.json")
     except (OSError, ValueError) as e:
-        raise ValueError(f"{out_dir} holds no adapter: its adapter_config.json can't be read ({type(e).__name__})") from None
+        why = f"its adapter_config.json can't be read ({type(e).__name__})"
+        raise ValueError(f"{out_dir} holds no adapter: {why}") from None
 
 # %% ../nbs/48b_usage.ipynb #596c57c7
 def _opener(
@@ -70,6 +71,16 @@ def _opener(
     except (OSError, ValueError): found = None
     return found.__name__ if found else "AutoModelForCausalLM"
 
+# %% ../nbs/48b_usage.ipynb #eef0166f
+def _adapter_name(
+    out_dir: "str | Path",  # folder of an adapter
+    record: runrecord.RunRecord,  # of its run; may be empty
+) -> str:  # letters, digits and -
+    "What to call an adapter."
+    if record.adapter_name: return record.adapter_name
+    name = re.sub(r"[^a-zA-Z0-9-]+", "-", Path(out_dir).resolve().name)
+    return name.strip("-") or "adapter"
+
 # %% ../nbs/48b_usage.ipynb #ec598c9b
 def read_adapter(
     out_dir: "str | Path",  # folder of an adapter
@@ -78,11 +89,11 @@ def read_adapter(
     "Read what there is to know of an adapter before it is asked; raises where the folder holds none."
     lora = saved_lora(out_dir)
     record = record or runrecord.RunRecord.from_dict(runrecord.read_object(Path(out_dir)/"run.json"))
-    base, rank = lora.get("base_model_name_or_path") or "", lora_settings.saved_rank(lora)
-    name = record.adapter_name or re.sub(r"[^a-zA-Z0-9-]+", "-", Path(out_dir).resolve().name).strip("-") or "adapter"
-    refused = tuple(lora_settings.vllm_refuses(lora))
-    chat = record.prompt.get("chat", "")
-    return SavedAdapter(str(out_dir), base, name, rank, refused, asked_pieces(record), chat, _opener(base), record)
+    base = lora.get("base_model_name_or_path") or ""
+    return SavedAdapter(
+        str(out_dir), base, _adapter_name(out_dir, record), lora_settings.saved_rank(lora),
+        refused=tuple(lora_settings.vllm_refuses(lora)), pieces=asked_pieces(record),
+        chat=record.prompt.get("chat", ""), opener=_opener(base), record=record)
 
 # %% ../nbs/48b_usage.ipynb #c47b2912
 def _variables(
@@ -109,23 +120,28 @@ def _asking_lines(
     for text, column in adapter.pieces:
         if text: parts.append(json.dumps(text, ensure_ascii=False))
         if column is not None: parts.append(names[column])
-    return [*(f'{name} = "..."' for name in names.values()), f"prompt = {' + '.join(parts)}"]
+    given = [f'{name} = "..."' for name in names.values()]
+    return [*given, f"prompt = {' + '.join(parts)}"]
 
 # %% ../nbs/48b_usage.ipynb #ffefb15b
 def _opening_lines(
     adapter: SavedAdapter,  # from `read_adapter`
 ) -> list:  # of code
     "Lines that open base and adapter."
-    tokenizer = "tokenizer = AutoTokenizer.from_pretrained(folder)"
-    folder = f"folder = {adapter.folder!r}"
     if adapter.opener == "AutoModelForCausalLM":
         imports = ["from peft import AutoPeftModelForCausalLM", "from transformers import AutoTokenizer"]
         model = ["model = AutoPeftModelForCausalLM.from_pretrained(folder).eval()"]
     else:
         imports = ["from peft import PeftConfig, PeftModel", f"from transformers import {adapter.opener}, AutoTokenizer"]
         model = ["source = PeftConfig.from_pretrained(folder).base_model_name_or_path",
-                 f"base = {adapter.opener}.from_pretrained(source)", "model = PeftModel.from_pretrained(base, folder).eval()"]
-    return [*imports, "", folder, *model, tokenizer]
+                 f"base = {adapter.opener}.from_pretrained(source)",
+                 "model = PeftModel.from_pretrained(base, folder).eval()"]
+    tokenizer = "tokenizer = AutoTokenizer.from_pretrained(folder)"
+    return [*imports, "", f"folder = {adapter.folder!r}", *model, tokenizer]
+
+# %% ../nbs/48b_usage.ipynb #9bde51b0
+_ANSWER_LINES = ("answer = model.generate(**inputs, max_new_tokens=64, do_sample=False, eos_token_id=tokenizer.eos_token_id)",
+                 'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))')
 
 # %% ../nbs/48b_usage.ipynb #fcb4c129
 def python_lines(
@@ -135,10 +151,9 @@ def python_lines(
     tokens = 'inputs = tokenizer(prompt, return_tensors="pt")'
     if adapter.chat:
         turns = '[{"role": "user", "content": prompt}]'
-        tokens = f'inputs = tokenizer.apply_chat_template({turns}, add_generation_prompt=True, return_dict=True, return_tensors="pt")'
-    answer = ["answer = model.generate(**inputs, max_new_tokens=64, do_sample=False, eos_token_id=tokenizer.eos_token_id)",
-              'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))']
-    return "\n".join([*_opening_lines(adapter), "", *_asking_lines(adapter), tokens, *answer])
+        options = 'add_generation_prompt=True, return_dict=True, return_tensors="pt"'
+        tokens = f"inputs = tokenizer.apply_chat_template({turns}, {options})"
+    return "\n".join([*_opening_lines(adapter), "", *_asking_lines(adapter), tokens, *_ANSWER_LINES])
 
 # %% ../nbs/48b_usage.ipynb #d38f5bd8
 def vllm_rank(
@@ -161,8 +176,19 @@ def vllm_command(
 ) -> str:  # for a shell
     "The command that serves an adapter."
     if merged: return shell("vllm", "serve", merged, "--served-model-name", adapter.name)
-    named = f"{adapter.name}={adapter.folder}"
-    return shell("vllm", "serve", adapter.base, "--enable-lora", "--max-lora-rank", vllm_rank(adapter.rank), "--lora-modules", named)
+    rank = vllm_rank(adapter.rank)
+    module = f"{adapter.name}={adapter.folder}"
+    return shell("vllm", "serve", adapter.base, "--enable-lora", "--max-lora-rank", rank, "--lora-modules", module)
+
+# %% ../nbs/48b_usage.ipynb #4d08a2c7
+def _request(
+    adapter: SavedAdapter,  # from `read_adapter`
+) -> dict:  # as OpenAI's API takes it
+    "What a server is asked."
+    filled_in = "".join(text if column is None else f"{text}..." for text, column in adapter.pieces)
+    prompt = "..." if adapter.free else filled_in
+    asked = {"messages": [{"role": "user", "content": prompt}]} if adapter.chat else {"prompt": prompt}
+    return {"model": adapter.name, **asked, "max_tokens": 64, "temperature": 0}
 
 # %% ../nbs/48b_usage.ipynb #d67fa6dc
 def ask_server(
@@ -170,11 +196,9 @@ def ask_server(
     url: str = "http://localhost:8000",  # of the server
 ) -> str:  # for a shell
     "A command that asks a server of OpenAI's kind, as vLLM and llama.cpp have."
-    prompt = "..." if adapter.free else "".join(text + ("" if column is None else "...") for text, column in adapter.pieces)
-    asked = {"messages": [{"role": "user", "content": prompt}]} if adapter.chat else {"prompt": prompt}
-    body = {"model": adapter.name, **asked, "max_tokens": 64, "temperature": 0}
-    door = "chat/completions" if adapter.chat else "completions"
-    return shell("curl", "-s", f"{url}/v1/{door}", "-H", "Content-Type: application/json", "-d", json.dumps(body, ensure_ascii=False))
+    path = "chat/completions" if adapter.chat else "completions"
+    body = json.dumps(_request(adapter), ensure_ascii=False)
+    return shell("curl", "-s", f"{url}/v1/{path}", "-H", "Content-Type: application/json", "-d", body)
 
 # %% ../nbs/48b_usage.ipynb #1e9c63af
 @dataclass(frozen=True)
@@ -187,23 +211,26 @@ class Way:
 # %% ../nbs/48b_usage.ipynb #538f53e7
 def _serving(
     adapter: SavedAdapter,  # from `read_adapter`
-) -> list:  # of `Way`
-    "Ways to serve an adapter."
-    if not adapter.refused: return [Way("Serve it with vLLM", "sh", f"{vllm_command(adapter)}\n{ask_server(adapter)}")]
-    title = f"Serve it with vLLM, merged ({'; '.join(adapter.refused)})"
-    return [Way(title, "sh", f"{vllm_command(adapter, 'merged')}\n{ask_server(adapter)}")]
+) -> Way:
+    "How an adapter is served."
+    title, merged = "Serve it with vLLM", ""
+    if adapter.refused:
+        title += f", merged ({'; '.join(adapter.refused)})"
+        merged = "merged"
+    return Way(title, "sh", f"{vllm_command(adapter, merged)}\n{ask_server(adapter)}")
 
 # %% ../nbs/48b_usage.ipynb #322174f1
 def _with_ftnb(
     adapter: SavedAdapter,  # from `read_adapter`
-) -> list:  # of `Way`
+) -> tuple:  # of `Way`
     "Ways that need this package."
+    place, name = f"{adapter.name}-ollama", adapter.name.lower()
     merging = f"from ftnb.all import merge_adapter\n\nmerge_adapter({adapter.folder!r}, 'merged')  # a new folder"
-    place = f"{adapter.name}-ollama"
     exporting = f"from ftnb.all import export\n\nexport({adapter.folder!r}, 'ollama', {place!r})"
-    name = adapter.name.lower()
-    made = f"{shell('ollama', 'create', name, '-f', f'{place}/Modelfile')}\n{shell('ollama', 'run', name)}"
-    return [Way("Merge it into its base", "python", merging), Way("Write it for Ollama", "python", exporting), Way("and run it there", "sh", made)]
+    making, running = shell("ollama", "create", name, "-f", f"{place}/Modelfile"), shell("ollama", "run", name)
+    return (Way("Merge it into its base", "python", merging),
+            Way("Write it for Ollama", "python", exporting),
+            Way("and run it there", "sh", f"{making}\n{running}"))
 
 # %% ../nbs/48b_usage.ipynb #7555a31a
 @dataclass(frozen=True, repr=False)
@@ -230,7 +257,8 @@ def ways_to_use(
     adapter: SavedAdapter,  # from `read_adapter`
 ) -> Usage:
     "All ways to use an adapter."
-    return Usage((Way("Ask it in Python", "python", python_lines(adapter)), *_with_ftnb(adapter), *_serving(adapter)))
+    asking = Way("Ask it in Python", "python", python_lines(adapter))
+    return Usage((asking, *_with_ftnb(adapter), _serving(adapter)))
 
 # %% ../nbs/48b_usage.ipynb #7823863f
 def how_to_use(

@@ -30,8 +30,10 @@ class Export:
     notes: tuple = field(default=())  # what to know, in words
 
     def __str__(self):
-        head = f"for {self.target}: {self.folder}" if self.folder else f"for {self.target}: the adapter as it is"
-        return "\n".join([head, *(f"  note: {note}" for note in self.notes), *(f"  $ {command}" for command in self.commands)])
+        lines = [f"for {self.target}: {self.folder or 'the adapter as it is'}"]
+        lines += [f"  note: {note}" for note in self.notes]
+        lines += [f"  $ {command}" for command in self.commands]
+        return "\n".join(lines)
 
     __repr__ = __str__
 
@@ -51,6 +53,18 @@ class Asking:
     window: int = 0  # tokens that a row may have; 0: unknown
     notes: tuple = ()  # what the template can't say, in words
 
+# %% ../../nbs/ui/8d_exports.ipynb #890a6b03
+def _asking_plainly(
+    adapter: usage.SavedAdapter,  # from `usage.read_adapter`
+    end: str,  # token that ends a row
+    window: int,  # tokens that a row may have; 0: unknown
+) -> Asking:
+    "How an adapter is asked that was trained on a plain prompt."
+    places = sum(column is not None for _, column in adapter.pieces)
+    known = f"the prompt has {places} places" if adapter.pieces else "what the model is asked isn't known"
+    notes = () if places == 1 else (f"{known}: type the whole prompt, filled in",)
+    return Asking(chat_formats.go_prompt(adapter.pieces), (end,), True, window, notes)
+
 # %% ../../nbs/ui/8d_exports.ipynb #e78fd3b8
 def read_asking(
     out_dir: "str | Path",  # folder of an adapter
@@ -60,13 +74,9 @@ def read_asking(
     from transformers import AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(out_dir)
     window = adapter.record.used.get("training", {}).get("max_length") or 0
-    if adapter.chat:
-        chat = chat_formats.read_chat_format(tokenizer)
-        return Asking(chat_formats.go_template(chat), chat.stops, False, window, chat.notes)
-    columns = [column for _, column in adapter.pieces if column is not None]
-    known = "what the model is asked isn't known" if not adapter.pieces else f"the prompt has {len(columns)} places"
-    notes = () if len(columns) == 1 else (f"{known}: type the whole prompt, filled in",)
-    return Asking(chat_formats.go_prompt(adapter.pieces), (tokenizer.eos_token,), True, window, notes)
+    if not adapter.chat: return _asking_plainly(adapter, tokenizer.eos_token, window)
+    chat = chat_formats.read_chat_format(tokenizer)
+    return Asking(chat_formats.go_template(chat), chat.stops, False, window, chat.notes)
 
 # %% ../../nbs/ui/8d_exports.ipynb #74107a59
 def modelfile(
@@ -130,11 +140,23 @@ def _write_adapter(
     "The adapter by itself: a GGUF file where llama.cpp's converter is here, else its own files."
     if missing := _missing(request, converting.ADAPTER_SCRIPT):
         (work/"adapter").mkdir()
-        for name in ("adapter_model.safetensors", "adapter_config.json"): shutil.copyfile(request.out_dir/name, work/"adapter"/name)
+        for file in ("adapter_model.safetensors", "adapter_config.json"):
+            shutil.copyfile(request.out_dir/file, work/"adapter"/file)
         return "adapter", (f"{missing}. The adapter is in safetensors, which Ollama reads for some architectures",)
-    name, precision = f"{request.adapter.name}-adapter.gguf", "f32" if request.precision == "auto" else request.precision
+    name = f"{request.adapter.name}-adapter.gguf"
+    precision = "f32" if request.precision == "auto" else request.precision
     converting.convert_adapter(request.out_dir, request.adapter.base, work/name, precision, request.llama_cpp)
     return name, ()
+
+# %% ../../nbs/ui/8d_exports.ipynb #cfa877e1
+def _ollama_base(
+    request: Request,  # of an export of the adapter alone
+) -> str:  # a name in Ollama, a file or a folder
+    "What Ollama knows the base by."
+    base = request.adapter.base
+    if request.base: return request.base
+    if os.path.isdir(base): return base
+    raise ValueError(f"name the base as Ollama knows it: base='llama3.2' or a GGUF file of {base}")
 
 # %% ../../nbs/ui/8d_exports.ipynb #421547a9
 def _for_ollama(
@@ -144,17 +166,16 @@ def _for_ollama(
     "Write what Ollama needs."
     asking = read_asking(request.out_dir, request.adapter)
     if request.adapter_only:
-        known = request.base or (request.adapter.base if os.path.isdir(request.adapter.base) else "")
-        if not known: raise ValueError(f"name the base as Ollama knows it: base='llama3.2' or a GGUF file of {request.adapter.base}")
+        base = _ollama_base(request)
         name, notes = _write_adapter(request, work)
-        text = modelfile(known, asking, f"./{name}")
+        text = modelfile(base, asking, f"./{name}")
     else:
         name, notes = _write_model(request, work)
         text = modelfile(f"./{name}", asking)
     (work/"Modelfile").write_text(text, encoding="utf-8")
-    called = request.adapter.name.lower()
-    commands = usage.shell("ollama", "create", called, "-f", request.place/"Modelfile"), usage.shell("ollama", "run", called)
-    return commands, (*notes, *asking.notes)
+    model = request.adapter.name.lower()
+    create = usage.shell("ollama", "create", model, "-f", request.place/"Modelfile")
+    return (create, usage.shell("ollama", "run", model)), (*notes, *asking.notes)
 
 # %% ../../nbs/ui/8d_exports.ipynb #e25aa6e6
 def _for_llama_cpp(
@@ -164,10 +185,14 @@ def _for_llama_cpp(
     "Write a GGUF file; raises where llama.cpp's converter isn't here."
     script = converting.ADAPTER_SCRIPT if request.adapter_only else converting.MODEL_SCRIPT
     converting.find_converter(script, request.llama_cpp)
-    name, notes = (_write_adapter if request.adapter_only else _write_model)(request, work)
-    served = (request.place/name,)
-    if request.adapter_only: served = (request.base or "BASE.gguf", "--lora", request.place/name)
-    return (usage.shell("llama-server", "-m", *served), usage.ask_server(request.adapter, "http://localhost:8080")), notes
+    if request.adapter_only:
+        name, notes = _write_adapter(request, work)
+        served = (request.base or "BASE.gguf", "--lora", request.place/name)
+    else:
+        name, notes = _write_model(request, work)
+        served = (request.place/name,)
+    asking = usage.ask_server(request.adapter, "http://localhost:8080")
+    return (usage.shell("llama-server", "-m", *served), asking), notes
 
 # %% ../../nbs/ui/8d_exports.ipynb #db68a684
 def _for_vllm(
@@ -175,17 +200,40 @@ def _for_vllm(
     work: Path,  # folder to write to
 ) -> tuple:  # (commands, notes)
     "The commands that serve an adapter; writes the merged model where that is asked for."
-    adapter = replace(request.adapter, base=request.base or request.adapter.base, folder=str(request.out_dir.absolute()))
-    asked = usage.ask_server(adapter)
-    if request.adapter_only:
-        if adapter.refused: raise ValueError(f"vLLM won't serve this adapter rightly ({'; '.join(adapter.refused)}): export it merged (adapter_only=False)")
-        return (usage.vllm_command(adapter), asked), ()
+    base = request.base or request.adapter.base
+    adapter = replace(request.adapter, base=base, folder=str(request.out_dir.absolute()))
+    asked, why = usage.ask_server(adapter), "; ".join(adapter.refused)
+    if request.adapter_only and why:
+        raise ValueError(f"vLLM won't serve this adapter rightly ({why}): export it merged (adapter_only=False)")
+    if request.adapter_only: return (usage.vllm_command(adapter), asked), ()
     merging.merge_adapter(request.out_dir, work/"model", request.token)
-    notes = (f"vLLM won't serve the adapter by itself rightly ({'; '.join(adapter.refused)}): it is merged",) if adapter.refused else ()
+    notes = (f"vLLM won't serve the adapter by itself rightly ({why}): it is merged",) if why else ()
     return (usage.vllm_command(adapter, str(request.place/"model")), asked), notes
 
 # %% ../../nbs/ui/8d_exports.ipynb #25bdc5ad
 _WRITERS = {"ollama": _for_ollama, "gguf": _for_llama_cpp, "vllm": _for_vllm}
+
+# %% ../../nbs/ui/8d_exports.ipynb #ad301a24
+def _check_target(
+    target: str,  # as it was given
+):
+    "Raise where no program is called so."
+    if target in TARGETS: return
+    raise ValueError(f"target is {target!r}; it must be one of {', '.join(TARGETS)}{nearest(target, TARGETS)}")
+
+# %% ../../nbs/ui/8d_exports.ipynb #d4125e77
+def _write_export(
+    request: Request,  # of an export
+    target: str,  # one of `TARGETS`
+) -> Export:
+    "Write what a program needs, beside its place, and publish it."
+    with tempfile.TemporaryDirectory(dir=request.place.parent, prefix=".exporting-") as work:
+        inside = Path(work)/"export"
+        inside.mkdir()
+        commands, notes = _WRITERS[target](request, inside)
+        wrote = any(inside.iterdir())
+        if wrote: adapters.publish_folder(str(inside), str(request.place))
+    return Export(target, request.place if wrote else None, commands, notes)
 
 # %% ../../nbs/ui/8d_exports.ipynb #bd75f420
 def export(
@@ -199,20 +247,14 @@ def export(
     token: str | None = None,  # for gated models
 ) -> Export:  # prints as the commands to type
     "Write what a program needs to run an adapter; raises where that can't be done, and nothing stays of it."
-    if target not in TARGETS: raise ValueError(f"target is {target!r}; it must be one of {', '.join(TARGETS)}{nearest(target, TARGETS)}")
+    _check_target(target)
     converting.check_precision(precision)
     out_dir = Path(out_dir).expanduser()
     adapter = usage.read_adapter(out_dir)
     if adapter_only is None: adapter_only = target == "vllm" and not adapter.refused
     place = merging.new_folder(folder or f"{out_dir}-{target}")
     request = Request(out_dir, adapter, place, adapter_only, base, precision, llama_cpp, token)
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix=".exporting-") as work:
-        inside = Path(work)/"export"
-        inside.mkdir()
-        commands, notes = _WRITERS[target](request, inside)
-        wrote = any(inside.iterdir())
-        if wrote: adapters.publish_folder(str(inside), str(place))
-    return Export(target, place if wrote else None, commands, notes)
+    return _write_export(request, target)
 
 # %% ../../nbs/ui/8d_exports.ipynb #cc0ff761
 @patch
