@@ -77,24 +77,40 @@ def moves_base(
 # %% ../nbs/22_lora_settings.ipynb #f2fbb93b
 _USABLE_STARTS = [kind for kind, rule in LORA_STARTS.items() if rule.kind == "used"]
 
+# %% ../nbs/22_lora_settings.ipynb #8623f327
+def _value_why(
+    start,  # value of init_lora_weights
+) -> str:  # the end of a sentence, or ""
+    "Why a way to start can't be used at all."
+    kind, usable = start_kind(start), ", ".join(_USABLE_STARTS)
+    if kind is None: return f"; it must be one of {usable}{nearest(str(start), _USABLE_STARTS)}"
+    if LORA_STARTS[kind].kind == "used": return ""
+    return f", which {LORA_STARTS[kind].reason}; leave it out, or use one of {usable}"
+
+# %% ../nbs/22_lora_settings.ipynb #e0cfc911
+def _combined_whys(
+    lora: dict,  # LoRA settings
+    quantised: bool,  # a base in 4 or 8 bits
+) -> list:  # ends of a sentence
+    "What a way to start doesn't go together with."
+    start, whys = lora.get("init_lora_weights", True), []
+    from_base = moves_base(start) or start_kind(start) in ("mica", "orthogonal")
+    if quantised and from_base:
+        whys.append(", which begins from the weights of the base, and a quantised base has none: "
+                    "set load_in_4bit and load_in_8bit to false, or leave it out")
+    if moves_base(start) and lora.get("use_dora"):
+        whys.append(", and use_dora is true: an adapter with both can't be saved for the base as it is; leave one of them out")
+    return whys
+
 # %% ../nbs/22_lora_settings.ipynb #eb9cc0ac
 def start_problems(
     lora: dict,  # LoRA settings
     quantised: bool = False,  # a base in 4 or 8 bits
 ) -> list:  # of `Problem`
     "What is wrong with init_lora_weights, alone and together with other settings."
-    start, usable = lora.get("init_lora_weights", True), ", ".join(_USABLE_STARTS)
-    kind = start_kind(start)
-    whys = []
-    if kind is None: whys.append(f"; it must be one of {usable}{nearest(str(start), _USABLE_STARTS)}")
-    elif LORA_STARTS[kind].kind == "refused":
-        whys.append(f", which {LORA_STARTS[kind].reason}; leave it out, or use one of {usable}")
-    if quantised and (moves_base(start) or kind in ("mica", "orthogonal")):
-        whys.append(", which begins from the weights of the base, and a quantised base has none: "
-                    "set load_in_4bit and load_in_8bit to false, or leave it out")
-    if moves_base(start) and lora.get("use_dora"):
-        whys.append(", and use_dora is true: an adapter with both can't be saved for the base as it is; leave one of them out")
-    return [Problem("init_lora_weights", f"init_lora_weights is {start!r}{why}") for why in whys]
+    start = lora.get("init_lora_weights", True)
+    whys = [_value_why(start), *_combined_whys(lora, quantised)]
+    return [Problem("init_lora_weights", f"init_lora_weights is {start!r}{why}") for why in whys if why]
 
 # %% ../nbs/22_lora_settings.ipynb #4b57514a
 MOST_RANK = 65_536  # above every side of a matrix in use
@@ -108,13 +124,14 @@ def _each(
     words: str,  # what the whole must be
 ) -> ValueRule:
     "A rule for names of modules, each with a number."
-    return ValueRule(words, lambda v: v is None or not any(rule.wrong(number) for number in v.values()))
+    def fits(pattern): return pattern is None or not any(rule.wrong(number) for number in pattern.values())
+    return ValueRule(words, fits)
 
 # %% ../nbs/22_lora_settings.ipynb #3528b1fb
 def _are_names(
     value,  # of a key
 ) -> bool:
-    "None, or a list of names: PEFT would take the letters of a single name for names."
+    "None, or a list of names."
     if value is None: return True
     return isinstance(value, (list, tuple, set)) and all(isinstance(name, str) and name for name in value)
 
@@ -148,20 +165,26 @@ PEFT_0_12 = (
     "layer_replication", "runtime_config",
 )  # fields of LoraConfig in peft==0.12.0 (peft/tuners/lora/config.py, peft/config.py), the Studio's
 
+# %% ../nbs/22_lora_settings.ipynb #ba2da3c4
+def _settings_for_all(
+    config: dict,  # content of an adapter_config.json, as PEFT has written it
+) -> dict:  # some of it
+    "Settings without those that only newer libraries know and that say nothing."
+    from peft import LoraConfig
+    defaults = library_defaults(LoraConfig) | {"peft_version": config.get("peft_version")}
+    telling = {key: value for key, value in config.items() if value is not None and value != defaults.get(key)}
+    return {key: value for key, value in config.items() if key in PEFT_0_12 or key in telling}
+
 # %% ../nbs/22_lora_settings.ipynb #b8580a65
 def saved_settings(
     config: dict,  # content of an adapter_config.json, as PEFT has written it
 ) -> dict:  # the same settings, for every reader
     "Settings as an adapter says them: what older libraries don't know is left out where it is at its default."
-    from peft import LoraConfig
-    defaults = library_defaults(LoraConfig)
-    def says_something(key, value): return key != "peft_version" and value is not None and value != defaults.get(key)
-    kept = {k: v for k, v in config.items() if k in PEFT_0_12 or says_something(k, v)}
-    kept["init_lora_weights"] = True  # how it began is over; on loading, PEFT would begin again, on the base
+    kept = _settings_for_all(config) | {"init_lora_weights": True}
     base = kept.get("base_model_name_or_path")
     if base and os.path.isdir(base): kept["base_model_name_or_path"] = os.path.abspath(base)
     for key in ("target_modules", "modules_to_save", "exclude_modules", "target_parameters"):
-        if isinstance(kept.get(key), list): kept[key] = sorted(kept[key])  # they come in an order of their own
+        if isinstance(kept.get(key), list): kept[key] = sorted(kept[key])
     return kept
 
 # %% ../nbs/22_lora_settings.ipynb #055beed2
@@ -173,10 +196,11 @@ def explicit_patterns(
     "Patterns that name each layer with a rank or alpha of its own."
     differs = {name.split(".", 1)[-1]: both for name, both in layers.items() if both != (r, alpha)}
     for name, both in layers.items():
-        named = [k for k in differs if re.fullmatch(rf"(.*\.)?({re.escape(k)})", name)]
-        said = differs[named[0]] if named else (r, alpha)
-        if len(named) > 1 or said != both: return None
-    return {k: rank for k, (rank, _) in differs.items()}, {k: alpha for k, (_, alpha) in differs.items()}
+        fitting = [pattern for pattern in differs if re.fullmatch(rf"(.*\.)?({re.escape(pattern)})", name)]
+        read_as = differs[fitting[0]] if fitting else (r, alpha)
+        if len(fitting) > 1 or read_as != both: return None
+    ranks = {pattern: rank for pattern, (rank, _) in differs.items()}
+    return ranks, {pattern: alpha for pattern, (_, alpha) in differs.items()}
 
 # %% ../nbs/22_lora_settings.ipynb #26371c13
 def explicit_targets(
@@ -205,11 +229,11 @@ def vllm_refuses(
 ) -> list:  # what of them, as parts of a sentence
     "What vLLM doesn't serve as an adapter."
     unknown = ("modules_to_save", "use_dora", "lora_bias", "trainable_token_indices", "target_parameters")
-    found = [f"{k} is set" for k in unknown if lora.get(k)]
+    found = [f"{key} is set" for key in unknown if lora.get(key)]
     if lora.get("bias", "none") != "none": found.append(f"bias is {lora['bias']!r}")
     rank = saved_rank(lora)
     if rank > VLLM_RANKS[-1]: found.append(f"the saved rank is {rank}, and {VLLM_RANKS[-1]} is its most")
-    patterns = [k for k in ("rank_pattern", "alpha_pattern") if lora.get(k)]
+    patterns = [key for key in ("rank_pattern", "alpha_pattern") if lora.get(key)]
     if patterns: found.append(f"{' and '.join(patterns)}: it scales all layers alike")
     return found
 
@@ -229,12 +253,11 @@ def reader_warnings(
 ) -> list:  # of `Problem`
     "Who won't load the adapter that these settings come to, and what to do."
     from peft import LoraConfig
-    merge = "load it with PEFT on its base, and save what merge_and_unload() gives"
     found = idle_notes(lora, LORA_RULES, library_defaults(LoraConfig))
-    if unknown := _unknown_to_studio(lora):
-        found.append(Problem(unknown[0], f"PEFT 0.12.0, the Studio's own, doesn't know {', '.join(unknown)}, and won't load "
-                             f"the adapter; leave that out, or merge it: {merge}"))
-    if refused := vllm_refuses(lora):
-        text = f"vLLM won't serve this adapter rightly ({'; '.join(refused)}); to serve it, merge it: {merge}"
-        found.append(Problem("", text))
+    unknown, refused = _unknown_to_studio(lora), "; ".join(vllm_refuses(lora))
+    merge = "merge it: load it with PEFT on its base, and save what merge_and_unload() gives"
+    if unknown:
+        text = f"PEFT 0.12.0, the Studio's own, doesn't know {', '.join(unknown)}, and won't load the adapter"
+        found.append(Problem(unknown[0], f"{text}; leave that out, or {merge}"))
+    if refused: found.append(Problem("", f"vLLM won't serve this adapter rightly ({refused}); to serve it, {merge}"))
     return in_argument("lora_config", found)
