@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from fastcore.basics import patch
 
-from .prefix import Run, Tree, path_length
+from .prefix import Run, Tree, moved, path_length
 
 # %% ../nbs/27_attention.ipynb #c2a2201f
 def merge_part(
@@ -84,7 +84,7 @@ def pad_segments(
     kept = torch.cat([r.flatten() for r in real]).nonzero()[:, 0]
     slots = torch.empty(len(kept), dtype=torch.long)
     slots[torch.cat([p.flatten() for p in places])[kept]] = kept
-    return Padded(tuple(p.to(device) for p in places), tuple(r.to(device) for r in real), slots.to(device))
+    return Padded(tuple(moved(p, device) for p in places), tuple(moved(r, device) for r in real), moved(slots, device))
 
 # %% ../nbs/27_attention.ipynb #30a37dff
 def _heads_apart(
@@ -262,7 +262,7 @@ def _edges(
 ) -> tuple:  # (where each begins, and the end; the longest)
     "Sequences side by side, as the kernel wants them told."
     import torch
-    return torch.tensor([0, *lengths]).cumsum(0).to(device=device, dtype=torch.int32, non_blocking=True), max(lengths)
+    return moved(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), device), max(lengths)
 
 # %% ../nbs/27_attention.ipynb #9f11ef19
 @dataclass(frozen=True)
@@ -300,7 +300,7 @@ def _joined(
     "What to take from a tensor."
     import torch
     if all(a.end == b.start for a, b in zip(runs, runs[1:])): return slice(runs[0].start, runs[-1].end)
-    return torch.cat([torch.arange(*run) for run in runs]).to(device, non_blocking=True)
+    return moved(torch.cat([torch.arange(*run) for run in runs]), device)
 
 # %% ../nbs/27_attention.ipynb #588fd9be
 def _window_part(
@@ -516,7 +516,7 @@ def _rows_of_group(
     device = tree.positions.device
     rows = [[*s.above, Run(tree.kept + s.start, tree.kept + s.end)] for s in (tree.segments[i] for i in group)]
     rows = [torch.cat([torch.arange(*run) for run in runs]) for runs in rows]
-    keys = torch.nn.utils.rnn.pad_sequence(rows, True, -1).to(device)
+    keys = moved(torch.nn.utils.rnn.pad_sequence(rows, True, -1), device)
     looks, seen = tree.positions[tree.kept:][queries], tree.positions[keys.clamp(min=0)]
     allowed = (keys >= 0)[:, None] & (seen[:, None] <= looks[..., None])
     if window: allowed &= seen[:, None] > looks[..., None] - window

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 
 from .attention import attend, merge_part
 from .packing import causal_model, flat_hidden, output_logits, shares_exactly
-from .prefix import RowGroups, Run, Tree, common_prefix, group_rows, lay_out, path_length, places_of
+from .prefix import RowGroups, Run, Tree, common_prefix, group_rows, lay_out, moved, path_length, places_of
 
 # %% ../nbs/41b_decoding.ipynb #797cfc21
 def prompt_tree(
@@ -84,7 +84,7 @@ def read_prompts(
     device, kept = model.get_input_embeddings().weight.device, shared[0]
     known = ((Run(0, kept),) if kept else (), *[()] * (len(rows) - 1))
     paths, segments = lay_out([len(row) for row in rows], shared, kept, known)
-    ids, positions = (t.to(device) for t in _flat_tokens(rows, paths, kept))
+    ids, positions = (moved(t, device) for t in _flat_tokens(rows, paths, kept))
     reading = _Reading(Tree(tuple(segments), positions, kept, max(map(len, rows))), before)
     hidden = flat_hidden(model, ids[None], positions[None, kept:], reading)
     logits = output_logits(model, hidden[[s.end - 1 for s in segments]])

@@ -15,8 +15,8 @@ from functools import lru_cache
 
 from .attention import attend, dot_product
 from .cpu_layers import cpu_layers
-from .prefix import PackedBatch, Tree, lay_out, make_trie, pack_rows, places_of
-from .ranks import process_count
+from .prefix import PackedBatch, Tree, lay_out, make_trie, moved, pack_rows, places_of
+from .ranks import free_memory, process_count
 
 # %% ../nbs/29_packing.ipynb #d78d415f
 def output_logits(
@@ -54,45 +54,69 @@ def _chunk_loss(
 # %% ../nbs/29_packing.ipynb #a844eabf
 def chunk_positions(
     vocabulary: int,  # tokens
-) -> int:  # positions a chunk
-    "Positions whose logits take 32 MiB in float32; 32 at least."
-    return max(32, 2**23 // vocabulary)
+    free: int | None = None,  # bytes of memory; None: enough
+    on_gpu: bool = False,  # will it be on a GPU?
+) -> int:  # positions a chunk, 32 at least
+    "Positions whose logits, three times in float32, leave seven eighths of the memory free."
+    wanted = max(2048, 2**23 // vocabulary) if on_gpu else 2**23 // vocabulary
+    room = wanted if free is None else free // 8 // (12 * vocabulary)
+    return max(32, min(wanted, room))
 
 # %% ../nbs/29_packing.ipynb #d3f1ebb2
+@dataclass(frozen=True)
+class _Chunk:
+    "Positions whose logits are made together."
+    positions: slice
+    predictions: slice  # at those positions
+
+# %% ../nbs/29_packing.ipynb #3cc18aa4
+def _loss_chunks(
+    pair,  # position of each prediction, rising; where it isn't on the CPU, this waits for it
+    positions: int,  # in all
+    step: int,  # positions a chunk
+) -> list:  # of `_Chunk`
+    "Divide positions, and what is predicted at them."
+    import torch
+    starts = torch.arange(0, positions + step, step, device=pair.device)
+    edges = torch.searchsorted(pair, starts).tolist()
+    begin = range(0, positions, step)
+    return [_Chunk(slice(i, i + step), slice(a, b)) for i, a, b in zip(begin, edges, edges[1:])]
+
+# %% ../nbs/29_packing.ipynb #d1ccf8de
 def _loss_and_slopes(
     logits_of,  # hidden states of some positions -> their logits
     hidden,  # (positions, size)
     pair, targets, weights,  # of each prediction, sorted by position
     leaves: list,  # tensors wanting a gradient, `hidden` first; empty for the loss alone
-    step: int,  # positions a chunk
+    chunks: list,  # from `_loss_chunks`
 ) -> tuple:  # (loss, gradient of each leaf)
     "Output layer, loss and gradients, a chunk of positions at a time."
     import torch
     loss, slopes = hidden.new_zeros((), dtype=torch.float64), [torch.zeros_like(o) for o in leaves]
-    edges = torch.searchsorted(pair, torch.arange(0, len(hidden) + step, step, device=pair.device)).tolist()
-    for i, a, b in zip(range(0, len(hidden), step), edges, edges[1:]):
+    for chunk in chunks:
+        at, said = chunk.positions, chunk.predictions
         with torch.set_grad_enabled(bool(leaves)):
-            part = hidden[i:i + step].detach().requires_grad_(bool(leaves))
+            part = hidden[at].detach().requires_grad_(bool(leaves))
             logits = logits_of(part)
-        more, slope = _chunk_loss(logits, pair[a:b] - i, targets[a:b], weights[a:b], bool(leaves))
+        more, slope = _chunk_loss(logits, pair[said] - at.start, targets[said], weights[said], bool(leaves))
         loss += more
         if not leaves: continue
         own, *others = torch.autograd.grad(logits, [part, *leaves[1:]], slope)
-        slopes[0][i:i + step] = own
+        slopes[0][at] = own
         for total, o in zip(slopes[1:], others): total += o
     return loss.to(torch.promote_types(hidden.dtype, torch.float32)), slopes
 
 # %% ../nbs/29_packing.ipynb #04c85047
 @lru_cache
-def output_loss():  # an autograd function of (hidden, pair, targets, weights, logits of hidden, step, *weights of the layer)
+def output_loss():  # an autograd function of (hidden, pair, targets, weights, logits of hidden, chunks, *weights of the layer)
     "The loss of `_loss_and_slopes`, with its gradients."
     import torch
     class OutputLoss(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, hidden, pair, targets, weights, logits_of, step, *layer):
+        def forward(ctx, hidden, pair, targets, weights, logits_of, chunks, *layer):
             ctx.trained = ctx.needs_input_grad[6:]
             leaves = [hidden] + [p for p, w in zip(layer, ctx.trained) if w] if any(ctx.needs_input_grad) else []
-            loss, slopes = _loss_and_slopes(logits_of, hidden, pair, targets, weights, leaves, step)
+            loss, slopes = _loss_and_slopes(logits_of, hidden, pair, targets, weights, leaves, chunks)
             ctx.save_for_backward(*slopes)
             return loss
 
@@ -206,6 +230,16 @@ def _called_once(
     return lambda h: torch.nn.functional.linear(h, head.weight, head.bias), seen
 
 # %% ../nbs/29_packing.ipynb #ee6eb1b8
+def _free_for_loss(
+    device,  # torch device
+) -> int:  # bytes
+    "Free memory; of a GPU also what torch holds and doesn't use."
+    import torch
+    if device.type != "cuda": return free_memory("cpu")
+    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + idle
+
+# %% ../nbs/29_packing.ipynb #4c0e2de1
 def _pass_loss(
     model,  # a causal language model of transformers, its attention ours
     batch: PackedBatch,  # rows as a flat pass
@@ -213,12 +247,15 @@ def _pass_loss(
 ):  # scalar tensor
     "Run a flat pass and its loss."
     import torch
-    batch, head = batch.to(model.get_input_embeddings().weight.device), model.get_output_embeddings()
+    device, head, pair = model.get_input_embeddings().weight.device, model.get_output_embeddings(), batch.pair
+    batch = batch.to(device)
     hidden = flat_hidden(model, batch.input_ids, batch.position_ids, batch.tree).index_select(0, batch.positions)
-    step = chunk_positions(model.config.get_text_config().vocab_size)
+    step = chunk_positions(model.config.get_text_config().vocab_size, _free_for_loss(device), device.type == "cuda")
     layer, seen = _called_once(head, hidden)
-    loss = output_loss()(hidden, batch.pair, batch.targets, batch.weights, lambda h: output_logits(model, h, layer), step, *head.parameters()) + seen
-    return loss / torch.as_tensor(batch.num_items if num_items is None else num_items, device=loss.device).clamp(min=1)
+    how = lambda h: output_logits(model, h, layer), _loss_chunks(pair, len(hidden), step)
+    loss = output_loss()(hidden, batch.pair, batch.targets, batch.weights, *how, *head.parameters()) + seen
+    whole = moved(torch.as_tensor(batch.num_items if num_items is None else num_items), loss.device)
+    return loss / whole.clamp(min=1)
 
 # %% ../nbs/29_packing.ipynb #797c0700
 def _packing_forward(

@@ -172,10 +172,10 @@ def _trainer_class(
     class RowTrainer(_asking(in_passes(several), ask)):
         def training_step(self, model, inputs, num_items_in_batch=None):
             mine, rows = self.share(inputs)
+            given = int(mine["attention_mask"].sum()) if rows else 0  # before the passes: after them a GPU would be waited for
             _begin_step(self, model)
             loss, computed = run_step(self, model, inputs, num_items_in_batch)
             self.run.step_loss += loss
-            given = int(mine["attention_mask"].sum()) if rows else 0
             self.run.mine.add(rows, given, computed)
             return loss
     return RowTrainer

@@ -116,6 +116,68 @@ def test_numerical_check(device):
             assert check, (kind, dtype, check.reason)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_chunks_of_the_loss(device):
+    "The loss is the same for any number of positions at a time."
+    import ftnb.packing as packing
+    model, rows, found = tiny_model("llama", device), tree(3, 0), []
+    for positions in (7, 64, 4096):
+        with pytest.MonkeyPatch.context() as changed:
+            changed.setattr(packing, "chunk_positions", lambda *args: positions)
+            found.append(loss_and_gradient(as_tree, model, rows))
+    for loss, gradient in found[1:]:
+        assert abs(loss - found[0][0]) < 1e-5
+        assert ((gradient - found[0][1]).norm() / found[0][1].norm()).item() < 1e-4
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_answers(device):
+    "Prompts that are read as a tree, and asked one by one: the same answers."
+    import torch
+    from ftnb.decoding import answer_prompts
+    from ftnb.packing import packing_attention
+    for kind in KINDS:
+        model = tiny_model(kind, device)
+        prompts = [row["input_ids"] for row in tree(3, 1)]
+        with torch.no_grad(), packing_attention(model):
+            mine = answer_prompts(model, prompts, 6, 5)
+        right = [list(prompt) for prompt in prompts]
+        with torch.no_grad():
+            for row in right:
+                for _ in range(6):
+                    row.append(model(input_ids=torch.tensor([row], device=device)).logits[0, -1].argmax().item())
+        same = sum(a == b[-6:] for a, b in zip(mine, right))
+        assert same >= len(prompts) - (device == "cuda"), kind  # a tie may fall otherwise there
+
+
+@pytest.mark.gpu
+def test_nobody_waits():
+    "A pass goes to the GPU, forward and backward, without a wait in between."
+    import torch
+    from ftnb.packing import packed_loss, packing_attention
+    from ftnb.prefix import pack_rows
+    model, rows = tiny_model("llama", "cuda").to(torch.bfloat16), tree(3, 0)
+    with packing_attention(model):
+        packed_loss(model, pack_rows(rows, least=1)).backward()  # whatever is made once
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            packed_loss(model, pack_rows(rows, least=1), 99).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_moved():
+    "Tensors that go over by pinned memory arrive whole, whatever becomes of the first one."
+    import torch
+    from ftnb.prefix import moved
+    for n in range(50):
+        there = moved(torch.full((100_000,), n), "cuda")
+        assert there.is_cuda
+        assert int(there.min()) == int(there.max()) == n
+
+
 def trained(folder, base, bnb, asked, rows=256):
     "A run from a base model's folder; its rows share a prompt."
     from ftnb.adapters import apply_lora
