@@ -8,6 +8,8 @@ __all__ = ['FOLLOW_LOSS', 'UNUSABLE', 'FIXED', 'OTHER_VALUES', 'for_any_layer', 
            'layer_problems', 'unread_by_optimizer', 'unread_by_schedule']
 
 # %% ../nbs/34_optimizers.ipynb #4858b138
+from copy import copy
+
 from .problems import Problem
 from .targets import slow_pattern
 
@@ -42,6 +44,9 @@ def make_optimizer(
     for name in ("params", "model", "optimizer_dict"): groups = kwargs.pop(name, groups)
     return kind(groups, **kwargs)
 
+# %% ../nbs/34_optimizers.ipynb #595ba2c4
+FOLLOW_LOSS = ("reduce_lr_on_plateau", "greedy")  # learning rates that follow the held-out loss
+
 # %% ../nbs/34_optimizers.ipynb #6eda350c
 def learning_rates(
     args,  # TRL's `SFTConfig`
@@ -55,17 +60,14 @@ def learning_rates(
     kind, kwargs = args.lr_scheduler_type, args.lr_scheduler_kwargs
     schedule = get_scheduler(kind, optimizer, args.get_warmup_steps(steps), steps, kwargs)
     held_out = [1.0] if kind.value in FOLLOW_LOSS else []
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
     rates = []
     for _ in range(take):
-        for group in optimizer.param_groups:
-            for p in group["params"]: p.grad = torch.ones_like(p)
+        for p in weights: p.grad = torch.ones_like(p)
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step(*held_out)
     return rates
-
-# %% ../nbs/34_optimizers.ipynb #595ba2c4
-FOLLOW_LOSS = ("reduce_lr_on_plateau", "greedy")  # learning rates that follow the held-out loss
 
 # %% ../nbs/34_optimizers.ipynb #7a284274
 def _words(
@@ -76,9 +78,12 @@ def _words(
     return " ".join(str(e).split()).rstrip(".") or type(e).__name__
 
 # %% ../nbs/34_optimizers.ipynb #d6a8883b
+_IN_BACKWARD = "updates weights during `backward`, of which a step here has several, and keeps nothing in a checkpoint"
+
+# %% ../nbs/34_optimizers.ipynb #60af6cc4
 UNUSABLE = {  # part of an optimizer's name -> why no run can use it
-    "layerwise": "updates weights during `backward`, of which a step here has several, and keeps nothing in a checkpoint",
-    "lomo": "updates weights during `backward`, of which a step here has several, and keeps nothing in a checkpoint",
+    "layerwise": _IN_BACKWARD,
+    "lomo": _IN_BACKWARD,
     "schedule_free": "trains other weights than those to be saved, and a checkpoint here holds one set",
     "xla": "needs a TPU",
     "npu": "needs an Ascend NPU"}
@@ -131,10 +136,11 @@ def optimizer_problems(
     device: str = "cpu",  # "cpu" or "cuda:N"
 ) -> list:  # of `Problem`
     "Why an optimizer or its learning rate can't be made, or can't take a step."
-    name = args.optim.value
-    if unusable := why_unusable(args): return [Problem("optim", unusable)]
-    if problems := schedule_problems(args): return problems
-    compiles = name in ("adamw_torch_4bit", "adamw_torch_8bit")  # its first step takes ten seconds
+    name, unusable = args.optim.value, why_unusable(args)
+    if unusable: return [Problem("optim", unusable)]
+    problems = schedule_problems(args)
+    if problems: return problems
+    compiles = name in ("adamw_torch_4bit", "adamw_torch_8bit")
     try: learning_rates(args, make_optimizer(args, _six_numbers(device)), take=0 if compiles else 3)
     except Exception as e:
         given = f" with optim_args {args.optim_args!r}" if args.optim_args else ""
@@ -162,13 +168,13 @@ def layer_problems(
     import re
     key, begin = "optim_target_modules", f"optim_target_modules {targets!r}"
     patterns = [targets] if isinstance(targets, str) else targets
-    if slow := slow_pattern(patterns, [name for name, _ in model.named_modules()]):
-        return [Problem(key, f"{key}: {slow}")]
+    slow = slow_pattern(patterns, [name for name, _ in model.named_modules()])
+    if slow: return [Problem(key, f"{key}: {slow}")]
     try: found = optimizer_layers(targets, model)
     except re.error as e: return [Problem(key, f"{begin} is no regular expression: {e}")]
     if found: return []
-    trained = optimizer_layers("all-linear", model)
-    return [Problem(key, f"{begin} means no layer that is trained, such as {trained[0]!r}; 'all-linear' means all of them")]
+    example = optimizer_layers("all-linear", model)[0]
+    return [Problem(key, f"{begin} means no layer that is trained, such as {example!r}; 'all-linear' means all of them")]
 
 # %% ../nbs/34_optimizers.ipynb #8c756ec9
 def _made_of(
@@ -184,36 +190,46 @@ def _made_of(
 
 # %% ../nbs/34_optimizers.ipynb #127e994f
 OTHER_VALUES = {  # key that an optimizer may read -> (a value, another value)
-    "adam_beta1": (0.5, 0.6), "adam_beta2": (0.5, 0.6), "adam_epsilon": (0.5, 0.6), "optim_target_modules": (None, "all-linear")}
+    "adam_beta1": (0.5, 0.6),
+    "adam_beta2": (0.5, 0.6),
+    "adam_epsilon": (0.5, 0.6),
+    "optim_target_modules": (None, "all-linear")}
+
+# %% ../nbs/34_optimizers.ipynb #35938aff
+def _changes_nothing(
+    args,  # TRL's `SFTConfig`
+    key: str,  # of them
+    value,  # of the key
+    other,  # another value
+) -> bool:
+    "Whether an optimizer is the same with either value of a key."
+    first, second = copy(args), copy(args)
+    setattr(first, key, value)
+    setattr(second, key, other)
+    return _made_of(first) == _made_of(second)
 
 # %% ../nbs/34_optimizers.ipynb #762b46c9
 def unread_by_optimizer(
     args,  # TRL's `SFTConfig`
 ) -> list:  # names of keys; of `optim_args` as "optim_args foo"
     "What an optimizer doesn't read."
-    from copy import copy
-    def made_with(key, value):
-        other = copy(args)
-        setattr(other, key, value)
-        return _made_of(other)
-    unread = [key for key, (a, b) in OTHER_VALUES.items() if made_with(key, a) == made_with(key, b)]
+    unread = [key for key, values in OTHER_VALUES.items() if _changes_nothing(args, key, *values)]
     pairs = (args.optim_args or "").replace(" ", "").split(",")
-    for name in [pair.split("=")[0] for pair in pairs if "=" in pair]:
-        if made_with("optim_args", None) == made_with("optim_args", f"{name}=no such value"): unread.append(f"optim_args {name}")
-    return unread
+    names = [pair.split("=")[0] for pair in pairs if "=" in pair]
+    ignored = [name for name in names if _changes_nothing(args, "optim_args", None, f"{name}=no such value")]
+    return unread + [f"optim_args {name}" for name in ignored]
 
 # %% ../nbs/34_optimizers.ipynb #f507c715
 def unread_by_schedule(
     args,  # TRL's `SFTConfig`, whose learning rate can be made
 ) -> list:  # of "warmup_steps" and "lr_scheduler_kwargs"
     "What a learning rate doesn't read."
-    from copy import copy
     from torch.optim import SGD
-    def rates_after(warmup):
+    rates = []
+    for warmup in (2, 30):
         other = copy(args)
         other.warmup_steps = warmup
-        return learning_rates(other, SGD(_six_numbers("cpu").parameters(), lr=1.0))
-    unread = []
-    if rates_after(2) == rates_after(30): unread.append("warmup_steps")
+        rates.append(learning_rates(other, SGD(_six_numbers("cpu").parameters(), lr=1.0)))
+    unread = ["warmup_steps"] if rates[0] == rates[1] else []
     if args.lr_scheduler_type.value in FIXED: unread.append("lr_scheduler_kwargs")
     return unread
