@@ -35,53 +35,84 @@ def parent_folder(
 ) -> str:  # raises in words where there is none
     "Where an adapter lies."
     if os.path.isdir(name): return os.path.abspath(name)
-    if os.sep in name or engine is None: raise ValueError(f"parent_adapter {name}: there is no such folder")
+    begin = f"parent_adapter {name}: "
+    if os.sep in name or engine is None: raise ValueError(f"{begin}there is no such folder")
     record = fetch(engine, "adapters", name)
-    if record is None: raise ValueError(f"parent_adapter {name}: the Studio has no adapter with this id, and there is no such folder")
-    if not record.location or not os.path.isdir(record.location):
-        raise ValueError(f"parent_adapter {name}: the adapter {record.name} has no folder here (location {record.location}); download it, and name its folder")
-    return os.path.abspath(record.location)
+    if record is None:
+        raise ValueError(f"{begin}the Studio has no adapter with this id, and there is no such folder")
+    if record.location and os.path.isdir(record.location): return os.path.abspath(record.location)
+    raise ValueError(f"{begin}the adapter {record.name} has no folder here (location {record.location}); "
+                     "download it, and name its folder")
 
 # %% ../nbs/23b_parents.ipynb #264c0e91
 def _lora_settings(
     config: dict,  # content of an adapter_config.json
 ) -> dict:  # LoRA settings
     "What of an adapter's configuration a run can go on with."
-    used = [key for key, rule in LORA_RULES.items() if rule.kind == "used" and key not in ("init_lora_weights", "peft_type")]
-    return {key: config[key] for key in used if config.get(key) not in (None, {}, [], False)}
+    used = [key for key, rule in LORA_RULES.items() if rule.kind == "used"]
+    kept = [key for key in used if key not in ("init_lora_weights", "peft_type")]
+    return {key: config[key] for key in kept if config.get(key) not in (None, {}, [], False)}
+
+# %% ../nbs/23b_parents.ipynb #d9a40cad
+def _check_parent(
+    place: str,  # folder of a saved adapter
+    config: dict,  # content of its adapter_config.json
+):  # raises in words
+    "Whether a run can go on from an adapter."
+    kind = config.get("peft_type")
+    if not os.path.isfile(os.path.join(place, "adapter_model.safetensors")):
+        raise ValueError(f"parent_adapter {place} has no adapter_model.safetensors")
+    if kind != "LORA": raise ValueError(f"parent_adapter {place} is of type {kind}; a run can go on from LORA")
+    if config.get("bias", "none") != "none":
+        raise ValueError(f"parent_adapter {place} has trained biases, which stand in the base's own layers; "
+                         "a run can't go on from it")
 
 # %% ../nbs/23b_parents.ipynb #2864e528
 def read_parent(
     place: str,  # folder of a saved adapter
 ) -> Parent:  # raises in words where nothing can go on from it
     "An adapter as the parent of a run."
-    weights = os.path.join(place, "adapter_model.safetensors")
     try: config = read_json(os.path.join(place, "adapter_config.json"))
-    except (OSError, ValueError) as e: raise ValueError(f"parent_adapter {place}: its adapter_config.json can't be read ({e})") from None
-    if not os.path.isfile(weights): raise ValueError(f"parent_adapter {place} has no adapter_model.safetensors")
-    if config.get("peft_type") != "LORA": raise ValueError(f"parent_adapter {place} is of type {config.get('peft_type')}; a run can go on from LORA")
-    if config.get("bias", "none") != "none":
-        raise ValueError(f"parent_adapter {place} has trained biases, which stand in the base's own layers; a run can't go on from it")
+    except (OSError, ValueError) as e:
+        raise ValueError(f"parent_adapter {place}: its adapter_config.json can't be read ({e})") from None
+    _check_parent(place, config)
     try: run = read_json(os.path.join(place, "run.json"))
     except (OSError, ValueError): run = {}
     known = {key: run[key] for key in ("experimentid", "identity") if key in run}
-    return Parent(place, file_hash(weights), _lora_settings(config), config.get("base_model_name_or_path") or "", known)
+    sha256 = file_hash(os.path.join(place, "adapter_model.safetensors"))
+    return Parent(place, sha256, _lora_settings(config), config.get("base_model_name_or_path") or "", known)
 
 # %% ../nbs/23b_parents.ipynb #611c5d7d
+def _is_same_base(
+    parent: Parent,  # from `read_parent`
+    source: str,  # name or folder of this run's base model
+    fingerprint: dict | None,  # of the base model, from `base_fingerprint`
+) -> bool:
+    "Whether a base model is the one that a parent was trained on."
+    recorded = (parent.run.get("identity") or {}).get("base")
+    if recorded and fingerprint: return recorded == fingerprint
+    if os.path.isdir(parent.base) and os.path.isdir(source):
+        return os.path.realpath(parent.base) == os.path.realpath(source)
+    return parent.base == source
+
+# %% ../nbs/23b_parents.ipynb #9fb2abe9
 def parent_problems(
     parent: Parent,  # from `read_parent`
     source: str,  # name or folder of this run's base model
     fingerprint: dict | None,  # of the base model, from `base_fingerprint`
 ) -> list:  # of `Problem`
     "Why a run can't go on from an adapter."
-    was, now = parent.base, source
-    then = (parent.run.get("identity") or {}).get("base")
-    if then and fingerprint: same = then == fingerprint
-    elif os.path.isdir(was) and os.path.isdir(now): same = os.path.realpath(was) == os.path.realpath(now)
-    else: same = was == now
-    if same: return []
-    return [Problem("parent_adapter", f"parent_adapter {parent.folder} was trained on another base ({was}) than this job's ({now}): "
-                    "its weights mean nothing there; choose its base, or leave the parent out")]
+    if _is_same_base(parent, source, fingerprint): return []
+    text = f"parent_adapter {parent.folder} was trained on another base ({parent.base}) than this job's ({source})"
+    return [Problem("parent_adapter", f"{text}: its weights mean nothing there; choose its base, or leave the parent out")]
+
+# %% ../nbs/23b_parents.ipynb #b9901ed1
+def _shortened(
+    value,  # of a setting
+) -> str:  # 60 letters at most
+    "A value in a few words."
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"
 
 # %% ../nbs/23b_parents.ipynb #066c1597
 def settings_notes(
@@ -91,9 +122,9 @@ def settings_notes(
     "Which LoRA settings have no effect beside those of a parent."
     differs = [key for key, value in asked.items() if key in parent.lora and parent.lora[key] != value]
     if not differs: return []
-    def shorten(value): return str(value) if len(str(value)) <= 60 else f"{str(value)[:59]}…"
-    words = ", ".join(f"{key} {shorten(parent.lora[key])} (not {shorten(asked[key])})" for key in differs)
-    return [Problem("lora_config", f"lora_config: the settings are those of the parent adapter: {words}")]
+    words = [f"{key} {_shortened(parent.lora[key])} (not {_shortened(asked[key])})" for key in differs]
+    text = f"lora_config: the settings are those of the parent adapter: {', '.join(words)}"
+    return [Problem("lora_config", text)]
 
 # %% ../nbs/23b_parents.ipynb #92250ef3
 def split_notes(
@@ -101,13 +132,24 @@ def split_notes(
     args: "JobArgs",  # of the job
 ) -> list:  # of `Problem`
     "Whether rows are held out that the parent has learnt from."
-    then = (parent.run.get("identity") or {}).get("arguments") or {}
-    if then.get("dataset_id") != args.dataset_id: return []
-    differs = [key for key in ("train_test_split", "dataset_fraction") if then.get(key) != getattr(args, key)]
-    return [Problem(key, f"{key} is {getattr(args, key)}, and the parent adapter had {then.get(key)} on the same data set: rows are held out "
-                    "that it was trained on, so held-out figures are too good") for key in differs]
+    before = (parent.run.get("identity") or {}).get("arguments") or {}
+    if before.get("dataset_id") != args.dataset_id: return []
+    now = {key: getattr(args, key) for key in ("train_test_split", "dataset_fraction")}
+    seen = "rows are held out that it was trained on, so held-out figures are too good"
+    return [Problem(key, f"{key} is {value}, and the parent adapter had {before.get(key)} on the same data set: {seen}")
+            for key, value in now.items() if before.get(key) != value]
 
 # %% ../nbs/23b_parents.ipynb #c24dbf3b
+def _misplaced(
+    weights: dict,  # name -> tensor, of the parent
+    places: dict,  # name -> tensor, of the model
+) -> list:  # names
+    "Weights that have no place of their shape, and places that stay empty."
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    unfilled = sorted(name for name, place in places.items() if shapes.get(name) != tuple(place.shape))
+    return unfilled + sorted(set(shapes) - set(places))
+
+# %% ../nbs/23b_parents.ipynb #9f0db97b
 def begin_with(
     model,  # from `apply_lora`, with the parent's settings
     parent: Parent,  # from `read_parent`
@@ -116,9 +158,8 @@ def begin_with(
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
     weights = load_file(os.path.join(parent.folder, "adapter_model.safetensors"))
-    places = get_peft_model_state_dict(model, save_embedding_layers=False)
-    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-    wrong = sorted(name for name, place in places.items() if shapes.get(name) != tuple(place.shape))
-    wrong += sorted(set(shapes) - set(places))
-    if wrong: raise ValueError(f"parent_adapter {parent.folder} doesn't fit this base: {len(wrong)} weights have no place of their shape, such as {wrong[0]}")
+    wrong = _misplaced(weights, get_peft_model_state_dict(model, save_embedding_layers=False))
+    if wrong:
+        raise ValueError(f"parent_adapter {parent.folder} doesn't fit this base: {len(wrong)} weights have no place "
+                         f"of their shape, such as {wrong[0]}")
     set_peft_model_state_dict(model, weights)
