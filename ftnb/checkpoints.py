@@ -351,7 +351,9 @@ def _flow_after_evaluation(
     run, state, control = trainer.run, trainer.state, trainer.control
     if not control.should_training_stop or is_over(trainer): return
     best = "" if state.best_metric is None else f" than {state.best_metric:.4g}"
-    end_run(trainer, "stopped early", f"{run.without_gain} evaluations in a row were no better{best}")
+    count = run.without_gain
+    told = "1 evaluation was" if count == 1 else f"{count} evaluations in a row were"
+    end_run(trainer, "stopped early", f"{told} no better{best}")
     if not _saves(trainer): return
     control.should_save = flow.between
     if not flow.between: flow.owed = True

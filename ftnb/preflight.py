@@ -45,7 +45,7 @@ from .findings import FindingLog, Preflight
 from .fingerprint import BaseFiles, base_fingerprint
 from .nodes import processes_problems
 from .places import place_problems
-from .problems import Problem
+from .problems import Problem, ProblemsError, problems_of
 
 # %% ../nbs/46_preflight.ipynb #694760d7
 def _describe_records(
@@ -293,7 +293,8 @@ def _check_parent(
     "The adapter that a job goes on from."
     name = (records.training or {}).get("parent_adapter")
     if not name: return records, None
-    parent = parents.read_parent(parents.parent_folder(engine, name))
+    try: parent = parents.read_parent(parents.parent_folder(engine, name))
+    except ValueError as e: raise ProblemsError(problems_of(e, "parent_adapter")) from e
     log.add("ok", "parent", f"the run goes on from the adapter in {parent.folder}")
     log.add("warning", "parent", *parents.settings_notes(parent, records.lora or {}), *parents.split_notes(parent, log.args))
     return replace(records, lora=parent.lora), parent
@@ -466,6 +467,8 @@ def _check_texts(
     log.add("warning", "rows", *corpus.corpus_notes(data, template.fields), where="dataset_id")
     notes = log.attempt("rows", chat_rows.row_notes, base.tokenizer, train, template, job.settings.loss)
     log.add("warning", "rows", *notes or [], where="prompt_id")
+    notes = registry.chat_notes(log.args.adapter_name, template.chat) if log.args.auto_add_adapter else []
+    log.add("warning", "adapter", *notes, where="prompt_id")
     log.add("ok", "rows", *prompts.empty_text_notes(train, template))
 
 # %% ../nbs/46_preflight.ipynb #1621db65

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['adapter_id', 'adapter_name_taken', 'job_columns', 'registration', 'register_adapter', 'registration_problems',
-           'held_out_notes']
+           'held_out_notes', 'chat_notes']
 
 # %% ../nbs/25_registry.ipynb #5336ae9e
 import os, uuid
@@ -288,3 +288,13 @@ def held_out_notes(
     if not keys: return []
     return [f"the Studio's evaluation of {name} knows nothing of {' and '.join(keys)}: it splits the data set itself, "
             "so rows that were trained on may be evaluated"]
+
+# %% ../nbs/25_registry.ipynb #57c5a2de
+def chat_notes(
+    name: str,  # of the adapter
+    chat: str,  # of its prompt, as in `PromptTemplate`; "": its rows are plain text
+) -> list:  # sentences
+    "What the Studio's evaluation doesn't know of conversations."
+    if not chat: return []
+    return [f"the Studio's evaluation of {name} fills its prompt in as text, without the chat template that it is trained with: "
+            "compare adapter and base with ftnb's compare instead"]

@@ -375,7 +375,7 @@ def _when_to_save(
     if "save_strategy" in config or "save_steps" in config: return config, None
     if not config.get("load_best_model_at_end"): return config | {"save_strategy": "no"}, SAVE_SECONDS
     follow = {"save_strategy": config.get("eval_strategy", "no")}  # the best must have been saved
-    if "eval_steps" in config: follow["save_steps"] = config["eval_steps"]
+    follow["save_steps"] = config.get("eval_steps") or config.get("logging_steps", 1)  # as often as it is evaluated
     return config | follow, SAVE_SECONDS
 
 # %% ../nbs/35_settings.ipynb #d3418fc1
@@ -412,6 +412,17 @@ def _with_direction(
 # %% ../nbs/35_settings.ipynb #eef58db1
 EXACT_MATCH_ROWS = 32  # held-out rows that are asked in each evaluation, unless `exact_match_rows` says how many
 
+# %% ../nbs/35_settings.ipynb #ee3a6226
+def _time_notes(
+    config: dict,  # training arguments, by the names of today
+    seconds: float,  # `max_seconds`
+) -> list:  # of `Problem`
+    "Say where a learning rate isn't fitted to a run's time."
+    schedule = config.get("lr_scheduler_type")
+    if schedule not in FOLLOW_LOSS: return []
+    text = f"max_seconds {seconds:g}: the number of steps is fitted to it, and the learning rate isn't"
+    return [Problem("max_seconds", f"{text}: lr_scheduler_type {schedule} follows the held-out loss")]
+
 # %% ../nbs/35_settings.ipynb #2d5ddfd6
 def _ends(
     config: dict,  # training arguments, by the names of today
@@ -427,6 +438,7 @@ def _ends(
     if threshold and patience is None:
         key = "early_stopping_threshold"
         notes.append(Problem(key, f"{key} {threshold:g} has no effect: early_stopping_patience isn't set"))
+    if job["max_seconds"] is not None: notes += _time_notes(config, job["max_seconds"])
     return Ends(patience, threshold, rows, job["max_seconds"]), notes
 
 # %% ../nbs/35_settings.ipynb #3f83453a

@@ -275,6 +275,45 @@ def _contradictions(
         problems.append(Problem("fp16", "fp16 and bf16 exclude each other"))
     return problems
 
+# %% ../nbs/34b_training_fields.ipynb #36f2f2b3
+def _whens(
+    asked: dict,  # training arguments, by the names of today
+) -> tuple:  # (eval_strategy, save_strategy, steps from one evaluation to the next, steps from one checkpoint to the next)
+    "When a run evaluates, and when it saves, if it is told when to save."
+    usual = "no" if asked.get("early_stopping_patience") is None else "epoch"
+    every = asked.get("eval_steps") or asked.get("logging_steps", 1)
+    return asked.get("eval_strategy", usual), asked.get("save_strategy", "steps"), every, asked.get("save_steps", 500)
+
+# %% ../nbs/34b_training_fields.ipynb #0782798c
+def _is_multiple(
+    steps,  # a number, or a share of all steps where it is below 1
+    of,  # the same
+) -> bool:  # True also where one of them is no such number
+    "Whether every so many steps is also every so many of the others."
+    numbers = all(isinstance(n, (int, float)) and not isinstance(n, bool) and 0 < n < 2**31 for n in (steps, of))
+    if not numbers: return True
+    return (steps < 1) == (of < 1) and round(steps * 1e6) % round(of * 1e6) == 0
+
+# %% ../nbs/34b_training_fields.ipynb #844e9622
+def _best_problems(
+    asked: dict,  # training arguments
+) -> list:  # of `Problem`
+    "Why the best checkpoint couldn't be taken at the end."
+    now = current_names(asked)
+    patience = now.get("early_stopping_patience") is not None
+    told = [key for key in ("save_strategy", "save_steps") if key in now]
+    if not told or not now.get("load_best_model_at_end", patience): return []
+    evaluates, saves, every, between = _whens(now)
+    if saves == "best" or evaluates not in ("no", "steps", "epoch"): return []
+    reason = "early_stopping_patience" if patience else "load_best_model_at_end"
+    right = f"leave {' and '.join(told)} out, and a checkpoint follows each evaluation"
+    if saves != evaluates:
+        text = f"{reason} takes the best checkpoint at the end, but save_strategy is {saves} and eval_strategy is {evaluates}"
+        return [Problem(told[0], f"{text}: {right}")]
+    if saves != "steps" or _is_multiple(between, every): return []
+    text = f"{reason} takes the best checkpoint at the end, but checkpoints are {between} steps apart and evaluations {every}"
+    return [Problem(told[-1], f"{text}: make save_steps a multiple of eval_steps, or {right}")]
+
 # %% ../nbs/34b_training_fields.ipynb #0919a986
 def training_problems(
     asked: dict,  # training arguments
@@ -286,4 +325,5 @@ def training_problems(
     problems = [Problem(k, f"unknown key {k!r}{_elsewhere(k) or nearest(k, KNOWN_FIELDS)}") for k in unknown]
     problems += fields.field_problems(known, KNOWN_FIELDS, library_defaults(SFTConfig))
     problems += _value_problems(asked) + choosing.choice_problems(asked)
-    return problems + _contradictions(asked) + _tracker_problems(asked.get("report_to"))
+    problems += _contradictions(asked) + _best_problems(asked)
+    return problems + _tracker_problems(asked.get("report_to"))

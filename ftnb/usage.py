@@ -249,7 +249,8 @@ class Usage:
         return "\n\n".join(f"{way.title}:\n\n```{way.language}\n{way.lines}\n```" for way in self.ways)
 
     def _repr_html_(self):
-        parts = (f"<div><b>{escape(way.title)}</b><pre tabindex='0'>{escape(way.lines)}</pre></div>" for way in self.ways)
+        look = "tabindex='0' style='white-space:pre-wrap;overflow-wrap:anywhere;overflow:visible;line-height:1.35'"
+        parts = (f"<div><b>{escape(way.title)}</b><pre {look}>{escape(way.lines)}</pre></div>" for way in self.ways)
         return "".join(parts)
 
 # %% ../nbs/48b_usage.ipynb #613c42e2

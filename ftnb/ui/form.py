@@ -18,6 +18,7 @@ import ftnb.jobargs as jobargs
 import ftnb.preflight as preflight
 import ftnb.progress as progress
 import ftnb.studio as studio
+import ftnb.usage as usage
 import ftnb.ui.additions as additions
 import ftnb.ui.controls as controls
 import ftnb.ui.draft as draft
@@ -133,15 +134,22 @@ def finish(
 @patch
 def _make_state(self: Form):
     "What the form remembers while it is shown."
-    self.inputs, self.notes = {}, {}  # field -> widget
+    self.inputs, self.notes, self.rows = {}, {}, {}  # field -> widget
     self.filling, self.running, self.followed, self.checking = False, False, False, False
     self.status = processes.RunStatus()
     self.shown, self.watched = None, None  # the run below the form: its folder, its monitor
+    self.used = None  # folder of the adapter whose use is shown
     self.measured, self.sample = {}, (None, [])  # times of a token; id of a data set and its first rows
     self.args, self.looked = None, None  # the job as it stands; the one that was checked last
     self.pause = 0.7  # seconds without typing
     self.ready, self.changed = threading.Event(), threading.Event()
     self.closed, self.given_up = threading.Event(), threading.Event()
+
+# %% ../../nbs/ui/10_form.ipynb #21282699
+_HINTS = {  # field -> what is shown while it is empty
+    "validation": "a share of the rows", "test": "the rows held out", "parent_adapter": "a new adapter",
+    "target_modules": "those usual for the model", "adapter_name": "letters, digits and -", "max_length": "no limit",
+    "max_seconds": "no limit", "early_stopping_patience": "evaluations without a better loss"}
 
 # %% ../../nbs/ui/10_form.ipynb #c65fde55
 @patch
@@ -150,15 +158,15 @@ def _field_row(
     heading: str,  # a key of `draft.SECTIONS`
     name: str,  # of the field
 ):  # a widget
-    "A field and its remark, filed in `inputs` and `notes`."
-    hints = dict(target_modules="those usual for the model", adapter_name="letters, digits and -", early_stopping_patience="evaluations without a better loss",
-                 max_length="no limit")
-    hint, lines = ("JSON", 3) if name.startswith("other_") else (hints.get(name, ""), 1)
-    field = controls.field_input(draft.SECTIONS[heading][name], self.values[name], self.draft.options(name), hint, lines)
-    field.tooltip = f"{heading}: {draft.SECTIONS[heading][name]} ({name})"
+    "A field and its remark, filed in `inputs`, `notes` and `rows`."
+    label, lines = draft.SECTIONS[heading][name], 3 if name.startswith("other_") else 1
+    hint = "JSON" if lines > 1 else _HINTS.get(name, "")
+    offered = self.draft.suggestions(name) if name in draft.SUGGESTED else None
+    field = controls.field_input(label, self.values[name], self.draft.options(name), hint, lines, offered)
+    field.tooltip = f"{heading}: {label} ({name})"
     field.observe(lambda change: self._typed(name, change["new"]), "value")
     row, note = controls.field_row(field)
-    self.inputs[name], self.notes[name] = field, note
+    self.inputs[name], self.notes[name], self.rows[name] = field, note, row
     return row
 
 # %% ../../nbs/ui/10_form.ipynb #0e3e329c
@@ -180,7 +188,7 @@ def _typed(
     "Take over what was typed, and say what is wrong with it."
     if self.filling: return
     self.set(**{name: value})
-    if name in draft.PARTS: self._fill()
+    if name in (*draft.PARTS, *draft.TABLES): self._fill()
     if self.ready.is_set(): self._show_problems()
     self.changed.set()
 
@@ -192,6 +200,7 @@ def _fill(self: Form):
     try:
         for name, field in self.inputs.items():
             options = self.draft.options(name)
+            if name in draft.SUGGESTED: options = self.draft.suggestions(name)
             if options is not None and tuple(options) != tuple(field.options): field.options = options
             field.value = self.values[name]
     finally: self.filling = False
@@ -218,6 +227,20 @@ def _found_beside(
     found = [problem for problem in self.check.problems(level) if problem.where in self.notes]
     return {problem.where: problem.text for problem in reversed(found)}
 
+# %% ../../nbs/ui/10_form.ipynb #d29b4d72
+@patch
+def _hint(
+    self: Form,
+    name: str,  # of a field
+) -> str:  # "" where the label says it all
+    "What helps to fill in a field."
+    columns = self.draft.columns() if name == "dataset_id" else []
+    if columns: return "columns: " + ", ".join(f"{{{column}}}" for column in columns)
+    if name == "completion_only_loss" and self.draft.may_talk(): return "of a conversation: its last turn"
+    if name == "assistant_only_loss": return "of a conversation: all that the assistant says"
+    if name == "chat_template": return "a user's and an assistant's turn, by the model's template"
+    return ""
+
 # %% ../../nbs/ui/10_form.ipynb #7c370663
 @patch
 def _remark(
@@ -230,8 +253,17 @@ def _remark(
     if name in self.draft.still_open(): return controls.badge("choose one, or add yours below" if name in draft.TABLES else "give it a name", "hint")
     if name in problems: return controls.badge(problems[name])
     if name in remarks: return controls.badge(remarks[name], "warning")
-    columns = self.draft.columns() if name == "dataset_id" else []
-    return controls.badge("columns: " + ", ".join(f"{{{column}}}" for column in columns), "hint") if columns else ""
+    return controls.badge(self._hint(name), "hint")
+
+# %% ../../nbs/ui/10_form.ipynb #64cfb79a
+@patch
+def _show_rows(self: Form):
+    "Show the fields that have a meaning for the chosen prompt."
+    template = self.draft.template()
+    is_talk = template is not None and template.chat == "messages"
+    wanted = dict(assistant_only_loss=self.draft.may_talk(), chat_template=self.values["chat_template"] or not is_talk)
+    for name, row in self.rows.items():
+        if name in wanted: row.layout.display = "" if wanted[name] else "none"
 
 # %% ../../nbs/ui/10_form.ipynb #8d17ea39
 @patch
@@ -241,6 +273,7 @@ def _show_problems(self: Form):
     problems = self._found_beside("error") | problems
     remarks = self._found_beside("warning") | draft.unusual(self.values)
     for name, note in self.notes.items(): note.value = self._remark(name, problems, remarks)
+    self._show_rows()
     unreadable = self.draft.project.problem
     other = [text for name, text in problems.items() if name not in self.notes]
     self.general.value = controls.badges(other) + controls.badge(unreadable, "warning")
@@ -365,6 +398,15 @@ def _log_html(
     look = "flex:none;overflow:visible;white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.3;margin:0"
     return f'<div style="{box}" tabindex="0" role="log" aria-label="output of the run"><pre style="{look}">{escape(text)}</pre></div>'
 
+# %% ../../nbs/ui/10_form.ipynb #614e481f
+@patch
+def _show_usage(self: Form):
+    "Say how the adapter is used, once the run is trained."
+    place = self.values["out_dir"] if self.status.state == "trained" else None
+    if place == self.used: return
+    self.used, ways = place, usage.usage_html(place)
+    self.usage.value = controls.heading_html("Use it") + ways if ways else ""
+
 # %% ../../nbs/ui/10_form.ipynb #9c7bf284
 @patch
 def _follow(self: Form):
@@ -379,6 +421,7 @@ def _follow(self: Form):
     else: self.log.value = ""
     if self.status.state != before.state or (self.running and self.status != before): self._say_status()
     self.followed = self.running
+    self._show_usage()
     self._set_buttons()
 
 # %% ../../nbs/ui/10_form.ipynb #ffb45c5c
@@ -641,7 +684,8 @@ def _make_parts(self: Form):
     import ipywidgets as w
     self._make_state()
     def text(): return w.HTML(layout=w.Layout(width="100%"))
-    self.general, self.texts, self.panel, self.state, self.log, self.preview = text(), text(), text(), text(), text(), text()
+    self.general, self.texts, self.panel, self.state = text(), text(), text(), text()
+    self.log, self.preview, self.usage = text(), text(), text()
     self.panel.value, self.picture, self.buttons = "<i>loading …</i>", w.VBox([]), {}
     for name, (label, style, icon) in _BUTTONS.items():
         button = w.Button(description=label, button_style=style, icon=icon, disabled=True, layout=w.Layout(width="120px"))
@@ -737,7 +781,7 @@ def show(
     self._make_parts()
     row = w.HBox([*self.buttons.values(), self.state], layout=w.Layout(align_items="center", flex_flow="row wrap", margin="8px 0"))
     self.create = self._create_button()
-    parts = [self.chosen_run, self.general, self.create, self._fields(), row, _fold("This run as text", self._text_pane()), self.log, self.picture]
+    parts = [self.chosen_run, self.general, self.create, self._fields(), row, _fold("This run as text", self._text_pane()), self.log, self.picture, self.usage]
     self.box = w.VBox(parts, layout=w.Layout(max_width="1100px", overflow="visible"))
     self.box.form = self
     self.thread = threading.Thread(target=_work, args=(self,), name="ftnb form", daemon=True)
@@ -747,9 +791,10 @@ def show(
 # %% ../../nbs/ui/10_form.ipynb #9b178bba
 @patch
 def _still_html(self: Form) -> str:
-    "What the form says, and the picture of its run."
+    "What the form says, the picture of its run, and how its adapter is used."
     picture = self.watched.still_html() if self.watched else ""
-    return f"<pre>{escape(repr(self))}</pre>{picture}<p>The form is live while its kernel runs: run this cell again to use it.</p>{controls.TIE_REMARKS}"
+    live = "The form is live while its kernel runs: run this cell again to use it."
+    return f"<pre>{escape(repr(self))}</pre>{picture}{self.usage.value}<p>{live}</p>{controls.TIE_REMARKS}"
 
 # %% ../../nbs/ui/10_form.ipynb #dd56d040
 @patch
