@@ -178,8 +178,8 @@ def room_numbers():
     numbers = {}
     for path in sorted((ROOT/"nbs").rglob("[0-9]*.ipynb")):
         rooms = [directives(cell).get("default_exp") for cell in nbformat.read(path, 4).cells]
-        folder, (number, letter) = str(path.parent.relative_to(ROOT/"nbs")), re.match(r"(\d+)([a-z]?)_", path.name).groups()
-        place = (FOLDERS.index(folder) if folder in FOLDERS and number != "99" else len(FOLDERS), int(number), letter)
+        folder, number = str(path.parent.relative_to(ROOT/"nbs")), re.match(r"(\d+)_", path.name)[1]
+        place = (FOLDERS.index(folder) if folder in FOLDERS and number != "99" else len(FOLDERS), int(number))
         numbers.update({room: place for room in rooms if room})
     return numbers
 

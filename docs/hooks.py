@@ -101,9 +101,8 @@ def names_page(path):
 GROUPS = {".": "The job", "ui": "What you see", "cluster": "On a cluster", "demo": "To try it on"}  # folder of nbs/ and of ftnb/ -> heading
 
 def number(path):
-    "Where a room stands: its number, and a letter where it follows another."
-    digits, letter = re.match(r"(\d+)([a-z]?)_", path.name).groups()
-    return int(digits), letter
+    "Where a room stands."
+    return int(re.match(r"\d+", path.name)[0])
 
 def listed(pages): return [{title(p): str(p.relative_to(PAGES))} for p in pages]
 
@@ -113,8 +112,8 @@ def room_pages(notebooks):
     for folder, heading in GROUPS.items():
         rooms = [p for p in notebooks if re.match(r"\d", p.name) and p.parent == PAGES/folder]
         rooms.sort(key=number)
-        last += [p for p in rooms if number(p)[0] == 99]
-        sections.append({heading: listed(p for p in rooms if number(p)[0] < 99)})
+        last += [p for p in rooms if number(p) == 99]
+        sections.append({heading: listed(p for p in rooms if number(p) < 99)})
     return sections + listed(last)
 
 def api_pages():
