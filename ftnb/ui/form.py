@@ -421,8 +421,8 @@ def _follow(self: Form):
     else: self.log.value = ""
     if self.status.state != before.state or (self.running and self.status != before): self._say_status()
     self.followed = self.running
-    self._show_usage()
     self._set_buttons()
+    self._show_usage()
 
 # %% ../../nbs/ui/16_form.ipynb #ffb45c5c
 _LEVELS = {"trained": "ok", "failed": "error", "stopped": "warning", "killed": "warning", "silent": "warning"}  # state of a run -> level of what is said
