@@ -13,16 +13,27 @@ from dataclasses import dataclass
 from .prompts import PromptTemplate
 from .tokenizer_trial import panics_as_errors
 
+# %% ../nbs/20_tokenizer.ipynb #42063166
+def _named_for_padding(
+    tokens: list,  # of a vocabulary, in the order of their ids
+) -> str | None:  # one of them
+    "The first token with 'pad' in it, else the first with 'reserved'."
+    for word in ("pad", "reserved"):
+        for token in tokens:
+            if word in token.lower(): return token
+
 # %% ../nbs/20_tokenizer.ipynb #f8b2cf74
 def find_padding_token_candidate(
     tokenizer,  # a transformers tokenizer
 ) -> str | None:  # a token of its vocabulary
     "The first token with 'pad' in it, else with 'reserved'; special and added tokens before the rest."
-    vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    special = {t.content for t in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
-    for group in ([t for t, _ in vocab if t in special], [t for t, _ in vocab if t not in special]):
-        for word in ("pad", "reserved"):
-            if found := next((t for t in group if word in t.lower()), None): return found
+    vocab = tokenizer.get_vocab()
+    special = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    special.update(tokenizer.all_special_tokens)
+    in_order = sorted(vocab, key=vocab.get)
+    found = _named_for_padding([token for token in in_order if token in special])
+    if found: return found
+    return _named_for_padding([token for token in in_order if token not in special])
 
 # %% ../nbs/20_tokenizer.ipynb #628251ed
 def _pad_problem(
@@ -34,16 +45,44 @@ def _pad_problem(
     if pad_token in vocab: return ""
     return f"pad_token {pad_token!r} isn't in the tokenizer's vocabulary of {len(vocab)}; name a token that is"
 
+# %% ../nbs/20_tokenizer.ipynb #2565d124
+def _usable_for_padding(
+    tokenizer,  # a transformers tokenizer
+    embeddings: int | None = None,  # rows of the model's embedding; None: one for every token
+) -> set:  # of tokens
+    "The tokens that have an embedding, without EOS."
+    vocab = tokenizer.get_vocab()
+    if embeddings is not None:
+        vocab = {token: i for token, i in vocab.items() if i < embeddings}
+    return set(vocab) - {tokenizer.eos_token}
+
 # %% ../nbs/20_tokenizer.ipynb #f81ffee2
 def _choose_pad(
     tokenizer,  # a transformers tokenizer
-    usable: "Callable",  # token -> whether it can be the pad token
+    usable: set,  # tokens, from `_usable_for_padding`
 ) -> str | None:  # EOS where there is no other
     "The pad token of a tokenizer that has none, where nobody asked for one."
-    if usable(tokenizer.unk_token): return tokenizer.unk_token
+    if tokenizer.unk_token in usable: return tokenizer.unk_token
     candidate = find_padding_token_candidate(tokenizer)
-    added = {t.content for t in tokenizer.added_tokens_decoder.values()}
-    return candidate if candidate in added and usable(candidate) else tokenizer.eos_token
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    if candidate in added & usable: return candidate
+    return tokenizer.eos_token
+
+# %% ../nbs/20_tokenizer.ipynb #a23c7519
+def _padding_notes(
+    tokenizer,  # with its new pad token
+    before: str | None,  # the pad token that it had
+    embeddings: int | None,  # rows of the model's embedding; None: one for every token
+) -> list:  # sentences
+    "What to say of a pad token that was chosen."
+    vocab, eos, chosen = tokenizer.get_vocab(), tokenizer.eos_token, tokenizer.pad_token
+    notes = []
+    if before in vocab and before != eos:
+        notes.append(f"the pad token {before!r} has the id {vocab[before]}, and the model only {embeddings} embeddings; "
+                     f"{chosen!r} is used for padding")
+    if chosen == eos:
+        notes.append(f"the tokenizer pads with its EOS token {eos!r}; safe here, since labels are masked by position")
+    return notes
 
 # %% ../nbs/20_tokenizer.ipynb #b6a49381
 def configure_tokenizer_padding(
@@ -53,17 +92,14 @@ def configure_tokenizer_padding(
 ):  # the tokenizer, with a pad token
     "Give a tokenizer a pad token without growing its vocabulary; raises if `pad_token` isn't in it."
     import warnings
-    own, eos, vocab = tokenizer.pad_token, tokenizer.eos_token, tokenizer.get_vocab()
-    def usable(token): return token in vocab and token != eos and (embeddings is None or vocab[token] < embeddings)
-    if usable(own): return tokenizer
-    if pad_token is not None and (problem := _pad_problem(pad_token, vocab)): raise ValueError(problem)
+    before, usable = tokenizer.pad_token, _usable_for_padding(tokenizer, embeddings)
+    if before in usable: return tokenizer
+    if pad_token is not None:
+        problem = _pad_problem(pad_token, tokenizer.get_vocab())
+        if problem: raise ValueError(problem)
     chosen = pad_token or _choose_pad(tokenizer, usable)
     tokenizer.add_special_tokens({"pad_token": chosen})  # at once what it will be when it is loaded
-    if own in vocab and own != eos:
-        warnings.warn(f"the pad token {own!r} has the id {vocab[own]}, and the model only {embeddings} embeddings; "
-                      f"{chosen!r} is used for padding")
-    if chosen == eos:
-        warnings.warn(f"the tokenizer pads with its EOS token {eos!r}; safe here, since labels are masked by position")
+    for note in _padding_notes(tokenizer, before, embeddings): warnings.warn(note)
     return tokenizer
 
 # %% ../nbs/20_tokenizer.ipynb #a335b4fb
@@ -83,12 +119,15 @@ def shared_ids(
     tokenizer,  # a transformers tokenizer
 ) -> list:  # of `SharedId`; empty as a rule
     "Added tokens that have the id of another token."
-    added, seen = tokenizer.get_added_vocab(), {}
-    model = tokenizer.backend_tokenizer.model if tokenizer.is_fast else None
+    added = tokenizer.get_added_vocab()
+    first = {}  # id -> the token that has it, in the vocabulary itself or as the first that was added
+    if tokenizer.is_fast:
+        model = tokenizer.backend_tokenizer.model
+        first = {i: model.id_to_token(i) for i in added.values()}
     found = []
     for token, i in added.items():
-        other = seen.setdefault(i, token) if model is None else model.id_to_token(i) or seen.setdefault(i, token)
-        if other != token: found.append(SharedId(i, token, other))
+        first[i] = first.get(i) or token
+        if first[i] != token: found.append(SharedId(i, token, first[i]))
     return found
 
 # %% ../nbs/20_tokenizer.ipynb #d7405a11
@@ -98,8 +137,9 @@ def call_tokenizer(
     **kwargs,  # passed to the tokenizer
 ) -> "transformers.BatchEncoding":  # with `input_ids`
     "Token ids, and nothing else that a tokenizer may give."
+    ids_only = dict(return_attention_mask=False, return_token_type_ids=False)
     with panics_as_errors():
-        return tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False, **kwargs)
+        return tokenizer(texts, **ids_only, verbose=False, **kwargs)
 
 # %% ../nbs/20_tokenizer.ipynb #8b8aca3a
 def missing_eos(
@@ -119,12 +159,12 @@ def outer_tokens(
     text = tokenizer.eos_token or "a"
     found = tokenizer(text, verbose=False)
     ids = list(found["input_ids"])
-    if tokenizer.is_fast:
-        own = [i for i, part in enumerate(found.sequence_ids(0)) if part is not None]
-    else:
+    if not tokenizer.is_fast:
         inner = tokenizer(text, add_special_tokens=False)["input_ids"]
-        own = range(len(ids) - len(inner), len(ids))
-    return (ids[:own[0]], ids[own[-1] + 1:]) if own else (ids, [])
+        return ids[:len(ids) - len(inner)], []
+    of_text = [i for i, part in enumerate(found.sequence_ids(0)) if part is not None]
+    if not of_text: return ids, []
+    return ids[:of_text[0]], ids[of_text[-1] + 1:]
 
 # %% ../nbs/20_tokenizer.ipynb #454dccc2
 def strip_doubled(
@@ -134,10 +174,10 @@ def strip_doubled(
 ) -> list:  # ids
     "Take EOS off the end until there is one, and the tokenizer's BOS off a text that begins with it."
     start, end = 0, len(ids)
-    if head and ids[len(head):2*len(head)] == head: start = len(head)
+    if head and ids[len(head):2 * len(head)] == head: start = len(head)
     if eos is not None:
-        while end > 1 and ids[end-1] == ids[end-2] == eos: end -= 1
-    return ids[start:end] if start or end < len(ids) else ids
+        while end > 1 and ids[end - 1] == ids[end - 2] == eos: end -= 1
+    return ids[start:end]
 
 # %% ../nbs/20_tokenizer.ipynb #dc5f8290
 def encode_prompts(
@@ -147,7 +187,14 @@ def encode_prompts(
     "Token ids of prompts as programs give them to a model: BOS where the tokenizer puts one, once, and nothing after the text."
     if not prompts: return []
     head, tail = outer_tokens(tokenizer)
-    return [strip_doubled(row[:len(row) - len(tail)], head) for row in call_tokenizer(tokenizer, prompts)["input_ids"]]
+    rows = call_tokenizer(tokenizer, prompts)["input_ids"]
+    return [strip_doubled(row[:len(row) - len(tail)], head) for row in rows]
+
+# %% ../nbs/20_tokenizer.ipynb #3f472f6e
+_BOS_TWICE = ("the prompt begins with {!r}, which the tokenizer puts before every text: it is trained and compared with it once, "
+              "but programs that give the prompt as a text have it twice; take it out of input_template and prompt_template")
+_EOS_BEHIND = ("the tokenizer puts {!r} after every text: programs that give the prompt as a text ask for an answer behind it; "
+               "they must leave it off, as is done here")
 
 # %% ../nbs/20_tokenizer.ipynb #0b50b2c6
 def prompt_notes(
@@ -155,16 +202,13 @@ def prompt_notes(
     template: PromptTemplate,  # of the prompts
 ) -> list:  # sentences
     "What a template has that the tokenizer brings too."
-    start = template.pieces[0][0] if template.pieces else ""
     head, tail = outer_tokens(tokenizer)
-    first, last = (tokenizer.decode(ids, skip_special_tokens=False) for ids in (head, tail))
+    first = tokenizer.decode(head, skip_special_tokens=False)
+    last = tokenizer.decode(tail, skip_special_tokens=False)
+    start = template.pieces[0][0] if template.pieces else ""
     notes = []
-    if head and start.startswith(first): notes.append(
-        f"the prompt begins with {first!r}, which the tokenizer puts before every text: it is trained and compared with it once, "
-        "but programs that give the prompt as a text have it twice; take it out of input_template and prompt_template")
-    if tail: notes.append(
-        f"the tokenizer puts {last!r} after every text: programs that give the prompt as a text ask for an answer behind it; "
-        "they must leave it off, as is done here")
+    if head and start.startswith(first): notes.append(_BOS_TWICE.format(first))
+    if tail: notes.append(_EOS_BEHIND.format(last))
     return notes
 
 # %% ../nbs/20_tokenizer.ipynb #345e5336
@@ -172,9 +216,10 @@ def asked_otherwise(
     prompt,  # a Studio prompt
 ) -> str:  # a sentence, or ""
     "Whether the Studio asks with another text than the one that is trained."
-    whole, asks, adds = (getattr(prompt, f"{part}_template", None) or "" for part in ("prompt", "input", "completion"))
-    complete = whole.strip() and asks and adds
-    if not complete or whole == asks + adds: return ""
+    def text(name): return getattr(prompt, name, None) or ""
+    trained, asks, adds = map(text, ("prompt_template", "input_template", "completion_template"))
+    complete = trained.strip() and asks and adds
+    if not complete or trained == asks + adds: return ""
     return ("prompt_template isn't input_template and then completion_template: "
             "the first is trained, and the Studio asks with the second; make them the same text")
 
@@ -185,6 +230,7 @@ def end_note(
 ) -> str:  # a sentence, or ""
     "Whether programs stop where rows end."
     if not ends or tokenizer.eos_token_id in ends: return ""
-    own = ", ".join(repr(token) for token in tokenizer.convert_ids_to_tokens(list(ends)))
-    return (f"rows end in the tokenizer's EOS, {tokenizer.eos_token!r}, and the model's own settings (generation_config.json, config.json) "
-            f"end a text at {own}: programs that go by them go on after the answer; give them eos_token_id={tokenizer.eos_token_id}")
+    named = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(list(ends))))
+    return (f"rows end in the tokenizer's EOS, {tokenizer.eos_token!r}, and the model's own settings "
+            f"(generation_config.json, config.json) end a text at {named}: programs that go by them go on after the answer; "
+            f"give them eos_token_id={tokenizer.eos_token_id}")
