@@ -520,16 +520,18 @@ def _check_fit(
     log.add("warning", "settings", *training_settings.kernel_notes(settings, base.config))
 
 # %% ../nbs/72_preflight.ipynb #391af868
-def _grouping_notes(
+def _count_trees(
     job: runrecord.Job,
     plan: estimate.ModelPlan,
     rows: job_rows.JobRows,  # with their tokens, where a job begins
-) -> list:  # sentences
-    "What it would save to deal rows with a common prefix into the same step."
-    if not plan.shares or rows.train.dataset is None: return []
-    ids = rows.train.dataset["input_ids"][:]
-    note = estimate.grouping_note(ids, job.settings, ranks.process_count())
-    return [note] if note else []
+    free: int,  # bytes
+) -> estimate.GroupingGain | None:  # None where there are no trees, or no tokens
+    "What an epoch comes to in either order of the rows."
+    ids = estimate.rows_to_count(rows) if plan.shares else []
+    if not ids: return None
+    counts = rows.counts["train"]
+    layout = estimate.run_layout(job, plan, counts, free)
+    return estimate.grouping_gain(ids, layout, counts)
 
 # %% ../nbs/72_preflight.ipynb #0d4d6251
 def _compare_memory(
@@ -560,9 +562,11 @@ def _check_memory(
     device = job.precision.device
     free = log.attempt("memory", ranks.free_memory, device)
     if free is None: return None, None
-    steps, need = estimate.plan_run(job, plan, rows.counts["train"], free)
-    log.add("ok", "steps", str(steps))
-    log.add("ok", "steps", *_grouping_notes(job, plan, rows))
+    gain = _count_trees(job, plan, rows, free)
+    tree = gain.of(job.settings.group_rows_by_prefix) if gain else None
+    steps, need = estimate.plan_run(job, plan, rows.counts["train"], free, tree)
+    note = estimate.grouping_note(gain, job.settings) if gain else ""
+    log.add("ok", "steps", *filter(None, (str(steps), note)))
     log.add("warning", "settings", *training_settings.warmup_notes(job.settings, steps.steps))
     _compare_memory(log, need, free, device)
     return steps, need
@@ -652,6 +656,6 @@ def check_command(
     if "--help" in argv or "-h" in argv: return print(_HELP, jobargs.job_arguments_help(), sep="\n")
     try: args = jobargs.parse_job_arguments(os.environ.get(consts.JOB_ARGUMENTS) or " ".join(argv))
     except ValueError as e: raise SystemExit(str(e)) from None
-    report = check_job(args, keep=False)
+    report = check_job(args)
     print(report, flush=True)
     if report.problems(): raise SystemExit(1)
