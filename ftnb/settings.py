@@ -22,13 +22,16 @@ from .problems import Problem, nearest, raise_problems
 from .ranks import alone, process_count
 from .training_fields import GREATER_IS_BETTER, IGNORED, JOB_KEYS, KNOWN_FIELDS, NOT_FOR_TRL, RENAMED, current_names, training_problems
 
+# %% ../nbs/51_settings.ipynb #1cb98f18
+_GPU_OPTIMIZERS = ("paged", "8bit", "4bit", "bnb", "_32bit")  # parts of the names of bitsandbytes' optimizers
+
 # %% ../nbs/51_settings.ipynb #a3331f26
 def _usable_optimizer(
     optim: str,  # as asked for
     device: str,  # "cpu" or "cuda:N"
 ) -> tuple:  # (optimizer, notes)
-    "bitsandbytes' optimizers need a GPU."
-    needs_gpu = any(part in optim for part in ("paged", "8bit", "4bit", "bnb", "_32bit"))
+    "The optimizer that was asked for, or the nearest that this machine can run."
+    needs_gpu = any(part in optim for part in _GPU_OPTIMIZERS)
     if device != "cpu" or not needs_gpu: return optim, []
     near = "rmsprop" if "rmsprop" in optim else "adamw_torch"
     return near, [Problem("optim", f"optim {optim} needs a GPU; {near} is used")]
@@ -37,7 +40,7 @@ def _usable_optimizer(
 def _usable_trackers(
     asked,  # `report_to`: a name, a list of names, "all" or "none"
 ) -> tuple:  # (list of trackers, notes)
-    "Trackers that are installed."
+    "The trackers that were asked for and are installed."
     from importlib.util import find_spec
     names = [asked] if isinstance(asked, str) else list(asked or [])
     if "all" in names: names = [name for name in ("mlflow", "tensorboard") if find_spec(name)]
@@ -57,13 +60,13 @@ def _missing_speed(
     "What would make a GPU quicker or larger, and can't be had here."
     from importlib.util import find_spec
     from transformers.utils import is_torch_tf32_available
-    missing, liger = {}, []
+    cpu, missing, liger = device == "cpu", {}, []
     if not find_spec("liger_kernel"): liger.append("liger-kernel isn't installed (pip install liger-kernel)")
-    if device == "cpu": liger.append("it needs a GPU")
+    if cpu: liger.append("it needs a GPU")
     if config.get("use_liger_kernel") and liger: missing["use_liger_kernel"] = " and ".join(liger)
-    if config.get("tf32") and (device == "cpu" or not is_torch_tf32_available()):
+    if config.get("tf32") and (cpu or not is_torch_tf32_available()):
         missing["tf32"] = "it needs a GPU of the Ampere generation or newer"
-    if config.get("activation_offloading") and device == "cpu":
+    if config.get("activation_offloading") and cpu:
         missing["activation_offloading"] = "it moves what a GPU holds"
     return missing
 
@@ -78,10 +81,13 @@ class Ends:
 
     def said(self) -> dict:  # key of training arguments -> value; those that are set
         "As in training arguments."
-        said = {"exact_match_rows": self.exact_match_rows or None, "max_seconds": self.max_seconds}
-        if self.patience is None: early = {}
-        else: early = {"early_stopping_patience": self.patience, "early_stopping_threshold": self.threshold}
-        return early | {key: value for key, value in said.items() if value is not None}
+        said = {}
+        if self.patience is not None:
+            said["early_stopping_patience"] = self.patience
+            said["early_stopping_threshold"] = self.threshold
+        if self.exact_match_rows: said["exact_match_rows"] = self.exact_match_rows
+        if self.max_seconds is not None: said["max_seconds"] = self.max_seconds
+        return said
 
 # %% ../nbs/51_settings.ipynb #72309b26
 @dataclass(frozen=True)
@@ -146,6 +152,14 @@ def _silent_keys(
     if not held_out: silent |= {*_BEST, *(k for k in settings.config if k.startswith("eval_"))}
     return silent
 
+# %% ../nbs/51_settings.ipynb #3e58004c
+def _unmet_length(
+    args,  # TRL's `SFTConfig`
+) -> dict:  # key -> why it has no effect
+    "Which of two keys doesn't say how long the run is."
+    if args.max_steps > 0: return {"num_train_epochs": f"max_steps {args.max_steps} says how long"}
+    return {"max_steps": f"num_train_epochs {args.num_train_epochs:g} says how long"}
+
 # %% ../nbs/51_settings.ipynb #d28a3d50
 def _unmet_in_time(
     args,  # TRL's `SFTConfig`
@@ -153,35 +167,50 @@ def _unmet_in_time(
 ) -> dict:  # key -> why it has no effect
     "Which keys say nothing about when the run ends, evaluates, logs and saves."
     evaluated, logged, saved = args.eval_strategy.value, args.logging_strategy.value, args.save_strategy.value
-    unmet = {}
-    if args.max_steps > 0: unmet["num_train_epochs"] = f"max_steps {args.max_steps} says how long"
-    else: unmet["max_steps"] = f"num_train_epochs {args.num_train_epochs:g} says how long"
+    unmet = _unmet_length(args)
     if evaluated != "steps": unmet["eval_steps"] = f"eval_strategy is {evaluated}"
     if evaluated == "no": unmet["eval_delay"] = "eval_strategy is no"
     evaluates_as_it_logs = evaluated == "steps" and "eval_steps" not in config
-    if logged != "steps" and not evaluates_as_it_logs: unmet["logging_steps"] = f"logging_strategy is {logged}"
+    if logged != "steps" and not evaluates_as_it_logs:
+        unmet["logging_steps"] = f"logging_strategy is {logged}"
     if saved != "steps": unmet["save_steps"] = f"save_strategy is {saved}"
     return unmet
 
+# %% ../nbs/51_settings.ipynb #d983c14a
+def _unmet_best(
+    args,  # TRL's `SFTConfig`
+    patience: int | None = None,  # `early_stopping_patience`
+) -> dict:  # key -> why it has no effect
+    "Which keys say nothing about the best adapter."
+    unmet = {}
+    if args.load_best_model_at_end and args.eval_strategy.value == "no":
+        unmet["load_best_model_at_end"] = "eval_strategy is no, so the last adapter is the only one with a held-out loss"
+    takes_best = args.load_best_model_at_end or args.save_strategy.value == "best"
+    follows = args.lr_scheduler_type.value in FOLLOW_LOSS
+    if takes_best or follows or patience is not None: return unmet
+    why = "the best adapter isn't asked for (load_best_model_at_end)"
+    return unmet | dict.fromkeys(("metric_for_best_model", "greater_is_better"), why)
+
 # %% ../nbs/51_settings.ipynb #a85f37c3
+def _unmet_switches(
+    args,  # TRL's `SFTConfig`
+) -> dict:  # key -> why it has no effect
+    "Settings of what is switched off."
+    unmet = {}
+    if not args.use_liger_kernel: unmet["liger_kernel_config"] = "its kernels aren't used (use_liger_kernel)"
+    if not args.gradient_checkpointing: unmet["gradient_checkpointing_kwargs"] = "gradient_checkpointing is off"
+    if not args.report_to: unmet["run_name"] = "there is no tracker (report_to)"
+    if "trackio" not in args.report_to: unmet["project"] = "it is for trackio (report_to)"
+    return unmet
+
+# %% ../nbs/51_settings.ipynb #60b14899
 def _needs_another(
     args,  # TRL's `SFTConfig`
     config: dict,  # what it was made of
     patience: int | None = None,  # `early_stopping_patience`
 ) -> dict:  # key -> why it has no effect
-    "Keys that act beside another one only, which isn't set so."
-    unmet = _unmet_in_time(args, config)
-    stops = patience is not None
-    follows = args.lr_scheduler_type.value in FOLLOW_LOSS
-    if args.load_best_model_at_end and args.eval_strategy.value == "no":
-        unmet["load_best_model_at_end"] = "eval_strategy is no, so the last adapter is the only one with a held-out loss"
-    if not (args.load_best_model_at_end or args.save_strategy.value == "best" or follows or stops):
-        why = "the best adapter isn't asked for (load_best_model_at_end)"
-        unmet |= dict.fromkeys(("metric_for_best_model", "greater_is_better"), why)
-    if not args.use_liger_kernel: unmet["liger_kernel_config"] = "its kernels aren't used (use_liger_kernel)"
-    if not args.gradient_checkpointing: unmet["gradient_checkpointing_kwargs"] = "gradient_checkpointing is off"
-    if not args.report_to: unmet["run_name"] = "there is no tracker (report_to)"
-    if "trackio" not in args.report_to: unmet["project"] = "it is for trackio (report_to)"
+    "Keys of a config that act beside another one only, which isn't set so."
+    unmet = _unmet_in_time(args, config) | _unmet_best(args, patience) | _unmet_switches(args)
     return {key: why for key, why in unmet.items() if key in config}
 
 # %% ../nbs/51_settings.ipynb #ad429ed9
@@ -212,16 +241,24 @@ def _unread_settings(
     return unread
 
 # %% ../nbs/51_settings.ipynb #547b8faa
+def _written_names(
+    asked: dict,  # training arguments, as in the Studio's config
+) -> dict:  # name of today -> the name that was written
+    "The keys that somebody wrote, by their names of today."
+    written = {RENAMED.get(key, key): key for key in asked}
+    if asked.get("warmup_ratio") and not asked.get("warmup_steps"): written["warmup_steps"] = "warmup_ratio"
+    return written
+
+# %% ../nbs/51_settings.ipynb #31b9669d
 def _unread_notes(
     unread: dict,  # from `_unread_settings`
     asked: dict,  # training arguments, as in the Studio's config
 ) -> list:  # of `Problem`
-    "Say of a key that it has no effect, where somebody wrote it, and by the name that they wrote."
+    "Say of a key that it has no effect, where somebody wrote it and it isn't the default."
     from trl import SFTConfig
-    written, defaults, notes = {RENAMED.get(k, k): k for k in asked}, library_defaults(SFTConfig), []
-    if asked.get("warmup_ratio") and not asked.get("warmup_steps"): written["warmup_steps"] = "warmup_ratio"
+    written, defaults, notes = _written_names(asked), library_defaults(SFTConfig), []
     for key, why in unread.items():
-        name, *part = key.split()
+        name, *part = key.split()  # "optim_args KEY" is a part of one
         if not why or name not in written: continue
         value = asked[written[name]]
         if value == defaults.get(name): continue
@@ -251,11 +288,13 @@ def _loader_problems(
     "Why torch's loader can't be made, or would be too many processes."
     import os
     from torch.utils.data import DataLoader
-    key, workers, most = "dataloader_num_workers", args.dataloader_num_workers, max(MOST_WORKERS, os.cpu_count() or 1)
+    key, workers = "dataloader_num_workers", args.dataloader_num_workers
+    most = max(MOST_WORKERS, os.cpu_count() or 1)
     if workers > most:
         return [Problem(key, f"{key} is {workers:,}, processes that read rows: {most} at most here; "
                         "0 will do, the rows are in memory")]
-    options = dict(prefetch_factor=args.dataloader_prefetch_factor, persistent_workers=args.dataloader_persistent_workers,
+    options = dict(prefetch_factor=args.dataloader_prefetch_factor,
+                   persistent_workers=args.dataloader_persistent_workers,
                    multiprocessing_context=args.dataloader_multiprocessing_context)
     try: DataLoader([0], num_workers=workers, **options)
     except (ValueError, TypeError) as e: return [Problem(key, f"{key} {workers}: {e}")]
@@ -268,6 +307,17 @@ _CHECKPOINTING = ("selective", "every_n_layers", "offload")  # keys of TRL and t
 _TORCH_CHECKPOINTING = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop")
 
 # %% ../nbs/51_settings.ipynb #b9bd58a6
+def _unusable_checkpointing(
+    kwargs: dict,  # `gradient_checkpointing_kwargs`
+    device: str,  # "cpu" or "cuda:N"
+) -> list:  # of sentences, without the key
+    "What this job, or this machine, doesn't do, and keys that nobody knows."
+    if kwargs.get("selective"): return ["selective is for TRL's own way to a model, which this job doesn't go; leave it out"]
+    if kwargs.get("offload") and device == "cpu": return ["offload moves what a GPU holds, and there is none; leave it out"]
+    known = _CHECKPOINTING + _TORCH_CHECKPOINTING
+    return [f"unknown key {name!r}{nearest(name, known)}" for name in kwargs if name not in known]
+
+# %% ../nbs/51_settings.ipynb #50cc1320
 def _checkpointing_problems(
     args,  # TRL's `SFTConfig`
     device: str = "cpu",  # or "cuda:N"
@@ -277,38 +327,39 @@ def _checkpointing_problems(
     from torch.utils.checkpoint import checkpoint
     key, kwargs = "gradient_checkpointing_kwargs", args.gradient_checkpointing_kwargs
     if not args.gradient_checkpointing or not isinstance(kwargs, dict): return []
-    if kwargs.get("selective"):
-        return [Problem(key, f"{key}: selective is for TRL's own way to a model, which this job doesn't go; leave it out")]
-    if kwargs.get("offload") and device == "cpu":
-        return [Problem(key, f"{key}: offload moves what a GPU holds, and there is none; leave it out")]
-    known = _CHECKPOINTING + _TORCH_CHECKPOINTING
-    unknown = [name for name in kwargs if name not in known]
-    if unknown: return [Problem(key, f"{key}: unknown key {name!r}{nearest(name, known)}") for name in unknown]
+    unusable = _unusable_checkpointing(kwargs, device)
+    if unusable: return [Problem(key, f"{key}: {sentence}") for sentence in unusable]
     given = {"use_reentrant": False} | {k: v for k, v in kwargs.items() if k in _TORCH_CHECKPOINTING}
     try: checkpoint(torch.square, torch.ones(1, requires_grad=True), **given)
     except Exception as e: return [Problem(key, f"{key} {kwargs}: {e}")]
     return []
 
 # %% ../nbs/51_settings.ipynb #255b6284
-def _compile_problems(
-    args,  # TRL's `SFTConfig`
+def _compiler_problems(
     device: str,  # "cpu" or "cuda:N"
 ) -> list:  # of `Problem`
-    "Why torch can't compile a model as asked for."
+    "Why torch's own backend, inductor, can't make code here."
     import shutil
     from importlib.util import find_spec
-    if not args.torch_compile: return []
-    from torch import _dynamo
-    backend, known = args.torch_compile_backend, sorted({*_dynamo.list_backends(), "eager"})
-    if backend not in known:
-        return [Problem("torch_compile_backend", f"torch_compile_backend {backend!r} must be one of {', '.join(known)}")]
-    if backend != "inductor": return []
     compiler = any(shutil.which(name) for name in ("g++", "c++", "clang++"))
     if device == "cpu" and not compiler:
         return [Problem("torch_compile", "torch_compile needs a C++ compiler, which isn't here; leave it out")]
     if device != "cpu" and not find_spec("triton"):
         return [Problem("torch_compile", "torch_compile needs triton (pip install triton); or leave it out")]
     return []
+
+# %% ../nbs/51_settings.ipynb #47192111
+def _compile_problems(
+    args,  # TRL's `SFTConfig`
+    device: str,  # "cpu" or "cuda:N"
+) -> list:  # of `Problem`
+    "Why torch can't compile a model as asked for."
+    if not args.torch_compile: return []
+    from torch import _dynamo
+    key, backend = "torch_compile_backend", args.torch_compile_backend
+    known = sorted({*_dynamo.list_backends(), "eager"})
+    if backend not in known: return [Problem(key, f"{key} {backend!r} must be one of {', '.join(known)}")]
+    return _compiler_problems(device) if backend == "inductor" else []
 
 # %% ../nbs/51_settings.ipynb #a44dd16c
 def _measured(
@@ -326,11 +377,28 @@ def _ending_problems(
     problems, ends = [], settings.ends
     evaluates = args.eval_strategy.value != "no"
     if ends.patience is not None and not evaluates:
-        problems.append(Problem("early_stopping_patience", "early_stopping_patience needs evaluations to look at, and eval_strategy is no: "
+        key = "early_stopping_patience"
+        problems.append(Problem(key, f"{key} needs evaluations to look at, and eval_strategy is no: "
                                 "set it to epoch, or to steps with eval_steps"))
-    named = _measured(args.metric_for_best_model)
-    if named == "exact_match" and evaluates and not ends.exact_match_rows:
-        problems.append(Problem("exact_match_rows", "exact_match_rows is 0, and metric_for_best_model is exact_match: ask some rows, 32 say"))
+    by_answers = _measured(args.metric_for_best_model) == "exact_match"
+    if by_answers and evaluates and not ends.exact_match_rows:
+        key = "exact_match_rows"
+        problems.append(Problem(key, f"{key} is 0, and metric_for_best_model is exact_match: ask some rows, 32 say"))
+    return problems
+
+# %% ../nbs/51_settings.ipynb #2241d447
+def _dealing_problems(
+    args,  # TRL's `SFTConfig`
+    settings: TrainingSettings,  # made of the same
+) -> list:  # of `Problem`
+    "Two ways at once to deal rows to the steps."
+    problems, sampling = [], args.train_sampling_strategy
+    if settings.group_rows_by_prefix and sampling != "random":
+        key = "group_rows_by_prefix"
+        problems.append(Problem(key, f"{key} deals rows in its own way: leave it out, or train_sampling_strategy {sampling}"))
+    if process_count() > 1 and sampling == "batch_rebalance":
+        key = "train_sampling_strategy"
+        problems.append(Problem(key, f"{key} {sampling} deals rows in its own way: leave it out on several processes"))
     return problems
 
 # %% ../nbs/51_settings.ipynb #ec74738f
@@ -339,19 +407,15 @@ def _own_problems(
     settings: TrainingSettings,  # made of the same
 ) -> list:  # of `Problem`
     "What this job would refuse as training begins."
-    problems, padded = _ending_problems(args, settings), packing_obstacles(settings.config)
+    padded = packing_obstacles(settings.config)
+    problems = _ending_problems(args, settings)
     if padded and settings.shared_prefix is True:
-        problems.append(Problem("shared_prefix", "shared_prefix is true, but the prefix can't be shared: "
-                                f"{'; '.join(padded)}; use auto"))
-    if settings.group_rows_by_prefix and args.train_sampling_strategy != "random":
-        problems.append(Problem("group_rows_by_prefix", "group_rows_by_prefix deals rows in its own way: leave it out, or "
-                                f"train_sampling_strategy {args.train_sampling_strategy}"))
-    if process_count() > 1 and args.train_sampling_strategy == "batch_rebalance":
-        problems.append(Problem("train_sampling_strategy", "train_sampling_strategy batch_rebalance deals rows in its own way: "
-                                "leave it out on several processes"))
+        key = "shared_prefix"
+        problems.append(Problem(key, f"{key} is true, but the prefix can't be shared: {'; '.join(padded)}; use auto"))
+    problems += _dealing_problems(args, settings)
     if (args.liger_kernel_config or {}).get("fused_linear_cross_entropy"):
-        problems.append(Problem("liger_kernel_config", "liger_kernel_config: fused_linear_cross_entropy replaces the model's loss; "
-                                "leave it out"))
+        key = "liger_kernel_config"
+        problems.append(Problem(key, f"{key}: fused_linear_cross_entropy replaces the model's loss; leave it out"))
     return problems
 
 # %% ../nbs/51_settings.ipynb #72064c33
@@ -361,8 +425,12 @@ def _tried_problems(
     device: str,  # "cpu" or "cuda:N"
 ) -> list:  # of `Problem`
     "What a library, or this job, would refuse as training begins."
-    made = optimizer_problems(args, device) + _loader_problems(args)
-    return made + _checkpointing_problems(args, device) + _compile_problems(args, device) + _own_problems(args, settings)
+    return [
+        *optimizer_problems(args, device),
+        *_loader_problems(args),
+        *_checkpointing_problems(args, device),
+        *_compile_problems(args, device),
+        *_own_problems(args, settings)]
 
 # %% ../nbs/51_settings.ipynb #f5c0a918
 SAVE_SECONDS = 300.0  # between checkpoints, by the clock
@@ -386,17 +454,21 @@ def _as_float(
     return None if value is None else float(value)
 
 # %% ../nbs/51_settings.ipynb #99e8cfe2
+_EARLY_STOPPING = {"eval_strategy": "epoch", "load_best_model_at_end": True,
+                   "metric_for_best_model": "loss"}  # what a run that stops early needs
+
+# %% ../nbs/51_settings.ipynb #da098ec3
 def _with_evaluations(
     config: dict,  # training arguments, by the names of today
     patience: int | None,  # `early_stopping_patience`
 ) -> tuple:  # (the same with what early stopping needs, notes)
     "Evaluate, and keep the best, where a run stops early."
     if patience is None: return config, []
-    usual = {"eval_strategy": "epoch", "load_best_model_at_end": True, "metric_for_best_model": "loss"}
-    missing = {key: value for key, value in usual.items() if key not in config}
-    if "eval_strategy" not in missing: return config | missing, []
+    completed = config | {key: config.get(key, usual) for key, usual in _EARLY_STOPPING.items()}
+    if "eval_strategy" in config: return completed, []
     key = "early_stopping_patience"
-    return config | missing, [Problem(key, f"{key} {patience}: held-out rows are evaluated after each epoch, as eval_strategy isn't set")]
+    text = f"{key} {patience}: held-out rows are evaluated after each epoch, as eval_strategy isn't set"
+    return completed, [Problem(key, text)]
 
 # %% ../nbs/51_settings.ipynb #ec80a7fc
 def _with_direction(
@@ -424,76 +496,127 @@ def _time_notes(
     return [Problem("max_seconds", f"{text}: lr_scheduler_type {schedule} follows the held-out loss")]
 
 # %% ../nbs/51_settings.ipynb #2d5ddfd6
+def _rows_to_ask(
+    config: dict,  # training arguments, by the names of today
+    job: dict,  # this job's keys -> their values
+) -> int:
+    "Held-out rows that are asked in each evaluation: as many as it says, else some where answers decide."
+    if job["exact_match_rows"] is not None: return job["exact_match_rows"]
+    by_answers = _measured(config.get("metric_for_best_model")) == "exact_match"
+    takes_best = config.get("load_best_model_at_end") or config.get("save_strategy") == "best"
+    stops = job["early_stopping_patience"] is not None
+    return EXACT_MATCH_ROWS if by_answers and (takes_best or stops) else 0
+
+# %% ../nbs/51_settings.ipynb #e6a09ca1
 def _ends(
     config: dict,  # training arguments, by the names of today
     job: dict,  # this job's keys -> their values
 ) -> tuple:  # (`Ends`, notes)
     "When a run ends before its last step."
-    patience, threshold = job["early_stopping_patience"], job["early_stopping_threshold"]
-    asks = _measured(config.get("metric_for_best_model")) == "exact_match"
-    used = config.get("load_best_model_at_end") or patience is not None or config.get("save_strategy") == "best"
-    rows = job["exact_match_rows"]
-    if rows is None: rows = EXACT_MATCH_ROWS if asks and used else 0
+    patience, threshold, seconds = (job[k] for k in ("early_stopping_patience", "early_stopping_threshold", "max_seconds"))
     notes = []
     if threshold and patience is None:
         key = "early_stopping_threshold"
         notes.append(Problem(key, f"{key} {threshold:g} has no effect: early_stopping_patience isn't set"))
-    if job["max_seconds"] is not None: notes += _time_notes(config, job["max_seconds"])
-    return Ends(patience, threshold, rows, job["max_seconds"]), notes
+    if seconds is not None: notes += _time_notes(config, seconds)
+    return Ends(patience, threshold, _rows_to_ask(config, job), seconds), notes
 
 # %% ../nbs/51_settings.ipynb #3f83453a
+def _for_trl(
+    now: dict,  # training arguments, by the names of today
+) -> dict:  # those that go to TRL
+    "The keys that TRL is to have."
+    kept = {key: value for key, value in now.items() if key not in IGNORED and key not in NOT_FOR_TRL}
+    config = {key: value for key, value in kept.items() if KNOWN_FIELDS[key].kind != "refused"}
+    if "router_aux_loss_coef" in config: config["router_aux_loss_coef"] = _as_float(config["router_aux_loss_coef"])
+    return config
+
+# %% ../nbs/51_settings.ipynb #aa1e657f
+def _on_device(
+    config: dict,  # training arguments that go to TRL
+    device: str,  # "cpu" or "cuda:N"
+) -> tuple:  # (the same, as this machine can do it; notes)
+    "Leave out or replace what this machine can't have."
+    missing = _missing_speed(config, device)
+    notes = [Problem(key, f"{key} {config[key]!r} has no effect: {why}") for key, why in missing.items()]
+    config = {key: value for key, value in config.items() if key not in missing}
+    config["optim"], optimizer_notes = _usable_optimizer(config.get("optim", "adamw_torch"), device)
+    config["report_to"], tracker_notes = _usable_trackers(config.get("report_to", "none"))
+    return config, notes + optimizer_notes + tracker_notes
+
+# %% ../nbs/51_settings.ipynb #41f1b866
+def _given_arguments(
+    precision: Precision,  # from `choose_precision`
+    output_dir: str,  # where checkpoints and metrics go
+) -> dict:  # keyword arguments of TRL's SFTConfig
+    "Arguments that follow from the machine and the job, whatever was asked for."
+    return dict(
+        output_dir=str(output_dir), use_cpu=precision.device == "cpu",
+        bf16=precision.mixed == "bf16", fp16=precision.mixed == "fp16",
+        gradient_checkpointing=precision.gradient_checkpointing, max_length=None, disable_tqdm=True,
+        logging_nan_inf_filter=False, dataset_kwargs={"skip_prepare_dataset": True})
+
+# %% ../nbs/51_settings.ipynb #dcb8c861
 def _for_this_machine(
     asked: dict,  # training arguments, as in the Studio's config
     precision: Precision,  # from `choose_precision`
     output_dir: str,  # where checkpoints and metrics go
 ) -> TrainingSettings:  # not tried yet
     "Translate training arguments to what TRL takes today on this machine."
-    now, device, cpu = current_names(asked), precision.device, precision.device == "cpu"
-    config = {k: v for k, v in now.items() if k not in IGNORED and k not in NOT_FOR_TRL and KNOWN_FIELDS[k].kind != "refused"}
-    notes = [Problem(k, f"{k} {config.pop(k)!r} has no effect: {why}") for k, why in _missing_speed(config, device).items()]
-    config["optim"], optimizer_notes = _usable_optimizer(config.get("optim", "adamw_torch"), device)
-    config["report_to"], tracker_notes = _usable_trackers(config.get("report_to", "none"))
-    if "router_aux_loss_coef" in config: config["router_aux_loss_coef"] = _as_float(config["router_aux_loss_coef"])
-    config, stop_notes = _with_evaluations(config, now.get("early_stopping_patience"))
-    config, seconds = _when_to_save(_with_direction(config))
-    usual = {"eval_on_start": True, "logging_steps": 1, "save_total_limit": 2, "seed": 42, "dataloader_pin_memory": not cpu}
-    config = usual | config | dict(
-        output_dir=str(output_dir), use_cpu=cpu, bf16=precision.mixed == "bf16", fp16=precision.mixed == "fp16",
-        gradient_checkpointing=precision.gradient_checkpointing, max_length=None, disable_tqdm=True,
-        logging_nan_inf_filter=False, dataset_kwargs={"skip_prepare_dataset": True})
+    now = current_names(asked)
     job = {key: now.get(key, default) for key, default in JOB_KEYS.items()}
+    config, machine_notes = _on_device(_for_trl(now), precision.device)
+    config, stop_notes = _with_evaluations(config, job["early_stopping_patience"])
+    config, seconds = _when_to_save(_with_direction(config))
+    usual = {"eval_on_start": True, "logging_steps": 1, "save_total_limit": 2, "seed": 42}
+    usual["dataloader_pin_memory"] = precision.device != "cpu"
+    config = usual | config | _given_arguments(precision, output_dir)
+    ends, end_notes = _ends(config, job)
     rows = (job["shared_prefix"], job["tokens_per_pass"], job["group_rows_by_prefix"])
-    ends, idle_ends = _ends(config, job)
-    notes += [*optimizer_notes, *tracker_notes, *stop_notes, *idle_ends]
+    notes = (*machine_notes, *stop_notes, *end_notes)
     chat = dict(assistant_only=job["assistant_only_loss"], chat_template=job["chat_template"])
-    return TrainingSettings(config, job["completion_only_loss"], job["max_length"], *rows, ends, seconds, tuple(notes), **chat)
+    return TrainingSettings(config, job["completion_only_loss"], job["max_length"], *rows, ends, seconds, notes, **chat)
 
 # %% ../nbs/51_settings.ipynb #16e4de74
 NO_NEWS = {"disable_tqdm": True, "dataset_text_field": TRAINING_DATA_TEXT_FIELD, "remove_unused_columns": True,
            "ddp_find_unused_parameters": False}  # key -> a value that says what is done anyway
 
 # %% ../nbs/51_settings.ipynb #06a0440c
+def _asks_for_something(
+    key: str,  # of the training arguments
+    value,
+) -> bool:
+    "False of what switches something off, is empty, or says what is done anyway."
+    if value is False or value in ("", [], {}): return False
+    return NO_NEWS.get(key, "") != value
+
+# %% ../nbs/51_settings.ipynb #a3126e54
 def _idle_settings(
     asked: dict,  # training arguments
 ) -> list:  # of `Problem`
     "What was asked for and has no effect, as far as the arguments alone tell."
     from trl import SFTConfig
-    def asks(key, value): return not (value is False or value in ("", [], {}) or NO_NEWS.get(key, "") == value)
-    return idle_notes({k: v for k, v in asked.items() if asks(k, v)}, KNOWN_FIELDS, library_defaults(SFTConfig))
+    meant = {key: value for key, value in asked.items() if _asks_for_something(key, value)}
+    return idle_notes(meant, KNOWN_FIELDS, library_defaults(SFTConfig))
 
 # %% ../nbs/51_settings.ipynb #2b06df51
+def _refuse(
+    problems: list,  # of `Problem`
+):
+    "Raise with what is wrong with the training arguments, if anything is."
+    raise_problems(in_argument("training_arguments_config", problems), "The training arguments can't be used")
+
+# %% ../nbs/51_settings.ipynb #0dbb1d52
 def settle_training(
     asked: dict,  # training arguments, as in the Studio's config
     precision: Precision,  # from `choose_precision`
     output_dir: str,  # where checkpoints and metrics go
 ) -> TrainingSettings:  # ready for `train_adapter`
     "Translate training arguments to what TRL takes today on this machine; raises with every problem."
-    def refuse(problems):
-        raise_problems(in_argument("training_arguments_config", problems), "The training arguments can't be used")
-    refuse(training_problems(asked))
+    _refuse(training_problems(asked))
     made = _for_this_machine(asked, precision, output_dir)
     args = _try_config(made.config)
-    refuse(_tried_problems(args, made, precision.device))
+    _refuse(_tried_problems(args, made, precision.device))
     unread = _unread_settings(args, made.config, made.ends.patience)
     config = dict(made.config)
     if "gradient_checkpointing_kwargs" in unread: del config["gradient_checkpointing_kwargs"]  # TRL refuses some where it is off
@@ -501,37 +624,53 @@ def settle_training(
     return replace(made, config=config, notes=notes, unread=tuple(unread))
 
 # %% ../nbs/51_settings.ipynb #1c3635c8
+def _router_classes(
+    module,  # of torch
+) -> list:  # of classes
+    "Classes of the parts that give out a router's numbers, as a module of transformers names them."
+    recorded = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits")
+    recorders = recorded if isinstance(recorded, list) else [recorded]
+    classes = [getattr(recorder, "target_class", recorder) for recorder in recorders]
+    return [kind for kind in classes if isinstance(kind, type)]
+
+# %% ../nbs/51_settings.ipynb #93942083
 def _routed(
     model,  # as shapes, with LoRA in it or not
 ) -> bool:
     "Whether a model gives out the numbers of its routers."
     modules = list(model.modules())
-    for module in modules:
-        recorded = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits")
-        for recorder in recorded if isinstance(recorded, list) else [recorded]:
-            kind = getattr(recorder, "target_class", recorder)
-            if isinstance(kind, type) and any(isinstance(m, kind) for m in modules): return True
-    return False
+    classes = tuple(kind for module in modules for kind in _router_classes(module))
+    return any(isinstance(module, classes) for module in modules)
 
 # %% ../nbs/51_settings.ipynb #05d0961c
+def _balance_obstacle(
+    config,  # of the model, from transformers
+    model=None,  # as shapes, where it is known
+) -> str:  # a clause, or ""
+    "Why TRL can't compute the balance of a model's experts."
+    text = config.get_text_config()
+    counted = hasattr(text, "num_experts") and hasattr(text, "num_experts_per_tok")
+    if not counted: return f"TRL can't compute the balance of a {config.model_type}'s experts"
+    if model is not None and not _routed(model): return f"this {config.model_type} has no router"
+    return ""
+
+# %% ../nbs/51_settings.ipynb #9ba22e8b
 def _router_problems(
     settings: TrainingSettings,  # of the run
     config,  # of the model, from transformers
     model=None,  # as shapes, where it is known
 ) -> list:  # of `Problem`
     "Why TRL can't compute the balance of experts."
-    key, asked, text = "router_aux_loss_coef", settings.config.get("router_aux_loss_coef"), config.get_text_config()
-    if asked and not hasattr(text, "output_router_logits"):
+    key, asked = "router_aux_loss_coef", settings.config.get("router_aux_loss_coef")
+    if asked and not hasattr(config.get_text_config(), "output_router_logits"):
         return [Problem(key, f"{key} {asked} is for a mixture of experts, and {config.model_type} is none; leave it out")]
     coefficient = router_coefficient(settings.config, config)
     if not coefficient: return []
-    begin = f"{key} is {coefficient:g}" + (", as the base model's config.json has it" if asked is None else "")
-    end = f"set {key} to 0, and the experts' balance is left out of the loss"
-    if not (hasattr(text, "num_experts") and hasattr(text, "num_experts_per_tok")):
-        return [Problem(key, f"{begin}, and TRL can't compute the balance of a {config.model_type}'s experts; {end}")]
-    if model is not None and not _routed(model):
-        return [Problem(key, f"{begin}, and this {config.model_type} has no router; {end}")]
-    return []
+    obstacle = _balance_obstacle(config, model)
+    if not obstacle: return []
+    source = ", as the base model's config.json has it" if asked is None else ""
+    return [Problem(key, f"{key} is {coefficient:g}{source}, and {obstacle}; "
+                    f"set {key} to 0, and the experts' balance is left out of the loss")]
 
 # %% ../nbs/51_settings.ipynb #38c994aa
 def model_problems(
@@ -564,12 +703,14 @@ def held_out_problems(
 ) -> list:  # of `Problem`
     "Settings that wait for a held-out loss, where there will be none."
     if rows: return []
-    key, schedule, problems = "lr_scheduler_type", settings.config.get("lr_scheduler_type"), []
+    schedule, problems = settings.config.get("lr_scheduler_type"), []
     if schedule in FOLLOW_LOSS:
+        key = "lr_scheduler_type"
         problems.append(Problem(key, f"{key} {schedule} follows the held-out loss, and no row is held out; "
                                 "choose another, or a smaller --train_test_split"))
     if settings.ends.patience is not None:
-        problems.append(Problem("early_stopping_patience", "early_stopping_patience looks at held-out rows, and no row is held out; "
+        key = "early_stopping_patience"
+        problems.append(Problem(key, f"{key} looks at held-out rows, and no row is held out; "
                                 "leave it out, or choose a smaller --train_test_split"))
     return problems
 
