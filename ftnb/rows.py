@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['DUPLICATE', 'OVERLAP', 'Drop', 'RowLedger', 'row_ledger', 'twin_notes', 'ledger_notes', 'describe_ledger',
-           'RowCounts', 'count_rows', 'SplitSide', 'split_sides', 'weighted_side', 'used_columns', 'Twins',
-           'drop_twins', 'first_day', 'TokenizedSide', 'share_tools', 'settle_rows', 'fit_rows', 'read_rows',
-           'some_texts', 'JobRows', 'prepare_rows']
+           'RowCounts', 'sum_counts', 'count_rows', 'SplitSide', 'split_sides', 'weighted_side', 'used_columns',
+           'Twins', 'drop_twins', 'first_day', 'RowTokenizer', 'row_tokenizer', 'TokenizedSide', 'share_tools',
+           'settle_rows', 'fit_rows', 'read_rows', 'some_texts', 'JobRows', 'prepare_rows']
 
 # %% ../nbs/37_rows.ipynb #c1e0fddc
-import hashlib, json, os
+import hashlib, itertools, json, os
 from dataclasses import asdict, dataclass, field, replace
 from types import SimpleNamespace
 
@@ -26,6 +26,7 @@ import ftnb.prompts as prompts
 import ftnb.splits as splits
 import ftnb.storage as storage
 import ftnb.tokens as tokens
+from .chat_templates import Loss
 from .problems import Problem, ProblemsError, raise_problems
 
 # %% ../nbs/37_rows.ipynb #0229ce33
@@ -89,6 +90,19 @@ def _table_row(
     left, right = ' style="text-align:left"', ' style="text-align:right"'
     return f"<tr><td{left}>{what}</td><td{right}>{rows:,}</td><td{left}>{escape(more)}</td></tr>"
 
+# %% ../nbs/37_rows.ipynb #363663b6
+def _table_rows(
+    ledger: RowLedger,  # to show
+) -> list:  # of HTML
+    "The lines of the ledger's table."
+    lines = [_table_row("read", ledger.read), _table_row("trained", ledger.trained), _table_row("held out", ledger.held_out)]
+    if ledger.tested: lines.append(_table_row("for the test", ledger.tested))
+    lines.append(_table_row("sampled away", ledger.sampled_away))
+    lines.append(_table_row("dropped", len(ledger.dropped)))
+    reasons = list(ledger.reasons.items())[:10]
+    lines += [_table_row("&emsp;", n, why) for why, n in reasons]
+    return lines + [_table_row("not used", n, f"split {name!r}") for name, n in ledger.splits_not_used.items()]
+
 # %% ../nbs/37_rows.ipynb #ea3f83d1
 @patch
 def _repr_html_(
@@ -96,13 +110,8 @@ def _repr_html_(
 ) -> str:  # HTML, all text escaped
     "The ledger as a table."
     from html import escape
-    lines = [_table_row("read", self.read), _table_row("trained", self.trained), _table_row("held out", self.held_out)]
-    if self.tested: lines.append(_table_row("for the test", self.tested))
-    lines += [_table_row("sampled away", self.sampled_away), _table_row("dropped", len(self.dropped))]
-    lines += [_table_row("&emsp;", n, why) for why, n in list(self.reasons.items())[:10]]
-    lines += [_table_row("not used", n, f"split {name!r}") for name, n in self.splits_not_used.items()]
     head = '<tr><th style="text-align:left">rows</th><th></th><th></th></tr>'
-    table = f"<table>{head}{''.join(lines)}</table>"
+    table = f"<table>{head}{''.join(_table_rows(self))}</table>"
     if not self.dropped: return table
     named = "; ".join(f"{drop.split} row {drop.row:,}" for drop in self.dropped[:10])
     if len(self.dropped) > 10: named += "; …"
@@ -180,7 +189,8 @@ def describe_ledger(
     n: int = 10,  # drops to name
 ) -> str:  # a line of counts, and what `ledger_notes` says
     "The ledger in words."
-    return "\n".join([f"rows: {ledger.summary}", *(f"  {line}" for line in (*ledger_notes(ledger, n), *twin_notes(ledger)))])
+    notes = ledger_notes(ledger, n) + twin_notes(ledger)
+    return "\n  ".join([f"rows: {ledger.summary}", *notes])
 
 # %% ../nbs/37_rows.ipynb #d5554006
 @dataclass(frozen=True)
@@ -222,6 +232,15 @@ def _shared_head(
     shared = shortest if same.all() else same.argmin()
     return tuple(first[:shared].tolist())
 
+# %% ../nbs/37_rows.ipynb #b52a44ab
+def sum_counts(
+    parts: list,  # of `RowCounts`
+) -> RowCounts:  # of all their rows; of none where there are no parts
+    "The measures of several parts together."
+    import numpy as np
+    none = np.zeros(0, np.int32)
+    return sum(parts, RowCounts(none, none))
+
 # %% ../nbs/37_rows.ipynb #67d55ebb
 def count_rows(
     rows: tokens.TokenizedRows,  # from `tokenize_rows`
@@ -229,7 +248,7 @@ def count_rows(
 ) -> RowCounts:  # of these rows
     "Measure tokenized rows."
     import numpy as np
-    if not len(rows): return RowCounts(np.zeros(0, np.int32), np.zeros(0, np.int32))
+    if not len(rows): return sum_counts([])
     ids = rows.dataset.data.column("input_ids").combine_chunks()
     flat, offsets = ids.flatten().to_numpy(), np.asarray(ids.offsets)
     starts = offsets - offsets[0]
@@ -267,7 +286,9 @@ def split_sides(
     "The sides of the split, and where their rows came from."
     share = 1.0 if parts.held_out else args.train_test_split
     def side(name, numbers): return SplitSide(splits.take_rows(data[name], numbers), numbers, name)
-    def whole(name): return [side(name, list(range(len(data[name]))))] if name else []
+    def whole(name):
+        if not name: return []
+        return [side(name, list(range(len(data[name]))))]
     sides = {"train": [], "test": whole(parts.held_out), "asked": whole(parts.test)}
     for name in parts.train:
         train, test = _split_one(name, len(data[name]), args.dataset_fraction, share)
@@ -312,14 +333,17 @@ def _found_twins(
 ) -> tuple:  # two lists of (index of a side to train on, position in it): duplicates, overlap
     "Which rows to train on stand twice, in the order of their sources."
     def digests(side): return splits.row_digests(side.rows, columns, ("tools",))
-    held = {digest for name in ("test", "asked") for side in sides[name] for digest in digests(side)} - {None}
-    at, found = [], []
+    held_out = set()
+    for side in (*sides["test"], *sides["asked"]): held_out.update(digests(side))
+    held_out.discard(None)
+    places, found = [], []
     for k, side in enumerate(sides["train"]):
-        own = digests(side)
-        order = sorted(range(len(own)), key=lambda i: side.numbers[i])
-        at += [(k, i) for i in order]
-        found += [own[i] for i in order]
-    return [at[i] for i in splits.earlier_twins(found)], [place for place, digest in zip(at, found) if digest in held]
+        of_rows = digests(side)
+        in_order = sorted(range(len(of_rows)), key=lambda i: side.numbers[i])
+        places += [(k, i) for i in in_order]
+        found += [of_rows[i] for i in in_order]
+    duplicates = [places[i] for i in splits.earlier_twins(found)]
+    return duplicates, [place for place, digest in zip(places, found) if digest in held_out]
 
 # %% ../nbs/37_rows.ipynb #f19e8cac
 def _without(
@@ -327,6 +351,7 @@ def _without(
     positions: set,  # of rows to leave out
 ) -> SplitSide:
     "A side without some of its rows."
+    if not positions: return side
     kept = [i for i in range(len(side.numbers)) if i not in positions]
     return SplitSide(splits.take_rows(side.rows, kept), [side.numbers[i] for i in kept], side.source)
 
@@ -342,11 +367,12 @@ def drop_twins(
     why = {}
     if choice.drop_duplicates: why |= dict.fromkeys(duplicates, DUPLICATE)
     if choice.drop_overlap: why |= dict.fromkeys(overlap, OVERLAP)
-    train, dropped = list(sides["train"]), []
-    for k, side in enumerate(train):
+    train, dropped = [], []
+    for k, side in enumerate(sides["train"]):
         lost = {i: reason for (j, i), reason in why.items() if j == k}
-        dropped += [Drop(side.source, side.numbers[i] + 1, lost[i]) for i in sorted(lost, key=lambda i: side.numbers[i])]
-        if lost: train[k] = _without(side, set(lost))
+        train.append(_without(side, set(lost)))
+        drops = [Drop(side.source, side.numbers[i] + 1, reason) for i, reason in lost.items()]
+        dropped += sorted(drops, key=lambda drop: drop.row)
     return sides | {"train": train}, Twins(len(duplicates), len(overlap), tuple(dropped))
 
 # %% ../nbs/37_rows.ipynb #4e2313e6
@@ -355,19 +381,51 @@ def first_day(
 ) -> "datetime.date":  # today for one that hasn't begun
     "The day on which a run began."
     import datetime
-    try: return datetime.date.fromisoformat(storage.read_json(os.path.join(train_out_dir, "job.json"))["day"])
+    path = os.path.join(train_out_dir, "job.json")
+    try: return datetime.date.fromisoformat(storage.read_json(path)["day"])
     except (OSError, ValueError, KeyError, TypeError): return datetime.date.today()
 
 # %% ../nbs/37_rows.ipynb #5da80255
-def _tokenize_part(
-    ds,  # a `Dataset`: some rows of one side of the split, what the template uses of them
-    job: "Job",  # for the template and the kind of loss
-    tokenizer,  # of the base model
-    limit: int,  # tokens a row may have
-    day: "datetime.date | None" = None,  # that a chat template writes, where it writes one; default: today
-) -> tokens.TokenizedRows:  # and why rows are missing, by their positions in `ds`
-    "Format and tokenize some rows, or render them by the model's chat template."
-    return chat_rows.tokenize_dataset(ds, tokenizer, job.template, job.settings.loss, limit, day)
+@dataclass(frozen=True)
+class RowTokenizer:
+    "How the rows of a job become tokens."
+    tokenizer: object = field(repr=False)  # of the base model
+    template: prompts.PromptTemplate  # of the job
+    loss: Loss  # which tokens of a row are learnt
+    limit: int  # tokens a row may have
+    day: "datetime.date | None" = None  # that a chat template writes, where it writes one; default: today
+    keep: bool = True  # the tokens; False: rows are measured, and their tokens let go
+
+    def __call__(self, ds) -> tokens.TokenizedRows:  # why rows are missing is told by their positions in `ds`
+        "Format and tokenize some rows, or render them by the model's chat template."
+        return chat_rows.tokenize_dataset(ds, self.tokenizer, self.template, self.loss, self.limit, self.day)
+
+# %% ../nbs/37_rows.ipynb #3467a569
+def row_tokenizer(
+    job: "Job",  # from `check_job`
+    tokenizer,  # of the base model, with a pad token
+    config=None,  # of the base model, for its window
+    keep: bool = True,  # the tokens; False: rows are measured, and their tokens let go
+) -> RowTokenizer:
+    "How a job's rows become tokens."
+    limit = tokens.length_limit(job.settings.max_length, getattr(config, "max_position_embeddings", None))
+    day = first_day(job.args.train_out_dir)
+    return RowTokenizer(tokenizer, job.template, job.settings.loss, limit, day, keep)
+
+# %% ../nbs/37_rows.ipynb #0be6c3bf
+def _put_together(
+    parts: list,  # of `TokenizedRows`
+    starts: list,  # where each begins among all rows
+) -> tokens.TokenizedRows:  # with positions among all rows
+    "Rows that went through the tokenizer in parts, as one."
+    from datasets import concatenate_datasets
+    kept, dropped = [], {}
+    for start, rows in zip(starts, parts):
+        kept += [start + i for i in rows.kept]
+        dropped |= {start + i: why for i, why in rows.dropped.items()}
+    tables = [rows.dataset for rows in parts if rows.dataset is not None]
+    table = concatenate_datasets(tables) if tables else None
+    return tokens.TokenizedRows(table, tuple(kept), dropped, sum(rows.joined for rows in parts))
 
 # %% ../nbs/37_rows.ipynb #30cb9471
 @dataclass(frozen=True)
@@ -393,28 +451,20 @@ def _drops(
 # %% ../nbs/37_rows.ipynb #8b72dbee
 def _tokenize_side(
     side: SplitSide,  # what to tokenize
-    job: "Job",  # for the template and the kind of loss
-    tokenizer,  # of the base model
-    limit: int,  # tokens a row may have
-    keep: bool = True,  # the tokens; False: measure them and let them go
+    tokenize: RowTokenizer,  # of the job
     unread: dict = {},  # row of the source, from 0 -> why it can't be read
-    day: "datetime.date | None" = None,  # that a chat template writes, where it writes one; default: today
     size: int = 5_000,  # rows of a part
 ) -> TokenizedSide:  # with the reasons of what is missing
     "Format, tokenize and measure one side of the split."
-    from datasets import concatenate_datasets
-    ds, parts, kept, dropped, joined = used_columns(side.rows, job.template), [], [], {}, 0
-    counts = count_rows(tokens.TokenizedRows(None, ()), [])
-    for at in range(0, max(1, len(ds)), size):
-        part = ds.select(range(at, min(at + size, len(ds))))
-        rows = _tokenize_part(part, job, tokenizer, limit, day)
-        counts += count_rows(rows, [side.numbers[at + i] + 1 for i in rows.kept])
-        kept += [at + i for i in rows.kept]
-        dropped |= {at + i: why for i, why in rows.dropped.items()}
-        joined += rows.joined
-        if keep: parts.append(rows.dataset)
-    table = concatenate_datasets(parts) if keep else None
-    return TokenizedSide(tokens.TokenizedRows(table, tuple(kept), dropped, joined), counts, _drops(side, dropped, unread))
+    ds = used_columns(side.rows, tokenize.template)
+    starts = range(0, max(1, len(ds)), size)
+    parts, counts = [], []
+    for start in starts:
+        rows = tokenize(ds.select(range(start, min(start + size, len(ds)))))
+        counts.append(count_rows(rows, [side.numbers[start + i] + 1 for i in rows.kept]))
+        parts.append(rows if tokenize.keep else replace(rows, dataset=None))
+    rows = _put_together(parts, starts)
+    return TokenizedSide(rows, sum_counts(counts), _drops(side, rows.dropped, unread))
 
 # %% ../nbs/37_rows.ipynb #3a517df4
 def _unreadable(
@@ -434,6 +484,14 @@ def _too_many_lost(
     shown = [f"row {row + 1}: {why}" for row, why in sorted(lost.items())[:10]]
     return shown + [f"{len(lost):,} of {n:,} rows can't be read: up to a tenth would be left out"]
 
+# %% ../nbs/37_rows.ipynb #15242f27
+def _which_split(
+    found: corpus.Corpus,  # from `read_corpus`
+    name: str,  # of a split
+) -> str:  # "" where there is only one
+    "How a sentence about a split begins."
+    return f"split {name}: " if len(found.splits) > 1 else ""
+
 # %% ../nbs/37_rows.ipynb #2d37af74
 def _fitting(
     found: corpus.Corpus,  # from `read_corpus`
@@ -441,12 +499,11 @@ def _fitting(
     template: prompts.PromptTemplate,  # of the job
 ) -> list:  # of `Problem`
     "What is wrong between a template and the splits of a data set."
-    several = len(found.splits) > 1
     problems = []
     for name in names:
-        said = f"split {name}: " if several else ""
         columns = found.splits[name].column_names
-        problems += [Problem(p.where, f"{said}{p}") for p in prompts.template_problems(template, columns)]
+        wrong = prompts.template_problems(template, columns)
+        problems += [Problem(problem.where, f"{_which_split(found, name)}{problem}") for problem in wrong]
     return problems
 
 # %% ../nbs/37_rows.ipynb #81d7694e
@@ -481,14 +538,16 @@ def fit_rows(
 ) -> choosing.ChosenCorpus:  # with what can't be read of them
     "Hold rows against a template; raises where it names columns that aren't there, or where too much can't be read."
     found = share_tools(found, template)
-    names, several = found.parts.names, len(found.splits) > 1
+    names = found.parts.names
     raise_problems(_fitting(found, names, template), "The prompt doesn't fit the data set")
-    lost, problems = {name: _unreadable(found.splits[name], template) for name in names}, []
+    lost, problems = {}, []
     for name in names:
-        said = f"split {name}: " if several else ""
-        problems += [said + why for why in _too_many_lost(lost[name], len(found.splits[name]))]
+        lost[name] = _unreadable(found.splits[name], template)
+        too_many = _too_many_lost(lost[name], len(found.splits[name]))
+        problems += [_which_split(found, name) + why for why in too_many]
     raise_problems(problems, "The data set can't be read")
-    return replace(found, unread=found.unread | {name: lost[name] | found.unread.get(name, {}) for name in names})
+    unread = {name: lost[name] | found.unread.get(name, {}) for name in names}
+    return replace(found, unread=found.unread | unread)
 
 # %% ../nbs/37_rows.ipynb #3481cd5d
 def read_rows(
@@ -525,8 +584,8 @@ class JobRows:
     hashes: dict  # "data": split -> hash of its rows as read; "train", "test": of the rows on either side of the split
     limit: int  # tokens a row may have
     counts: dict = field(default_factory=dict, repr=False)  # "train", "test" -> `RowCounts`
-    numbers: list = field(default_factory=list, repr=False)  # of each row to train on: where it is in the data, from 1; its name, in another data set
-    held_out: object = field(default=None, repr=False)  # `Dataset`: the rows that base and adapter are asked, what the template uses of them
+    numbers: list = field(default_factory=list, repr=False)  # of each row to train on: its name, from `_row_names`
+    held_out: object = field(default=None, repr=False)  # `Dataset`: what the template uses of the rows that are asked
     day: "datetime.date | None" = field(default=None, repr=False)  # that a chat template has written, where it writes one
 
 # %% ../nbs/37_rows.ipynb #ec613fe6
@@ -569,13 +628,19 @@ def _repeats(
     at = {side.numbers[i]: k for k, i in enumerate(done.rows.kept)}
     return [at[number] for number in side.again if number in at]
 
-# %% ../nbs/37_rows.ipynb #86dc7c52
-def _take_counts(
-    counts: RowCounts,  # of a side
-    positions: list,  # of its rows
-) -> RowCounts:  # the same rows in another order, some of them more often
-    "The measures of rows that were chosen again."
-    return replace(counts, lengths=counts.lengths[positions], numbers=counts.numbers[positions])
+# %% ../nbs/37_rows.ipynb #5f074665
+def _with_repeats(
+    side: SplitSide,  # to train on
+    done: TokenizedSide,  # the same
+) -> TokenizedSide:  # the rows that come again stand behind the others
+    "Repeat the rows that come again."
+    if not side.again: return done
+    order = [*range(len(done.rows.kept)), *_repeats(side, done)]
+    table = done.rows.dataset
+    if table is not None: table = table.select(order, keep_in_memory=True)
+    rows = replace(done.rows, dataset=table, kept=tuple(done.rows.kept[i] for i in order))
+    counts = replace(done.counts, lengths=done.counts.lengths[order], numbers=done.counts.numbers[order])
+    return replace(done, rows=rows, counts=counts)
 
 # %% ../nbs/37_rows.ipynb #56fdcc29
 def _joined(
@@ -583,19 +648,11 @@ def _joined(
     done: list,  # of `TokenizedSide`, the same
 ) -> tuple:  # (`TokenizedRows`, `RowCounts`)
     "One side of the split, of all data sets."
-    from datasets import concatenate_datasets
-    counts, tables, dropped = count_rows(tokens.TokenizedRows(None, ()), []), [], {}
-    kept, joined = [], 0
-    for side, found in zip(sides, done):
-        order = [*range(len(found.rows.kept)), *_repeats(side, found)]
-        counts += _take_counts(found.counts, order) if side.again else found.counts
-        table = found.rows.dataset
-        if table is not None: tables.append(table.select(order, keep_in_memory=True) if side.again else table)
-        dropped |= {len(kept) + i: why for i, why in found.rows.dropped.items()}
-        kept += [found.rows.kept[i] for i in order]
-        joined += found.rows.joined
-    if len(done) == 1 and not sides[0].again: return done[0].rows, counts
-    return tokens.TokenizedRows(concatenate_datasets(tables) if tables else None, tuple(kept), dropped, joined), counts
+    found = [_with_repeats(side, tokenized) for side, tokenized in zip(sides, done)]
+    counts = sum_counts([tokenized.counts for tokenized in found])
+    if len(found) == 1: return found[0].rows, counts
+    ends = itertools.accumulate((len(side.numbers) for side in sides), initial=0)
+    return _put_together([tokenized.rows for tokenized in found], ends), counts
 
 # %% ../nbs/37_rows.ipynb #c49dc835
 def _row_names(
@@ -630,10 +687,12 @@ def _counted(
     twins: Twins,  # rows that stand twice
 ) -> RowLedger:
     "The ledger of a job's rows."
-    sampled = sum(len(side.numbers) for found in sides.values() for side in found) + len(twins.dropped)
-    kept = {name: sum(len(side.rows.kept) for side in found) for name, found in done.items()}
-    dropped = [*twins.dropped, *(drop for found in done.values() for side in found for drop in side.dropped)]
-    repeated = sum(len(_repeats(side, found)) for side, found in zip(sides["train"], done["train"]))
+    sampled, dropped, kept = len(twins.dropped), list(twins.dropped), {}
+    for name, found in done.items():
+        sampled += sum(len(side.numbers) for side in sides[name])
+        kept[name] = sum(len(tokenized.rows) for tokenized in found)
+        for tokenized in found: dropped += tokenized.dropped
+    repeated = sum(len(_repeats(side, tokenized)) for side, tokenized in zip(sides["train"], done["train"]))
     sizes = {name: len(ds) for name, ds in read.items()}
     return row_ledger(sizes, parts.names, sampled, kept, dropped, repeated=repeated,
                       duplicates=twins.duplicates, overlap=twins.overlap)
@@ -646,6 +705,19 @@ def _as_chosen(
     if isinstance(data, choosing.ChosenCorpus): return data
     if not isinstance(data, corpus.Corpus): data = corpus.Corpus(data)
     return choosing.ChosenCorpus(data.splits, data.unread, data.empty, data.notes, choosing.usual_parts(data.splits))
+
+# %% ../nbs/37_rows.ipynb #1845ee8f
+def _rows_read(
+    job: "Job",  # for its data set and template
+    data,  # a `DatasetDict` or a `Corpus`; None: what the job's data set holds
+    choice: choosing.DataChoice,  # of more data sets
+    keep: bool,  # all columns; False: what the template uses
+) -> choosing.ChosenCorpus:
+    "The rows of a job before they are split."
+    if data is None: data = read_rows(job.records.dataset, job.template, job.token, choice, job.engine)
+    found = share_tools(_as_chosen(data), job.template)
+    if keep: return found
+    return replace(found, splits={name: used_columns(ds, job.template) for name, ds in found.splits.items()})
 
 # %% ../nbs/37_rows.ipynb #61bc1cf4
 def _job_sides(
@@ -663,18 +735,19 @@ def _job_sides(
 def _job_rows(
     sides: dict,  # "train", "test", "asked" -> list of `SplitSide`
     done: dict,  # "train", "test", "asked" -> list of `TokenizedSide`
-    template: prompts.PromptTemplate,  # of the job
+    tokenize: RowTokenizer,  # of the job
     ledger: RowLedger,
     hashes: dict,  # from `_hashes`
-    limit: int,  # tokens a row may have
 ) -> JobRows:
     "The sides of all data sets, put together."
-    joined = {name: _joined(sides[name], done[name]) for name in ("train", "test")}
-    names = [name for side, found in zip(sides["train"], done["train"]) for name in _row_names(side, found)]
-    last = "asked" if sides["asked"] else "test"
-    held_out = _texts_of(sides[last], done[last], template)
-    counts = {name: counts for name, (_, counts) in joined.items()}
-    return JobRows(joined["train"][0], joined["test"][0], ledger, hashes, limit, counts, names, held_out)
+    train, train_counts = _joined(sides["train"], done["train"])
+    test, test_counts = _joined(sides["test"], done["test"])
+    names = []
+    for side, found in zip(sides["train"], done["train"]): names += _row_names(side, found)
+    asked = "asked" if sides["asked"] else "test"
+    held_out = _texts_of(sides[asked], done[asked], tokenize.template)
+    counts = {"train": train_counts, "test": test_counts}
+    return JobRows(train, test, ledger, hashes, tokenize.limit, counts, names, held_out, tokenize.day)
 
 # %% ../nbs/37_rows.ipynb #9957ee66
 def prepare_rows(
@@ -686,16 +759,13 @@ def prepare_rows(
 ) -> JobRows:  # tokenized, with the ledger
     "Read, sample, split, format and tokenize; raises where no row is left to train on."
     choice = choosing.read_choice(job.records.training)
-    if data is None: data = read_rows(job.records.dataset, job.template, job.token, choice, job.engine)
-    data = share_tools(_as_chosen(data), job.template)
-    read = data.splits if keep else {name: used_columns(data.splits[name], job.template) for name in data.splits}
-    sides, twins = _job_sides(read, data.parts, job, choice)
-    limit = tokens.length_limit(job.settings.max_length, getattr(config, "max_position_embeddings", None))
-    day = first_day(job.args.train_out_dir)
-    def tokenized(side): return _tokenize_side(side, job, tokenizer, limit, keep, data.unread.get(side.source, {}), day)
+    read = _rows_read(job, data, choice, keep)
+    sides, twins = _job_sides(read.splits, read.parts, job, choice)
+    tokenize = row_tokenizer(job, tokenizer, config, keep)
+    def tokenized(side): return _tokenize_side(side, tokenize, read.unread.get(side.source, {}))
     done = {name: [tokenized(side) for side in found] for name, found in sides.items()}
     raise_problems(_vocabulary_problems(config, tokenizer, done), f"The model {job.source} can't be used")
-    ledger = _counted(read, data.parts, sides, done, twins)
+    ledger = _counted(read.splits, read.parts, sides, done, twins)
     if not ledger.trained: raise ValueError(f"no row is left to train on\n{describe_ledger(ledger)}")
-    rows = _job_rows(sides, done, job.template, ledger, _hashes(read, sides) if keep else {}, limit)
-    return replace(rows, day=day)
+    hashes = _hashes(read.splits, sides) if keep else {}
+    return _job_rows(sides, done, tokenize, ledger, hashes)
