@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import ftnb.consts as consts
 from .jobargs import JobArgs
+from .problems import Problem
 from .studio import known_columns, studio_place, upsert, will_pass, write_studio
 
 # %% ../nbs/38_registry.ipynb #9711e03a
@@ -94,22 +95,51 @@ class _Registration:
         return {"type": "project", "name": self.name, "model_id": self.model_id,
                 "prompt_id": self.prompt_id, "location": self.location}
 
+# %% ../nbs/38_registry.ipynb #3056d398
+def _fetch_row(
+    con: "Connection",  # to the Studio database
+    table: str,  # its name
+    id: str,  # of the row
+    columns: list,  # to read, which the table has
+) -> "dict | None":  # column -> value; None where there is no such row
+    "Some columns of a row."
+    import sqlalchemy as sa
+    rows = sa.table(table, sa.column("id"), *(sa.column(name) for name in columns if name != "id"))
+    return con.execute(sa.select(rows).where(rows.c.id == id)).mappings().first()
+
 # %% ../nbs/38_registry.ipynb #6ca8905f
 def _put_job(
     con: "Connection",  # in a transaction
     wanted: _Registration,
 ) -> bool:  # is there a row?
     "Let a job's row follow its adapter's name; make one where there is none."
-    import sqlalchemy as sa
-    columns, job = known_columns(con, "fine_tuning_jobs"), wanted.job or {}
+    columns, values = known_columns(con, "fine_tuning_jobs"), wanted.job or {}
     if "id" not in columns: return False
-    rows = sa.table("fine_tuning_jobs", *map(sa.column, columns))
-    row = con.execute(sa.select(rows).where(rows.c.id == wanted.experimentid)).mappings().first()
-    if row is None and not job: return False
-    if row is not None:  # the Studio's own; only a split that it doesn't say is filled in
-        job = {column: job[column] for column in _SPLIT if job and row.get(column) is None}
-    upsert(con, "fine_tuning_jobs", wanted.experimentid, **job | {"adapter_name": wanted.name})
+    row = _fetch_row(con, "fine_tuning_jobs", wanted.experimentid, columns)
+    if row is None and not values: return False
+    if row is not None and values:
+        values = {column: values[column] for column in _SPLIT if row.get(column) is None}
+    upsert(con, "fine_tuning_jobs", wanted.experimentid, **values | {"adapter_name": wanted.name})
     return True
+
+# %% ../nbs/38_registry.ipynb #5cb07cf4
+def _refusal(
+    con: "Connection",  # to the Studio database
+    wanted: _Registration,
+) -> Problem | None:
+    "Why a database can't take an adapter."
+    other = _name_owner(con, wanted.name, wanted.id)
+    if other: return Problem("adapter_name", f"the adapter name {wanted.name!r} is taken by adapter {other}: choose another")
+    columns = known_columns(con, "adapters")
+    missing = sorted({"id", *wanted.columns} - set(columns))
+    if missing and columns:
+        return Problem("", f"the table adapters has no column {', '.join(missing)}: it isn't the Studio's")
+
+# %% ../nbs/38_registry.ipynb #1a6eb64e
+class _Refused(ValueError):
+    "A database can't take an adapter; the argument is a `Problem`."
+    @property
+    def problem(self) -> Problem: return self.args[0]
 
 # %% ../nbs/38_registry.ipynb #63dd642b
 def _put_adapter(
@@ -117,12 +147,8 @@ def _put_adapter(
     wanted: _Registration,
 ) -> bool:  # is there a row of the job?
     "Write a job's adapter, and let the job's row point to it; raises where the database can't keep it."
-    if other := _name_owner(con, wanted.name, wanted.id):
-        raise ValueError(f"the adapter name {wanted.name!r} is taken by adapter {other}: choose another")
-    columns = known_columns(con, "adapters")
-    missing = sorted({"id", *wanted.columns} - set(columns))
-    if missing and columns:
-        raise ValueError(f"the table adapters has no column {', '.join(missing)}: it isn't the Studio's")
+    refusal = _refusal(con, wanted)
+    if refusal: raise _Refused(refusal)
     has_job = _put_job(con, wanted)
     job_id = wanted.experimentid if has_job else None
     upsert(con, "adapters", wanted.id, **wanted.columns, fine_tuning_job_id=job_id)
@@ -137,11 +163,9 @@ def _unkept(
     written: dict,  # column -> value
 ) -> str:  # a sentence, or ""
     "Whether a row is there as it was written."
-    import sqlalchemy as sa
     whose = "the adapter's row" if table == "adapters" else "the job's row"
     written = {c: written[c] for c in known_columns(con, table) if c in written}
-    rows = sa.table(table, *map(sa.column, ("id", *written)))
-    row = con.execute(sa.select(rows).where(rows.c.id == id)).mappings().first()
+    row = _fetch_row(con, table, id, list(written))
     if row is None:
         return f"the database took {whose} {id} and didn't keep it: does a trigger of the table {table} drop it?"
     wrong = [f"{k} is {row[k]!r} instead of {v!r}" for k, v in written.items() if row[k] != v]
@@ -183,51 +207,72 @@ def _same_split(
     try: return [float(value) for value in found] == [job[column] for column in _SPLIT]
     except (TypeError, ValueError): return False
 
+# %% ../nbs/38_registry.ipynb #f0060c83
+def _split_note(
+    wanted: _Registration,
+    source: str,  # where the split stands
+    split: tuple,  # (dataset_fraction, train_test_split)
+    why: str,  # the job can't be found by its adapter's name; "": it can
+) -> str:  # a sentence, or ""
+    "What to say of a split that the Studio's evaluation will take."
+    job = wanted.job
+    same = job is None or _same_split(split, job)
+    if same and not why: return ""
+    note = (f"the Studio's evaluation of {wanted.name} will take dataset_fraction and train_test_split "
+            f"from {source}: {split[0]} and {split[1]}")
+    if why: note += f", because {why}"
+    if not same: return (f"{note}; the job had {job['dataset_fraction']} and {job['train_test_split']}, "
+                         "so rows that it was trained on may be evaluated")
+    return f"{note}; the job had the same" if job else note
+
 # %% ../nbs/38_registry.ipynb #7165753e
 def _split_notes(
     con: "Connection",  # to the Studio database
     wanted: _Registration,
     has_job: bool,  # was a row of the job written?
-) -> list:  # sentences
+) -> list:  # of `Problem`
     "Why the Studio's evaluation will take another split than the job's, or may."
-    why, notes = _why_lost(con, wanted, has_job), []
-    for source, split in (_splits_of(con, wanted.name) or {"the defaults": _DEFAULT_SPLIT}).items():
-        same = wanted.job is None or _same_split(split, wanted.job)
-        if same and not why: continue
-        note = (f"the Studio's evaluation of {wanted.name} will take dataset_fraction and train_test_split "
-                f"from {source}: {split[0]} and {split[1]}")
-        if why: note += f", because {why}"
-        if same and wanted.job: note += "; the job had the same"
-        if not same: note += (f"; the job had {wanted.job['dataset_fraction']} and {wanted.job['train_test_split']}, "
-                              "so rows that it was trained on may be evaluated")
-        notes.append(note)
-    return notes
+    why = _why_lost(con, wanted, has_job)
+    found = _splits_of(con, wanted.name) or {"the defaults": _DEFAULT_SPLIT}
+    notes = [_split_note(wanted, source, split, why) for source, split in found.items()]
+    return [Problem("adapter_name", note) for note in notes if note]
 
 # %% ../nbs/38_registry.ipynb #6055a6aa
+def _link_notes(
+    con: "Connection",  # to the Studio database
+    wanted: _Registration,
+) -> list:  # of sentences
+    "Which of the two rows doesn't point to the other."
+    links = [_unkept(con, "adapters", wanted.id, {"fine_tuning_job_id": wanted.experimentid}),
+             _unkept(con, "fine_tuning_jobs", wanted.experimentid, {"adapter_id": wanted.id})]
+    return [text for text in links if text]
+
+# %% ../nbs/38_registry.ipynb #db76d8a9
 def _read_back(
     con: "Connection",  # to the Studio database
     wanted: _Registration,
     has_job: bool,  # was a row of the job written?
-) -> tuple:  # (why the adapter isn't registered, or ""; sentences about the rest)
+) -> tuple:  # two lists of `Problem`: why the adapter isn't registered; what to know of the rest
     "What a database has made of a registration."
     notes = _split_notes(con, wanted, has_job)
-    if has_job:
-        links = [_unkept(con, "adapters", wanted.id, {"fine_tuning_job_id": wanted.experimentid}),
-                 _unkept(con, "fine_tuning_jobs", wanted.experimentid, {"adapter_id": wanted.id})]
-        notes += [text for text in links if text and not any(text in note for note in notes)]
-    return _unkept(con, "adapters", wanted.id, wanted.columns), notes
+    links = _link_notes(con, wanted) if has_job else []
+    said = "\n".join(map(str, notes))
+    notes += [Problem("adapter_name", text) for text in links if text not in said]
+    unkept = _unkept(con, "adapters", wanted.id, wanted.columns)
+    problems = [Problem("", unkept)] if unkept else []
+    return problems, notes
 
 # %% ../nbs/38_registry.ipynb #c6f3b9db
 def _database_problem(
     e: "DBAPIError",  # of SQLAlchemy
     engine: "Engine",  # from `open_studio`
     name: str,  # of an adapter
-) -> str:  # a sentence
+) -> Problem:
     "Why an adapter can't be registered."
     where, why = studio_place(engine), str(e.orig).strip()
     if "readonly" in why: why += ": SQLite must be able to write to the file and to its folder"
     if "unable to open" in why and not os.path.exists(where): why += ": it is not there"
-    return f"the adapter {name!r} can't be registered in the Studio database {where}: {why}"
+    return Problem("", f"the adapter {name!r} can't be registered in the Studio database {where}: {why}")
 
 # %% ../nbs/38_registry.ipynb #c241c01d
 def register_adapter(
@@ -246,11 +291,11 @@ def register_adapter(
     wanted = _Registration(name, model_id, prompt_id, location, experimentid, job)
     try:
         has_job = write_studio(engine, lambda con: _put_adapter(con, wanted), wait)
-        with engine.connect() as con: problem, notes = _read_back(con, wanted, has_job)
-    except sa.exc.DBAPIError as e: raise ValueError(_database_problem(e, engine, name)) from None
-    if problem:
+        with engine.connect() as con: problems, notes = _read_back(con, wanted, has_job)
+    except sa.exc.DBAPIError as e: raise ValueError(str(_database_problem(e, engine, name))) from None
+    if problems:
         where = studio_place(engine)
-        raise ValueError(f"the adapter {name!r} isn't registered in the Studio database {where}: {problem}")
+        raise ValueError(f"the adapter {name!r} isn't registered in the Studio database {where}: {problems[0]}")
     for note in notes: print(note, flush=True)
     return wanted.id
 
@@ -263,20 +308,19 @@ def registration_problems(
     engine: "Engine",  # from `open_studio`
     args: JobArgs,  # of a job that is to register its adapter
     wait: float = 5,  # seconds to go on trying while the database is in use
-) -> tuple:  # (sentences about what will fail, sentences about the rest)
+) -> tuple:  # two lists of `Problem`: what will fail, what to know of the rest
     "Try to register a job's adapter, and undo it."
     import sqlalchemy as sa
     wanted = _Registration(**registration(args))
-    def trial(con):
-        problem, notes = _read_back(con, wanted, _put_adapter(con, wanted))
-        raise _Undone([problem] if problem else [], notes)
+    def trial(con): raise _Undone(*_read_back(con, wanted, _put_adapter(con, wanted)))
     try: write_studio(engine, trial, wait)
     except _Undone as e: return e.args
-    except ValueError as e: return [str(e)], []
+    except _Refused as e: return [e.problem], []
+    except ValueError as e: return [Problem("", str(e))], []
     except sa.exc.DBAPIError as e:
         if not will_pass(e): return [_database_problem(e, engine, args.adapter_name)], []
         unknown = "whether the adapter can be registered isn't known"
-        return [], [f"the Studio database is in use ({e.orig}): {unknown}"]
+        return [], [Problem("adapter_name", f"the Studio database is in use ({e.orig}): {unknown}")]
 
 # %% ../nbs/38_registry.ipynb #102baf31
 def held_out_notes(
