@@ -26,7 +26,8 @@ def output_logits(
 ):  # (positions, vocabulary)
     "The output layer, with the model's own scale and cap on logits."
     import torch
-    config, logits = model.config.get_text_config(), (layer or model.get_output_embeddings())(hidden)
+    config = model.config.get_text_config()
+    logits = (layer or model.get_output_embeddings())(hidden)
     factor, divisor = (next((v for n in names if (v := getattr(config, n, None)) is not None), 1.0)
                        for names in (("logit_scale", "output_multiplier", "lm_head_multiplier"), ("logits_scaling",)))
     if factor != 1 or divisor != 1: logits = logits * (factor / divisor)
@@ -284,13 +285,16 @@ def packing_attention(
     if getattr(inner.forward, "packs", False):
         yield model
         return
-    usual, before, inner.forward = inner.config._attn_implementation, inner.__dict__.get("forward"), _packing_forward(inner)
-    mine = inner.forward
+    usual = inner.config._attn_implementation
+    before = inner.__dict__.get("forward")
+    mine = inner.forward = _packing_forward(inner)
     try:
         inner.set_attn_implementation(ATTENTION)
         with cpu_layers(inner): yield model
     finally:
-        if inner.__dict__.get("forward") is mine: inner.__dict__.pop("forward") if before is None else setattr(inner, "forward", before)
+        if inner.__dict__.get("forward") is mine:
+            inner.__dict__.pop("forward")
+            if before is not None: inner.forward = before
         inner.set_attn_implementation(usual)
 
 # %% ../nbs/43_packing.ipynb #ba370c46
