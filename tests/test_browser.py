@@ -110,6 +110,7 @@ def outputs_without_errors(notebook):
 THEMES = ("JupyterLab Dark", "JupyterLab Light")
 
 
+
 def everybody_can_read_it(notebook):
     "axe-core finds nothing in what we show, and nothing has a scroll bar that it doesn't need, in either theme."
     for theme in THEMES:
@@ -145,6 +146,7 @@ def test_the_form(notebook, keep):
     open_form(notebook)
     nothing_is_red(notebook)
     a_wrong_field_is_marked(notebook, keep)
+    what_is_not_there_is_marked(notebook)
     every_control_is_reached(notebook)
     fill_form(notebook)
     train_and_stop(notebook, MOVES_OF_PICTURES if keep.asked else MOVES, shots)
@@ -154,6 +156,7 @@ def test_the_form(notebook, keep):
     keep("run_live.gif", animation(shots[:-1:2] + shots[-1:]))
     everybody_can_read_it(notebook)
     base_against_adapter(notebook)
+    the_lines_run(notebook)
     left_alone(notebook, "run this cell again")
     found_again(notebook)
 
@@ -205,15 +208,30 @@ def a_wrong_field_is_marked(notebook, keep):
     notebook.until("the button is on", lambda: notebook.can("Train here"))
 
 
-FIELDS = ["Run", "Base model", "Add a base model", "Data set", "Add a data set", "Prompt", "Write a prompt", "Share of rows to keep", "Rank",
-          "Learn the completion only", "Epochs", "Schedule", "Longest row, in tokens", "Evaluation", "Stop early after", "Adapter's name",
+def what_is_not_there_is_marked(notebook):
+    "A set to hold out, and an adapter to go on from, are looked for as the job will; what is wrong stands beside the field."
+    for label in ("Validation set", "Go on from"):
+        remark, field = notebook.row(label).get_by_role("alert"), notebook.row(label).locator("input")
+        notebook.fill(**{label.replace(" ", "_"): "nowhere.csv"})
+        remark.wait_for()
+        assert "nowhere.csv" in remark.inner_text()
+        notebook.until("the field says that it is wrong", lambda: field.get_attribute("aria-invalid") == "true")
+        assert field.get_attribute("aria-describedby") == remark.get_attribute("id")
+        notebook.fill(**{label.replace(" ", "_"): ""})
+        remark.wait_for(state="detached")
+    notebook.until("the job can run again", lambda: notebook.widgets_say("the job can run"))
+
+
+FIELDS = ["Run", "Base model", "Add a base model", "Data set", "Add a data set", "Prompt", "Write a prompt", "Share of rows to keep",
+          "Validation set", "Leave out duplicates", "Go on from", "Rank", "Learn the completion only", "Write it as a chat", "Epochs",
+          "Seconds at most", "Schedule", "Longest row, in tokens", "Evaluation", "Stop early after", "Adapter's name",
           "Check", "Train here", "This run as text"]
 
 
 def every_control_is_reached(notebook):
     "By the Tab key alone, in the order in which one goes."
     notebook.page.get_by_label("Run", exact=True).focus()
-    reached = ["Run", *notebook.tabbed(60)]
+    reached = ["Run", *notebook.tabbed(80)]
     places = [reached.index(name) for name in FIELDS]
     assert places == sorted(places), reached
 
@@ -326,6 +344,15 @@ def base_against_adapter(notebook):
     compared = "\n".join(text for text in texts if "perplexity" in text)
     loss = {m[1]: float(m[2]) for m in re.finditer(r"^(base|shop-intents) +([\d.]+)", compared, re.M)}
     assert loss["shop-intents"] < loss["base"] / 2, compared
+
+
+def the_lines_run(notebook):
+    "Below the picture stand lines that use the adapter; pasted into a cell, the first of them answer."
+    lines = notebook.root.locator(".widget-html-content pre", has_text="from peft import").first.inner_text()
+    notebook.run(lines.replace('"..."', '"where is my card"'))
+    notebook.finished()
+    outputs_without_errors(notebook)
+    assert notebook.output("where is my card").inner_text().strip()
 
 
 AGAIN = [new_code_cell("from ftnb.all import *\nfound = runs('.')\nfound"), new_code_cell("check = check_job(parse_job_arguments(found[0].repeat().job_arguments))\ncheck"),
