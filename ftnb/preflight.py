@@ -656,6 +656,6 @@ def check_command(
     if "--help" in argv or "-h" in argv: return print(_HELP, jobargs.job_arguments_help(), sep="\n")
     try: args = jobargs.parse_job_arguments(os.environ.get(consts.JOB_ARGUMENTS) or " ".join(argv))
     except ValueError as e: raise SystemExit(str(e)) from None
-    report = check_job(args)
+    report = check_job(args, keep=False)
     print(report, flush=True)
     if report.problems(): raise SystemExit(1)
