@@ -2,6 +2,7 @@
 import itertools
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -19,7 +20,8 @@ from forks import fork_logged, import_all, in_fork
 from peft import PeftModel
 from waiting import wait_for
 
-from ftnb import adapters, chat_rows, checkpoints, finetune, manifest, models, progress, prompts, registry, rows as job_rows, studio, tiny, trainer
+from ftnb import adapters, chat_rows, checkpoints, finetune, manifest, models, progress, prompts, registry, rows as job_rows, stopping, studio
+from ftnb import tiny, trainer
 from ftnb.demo.project import demo_data, make_demo_project
 
 pytestmark = pytest.mark.slow
@@ -185,11 +187,12 @@ class Place:
             (out/"run.json").write_text(json.dumps({"experimentid": self.project.experiment_id}))
 
 
-def make_place(folder, base):
-    "Made in a process of its own."
+def make_place(folder, base, **training):
+    "Made in a process of its own; settings are changed, or with None left out."
+    settings = {key: value for key, value in (TRAINING | training).items() if value is not None}
     lines = demo_data().read_text(encoding="utf-8").splitlines(keepends=True)
     (folder/"messages.csv").write_text("".join(lines[:ROWS + 1]), encoding="utf-8")
-    project = make_demo_project(folder/"project", base, folder/"messages.csv", training=TRAINING, lora=LORA, split=12/ROWS)
+    project = make_demo_project(folder/"project", base, folder/"messages.csv", training=settings, lora=LORA, split=12/ROWS)
     shutil.copytree(project.folder, folder/"template")
     return Place(folder, project)
 
@@ -387,3 +390,71 @@ def test_a_process_of_its_own_is_killed(place, right):
     again = second.communicate()[0]
     assert second.returncode == 0, f"{printed}\n{again}"
     check_the_end(place, right, Run(0, (), again), ())
+
+
+# Runs that choose their end, or begin with an adapter: killed at random until one gets through
+
+EVERY_TWO = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "num_train_epochs": 4}
+CHOOSING = {  # what a run chooses -> (its settings, the step after which it ends)
+    "early stopping": (EVERY_TWO | {"early_stopping_patience": 2, "early_stopping_threshold": 10.0}, 6),
+    "the best by loss": (EVERY_TWO | {"load_best_model_at_end": True, "learning_rate": 0.5, "lr_scheduler_type": "constant"}, 12),
+    "the best by answers": (EVERY_TWO | {"load_best_model_at_end": True, "metric_for_best_model": "exact_match", "exact_match_rows": 2,
+                                         "num_train_epochs": 2}, 6),
+    "max_seconds": ({"max_seconds": 60, "num_train_epochs": 4}, 8),
+    "a parent": ({"parent_adapter": "PARENT"}, 6),
+}
+MOMENTS = (  # of a job, and how often it comes by at most
+    (checkpoints, "check_finite", 4), (trainer, "append_metrics", 4), (checkpoints, "_write_share", 3), (checkpoints, "_evaluate_apart", 4),
+    (models, "load_base_model", 2), (os, "rename", 3), (adapters, "prove_adapter", 1))
+
+
+def make_parent(folder, base):
+    "An adapter that has learnt something; made in a process of its own."
+    import torch
+    model = adapters.apply_lora(models.load_base_model(str(base), models.choose_precision({}, {}, "cpu")), LORA, 7)
+    torch.manual_seed(7)
+    for weight in model.parameters():
+        if weight.requires_grad:
+            torch.nn.init.normal_(weight, std=0.02)
+    model.save_pretrained(folder)
+
+
+def paced(at=None):
+    "Be killed there; a run with a time budget finds out after its third step that it has time for eight."
+    def eight(real, run, pace, ends, step, every):
+        return 8 if step >= 3 else 0
+    wrapped(stopping, "fitted_steps", eight)
+    if at:
+        die_at(at)
+
+
+@pytest.fixture(scope="module", params=CHOOSING)
+def choosing(request, right, tmp_path_factory):
+    "A project, what its job leaves that nothing happens to, and a choice of moments that is always the same."
+    folder = tmp_path_factory.mktemp("choosing").resolve()
+    settings, steps = CHOOSING[request.param]
+    base = in_fork(lambda: tiny.save_tiny(folder/"tiny", kind="qwen"))
+    in_fork(lambda: make_parent(folder/"parent", base))
+    settings = {key: str(folder/"parent") if value == "PARENT" else value for key, value in settings.items()}
+    place = in_fork(lambda: make_place(folder, base, **settings))
+    done = ended(place, start(place, paced))
+    assert (done.status, len(done.steps)) == (0, steps), done.printed
+    return place, state(place.project), random.Random(request.param)
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_killed_at_random(number, choosing):
+    "The same bytes as without."
+    place, right, chance = choosing
+    place.renew()
+    for _ in range(4):
+        owner, function, most = chance.choice(MOMENTS)
+        at = At(owner, function, chance.random() < 0.5, chance.randint(1, most))
+        done = ended(place, start(place, lambda: paced(at)))
+        if done.status == 0:  # it never came to that moment
+            break
+        assert done.status == -signal.SIGKILL, (at, done.printed)
+    else:
+        done = ended(place, start(place, paced))
+    assert done.status == 0, done.printed
+    assert state(place.project) == right
