@@ -119,7 +119,7 @@ def _repr_html_(
     self: AnswerTable,  # shown by Jupyter
 ) -> str:  # HTML, with everything that a model said escaped
     "A table whose marks say which answers are right and which changed."
-    lines = [html_row(["", "message", "expected", *self.models], "th")]
+    lines = [html_row(["differ", "message", "expected", *self.models], "th")]
     for row in self.rows:
         asked, right, *said = row
         marked = zip(self.marks(row, "✓", "✗"), said)
@@ -244,9 +244,9 @@ def _repr_html_(
 ) -> str:  # HTML, with everything that a model said escaped
     "The figures, then the answers."
     from html import escape
-    head, *rows = self.figures()
+    (_, *columns), *rows = self.figures()
     right = "text-align:right"
-    lines = [html_row([head[0], *((text, right) for text in head[1:])], "th")]
+    lines = [html_row(["model", *((text, right) for text in columns)], "th")]
     for name, *figures in rows: lines.append(html_row([name, *((text, right) for text in figures)]))
     answers = self.table()._repr_html_() if self.questions.references else ""
     return f"<table>{''.join(lines)}</table><p>{escape('; '.join(self.notes()))}</p>{answers}"

@@ -211,14 +211,14 @@ def _page_parts(
     answers = html_table(["asked", "expected", "base", "adapter"], _answer_rows(record))
     notes = [*record.notes, *(f"run.json: {problem}" for problem in record.problems), *run_notes(metrics)]
     versions = [list(item) for item in record.versions.items()]
-    return {"Results": html_table(["", ""], _result_rows(record, metrics)),
-            "Base against adapter": html_table(["", "base", "adapter"], figures) + answers,
+    return {"Results": html_table(["figure", "value"], _result_rows(record, metrics)),
+            "Base against adapter": html_table(["figure", "base", "adapter"], figures) + answers,
             "Rows": lines(rows),
             "Use it": ways,
             "Notes": lines(notes[:50]),
-            "Settings": html_table(["", "asked", "used"], _settings_rows(record)),
-            "Made from": html_table(["", "name", "SHA-256"], _source_rows(record)),
-            "Versions": html_table(["", ""], versions[:40]),
+            "Settings": html_table(["setting", "asked", "used"], _settings_rows(record)),
+            "Made from": html_table(["what", "name", "SHA-256"], _source_rows(record)),
+            "Versions": html_table(["package", "version"], versions[:40]),
             "Arguments": _arguments_html(record)}
 
 # %% ../nbs/85_report.ipynb #86402c63

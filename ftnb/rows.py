@@ -110,7 +110,8 @@ def _repr_html_(
 ) -> str:  # HTML, all text escaped
     "The ledger as a table."
     from html import escape
-    head = '<tr><th style="text-align:left">rows</th><th></th><th></th></tr>'
+    left, right = ('style="text-align:left"', 'style="text-align:right"')
+    head = f"<tr><th {left}>rows</th><th {right}>number</th><th {left}>reason</th></tr>"
     table = f"<table>{head}{''.join(_table_rows(self))}</table>"
     if not self.dropped: return table
     named = "; ".join(f"{drop.split} row {drop.row:,}" for drop in self.dropped[:10])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEASURED_SHARE', 'MOST_MEASURED', 'LEAST_STEPS', 'early_stopping', 'Pace', 'steps_that_fit', 'fitted_steps',
-           'fit_run', 'time_budget']
+           'fit_run', 'still_rises', 'time_budget']
 
 # %% ../nbs/62_stopping.ipynb #8f4be237
 from dataclasses import dataclass
@@ -115,6 +115,26 @@ def fit_run(
     state.max_steps = steps
     _fit_schedule(trainer, steps)
 
+# %% ../nbs/62_stopping.ipynb #b08d34cb
+def still_rises(
+    schedule,  # of a learning rate
+    steps: int,  # of the run
+) -> bool:
+    "Whether a run ends while its learning rate warms up."
+    from torch.optim.lr_scheduler import LambdaLR
+    if not isinstance(schedule, LambdaLR): return False
+    return any(share(steps) > share(steps - 1) for share in schedule.lr_lambdas)
+
+# %% ../nbs/62_stopping.ipynb #0c63f619
+def _say_warmup(
+    trainer,  # whose schedule was fitted
+):
+    "Say that a run has become too short for its warm-up."
+    steps = trainer.state.max_steps
+    if not still_rises(trainer.lr_scheduler, steps) or not trainer.is_world_process_zero(): return
+    warmup = f"warmup_steps {trainer.args.get_warmup_steps(steps):,}: the run has {steps:,} steps"
+    print(f"{warmup}, so it ends while the learning rate still rises; a share, such as 0.05, would be fitted too", flush=True)
+
 # %% ../nbs/62_stopping.ipynb #2a615764
 def _steps_between(
     trainer,  # in training
@@ -148,7 +168,10 @@ class _Timed:
 
     def fit(self, state):
         plan = self.trainer.run.plan
-        if plan.fitted_steps and state.global_step >= plan.fitted_at: fit_run(self.trainer, plan.fitted_steps)
+        if not plan.fitted_steps or state.global_step < plan.fitted_at: return
+        if plan.fitted_steps >= state.max_steps: return
+        fit_run(self.trainer, plan.fitted_steps)
+        _say_warmup(self.trainer)
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.pace.mark = self.trainer.run.elapsed()
