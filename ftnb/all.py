@@ -37,7 +37,7 @@ from .corpus import read_corpus
 from .prompts import format_row, read_template, template_problems
 from .tokenizer import encode_prompts
 from .tokens import tokenize_rows
-from .rows import RowLedger
+from .ledger import RowLedger
 from .ui.previews import plot_lengths, preview
 
 # %% ../nbs/99_all.ipynb #8e5c1f93

@@ -15,7 +15,7 @@ import ftnb.report as report
 import ftnb.runrecord as runrecord
 import ftnb.storage as storage
 import ftnb.usage as usage
-from .rows import RowLedger
+from .ledger import RowLedger
 
 # %% ../nbs/86_card.ipynb #df2019b2
 def hub_name(

@@ -17,8 +17,8 @@ import ftnb.storage as storage
 import ftnb.studio as studio
 import ftnb.tokens as tokens
 from .asking import AskedRows
+from .ledger import RowLedger
 from .parents import Parent
-from .rows import RowLedger
 
 # %% ../nbs/88_handover.ipynb #9788c712
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ import ftnb.training_fields as training_fields
 from .fields import in_argument
 from .findings import FindingLog, Preflight
 from .fingerprint import BaseFiles, base_fingerprint
+from .ledger import OVERLAP, RowLedger, ledger_notes, twin_notes
 from .nodes import processes_problems
 from .places import place_problems
 from .problems import Problem, ProblemsError, problems_of
@@ -429,11 +430,11 @@ def _describe_tokens(
 # %% ../nbs/80_preflight.ipynb #94eb931a
 def _check_twins(
     log: FindingLog,
-    ledger: job_rows.RowLedger,
+    ledger: RowLedger,
 ):
     "Rows that stand twice; a warning where the held-out loss can't be trusted."
-    flatters = ledger.overlap and job_rows.OVERLAP not in ledger.reasons
-    log.add("warning" if flatters else "ok", "rows", *job_rows.twin_notes(ledger))
+    flatters = ledger.overlap and OVERLAP not in ledger.reasons
+    log.add("warning" if flatters else "ok", "rows", *twin_notes(ledger))
 
 # %% ../nbs/80_preflight.ipynb #2c784b29
 def _check_rows(
@@ -463,7 +464,7 @@ def _check_texts(
 ):
     "What there is to say about data, template and texts."
     train, template = data.splits["train"], job.template
-    log.add("warning", "rows", *job_rows.ledger_notes(rows.ledger), where="dataset_id")
+    log.add("warning", "rows", *ledger_notes(rows.ledger), where="dataset_id")
     log.add("warning", "rows", *corpus.corpus_notes(data, template.fields), where="dataset_id")
     notes = log.attempt("rows", chat_rows.row_notes, base.tokenizer, train, template, job.settings.loss)
     log.add("warning", "rows", *notes or [], where="prompt_id")

@@ -16,7 +16,7 @@ import ftnb.progress as progress
 import ftnb.runrecord as runrecord
 import ftnb.storage as storage
 import ftnb.usage as usage
-from .rows import RowLedger, describe_ledger
+from .ledger import RowLedger, describe_ledger
 
 # %% ../nbs/85_report.ipynb #2f8a0c67
 _NO_SETTINGS = ("output_dir", "dataset_kwargs", "report_to", "disable_tqdm")  # they make no other adapter
