@@ -209,6 +209,7 @@ def _ipython_display_(self: Monitor):
     try: bundle = self.show()._repr_mimebundle_()
     except ImportError: raise NotImplementedError from None  # no ipywidgets
     self.still.show({k: v for k, v in bundle.items() if k != "text/plain"})
+    if self.closed.is_set(): self.still.renew(now=True)  # it ended before there was a still to renew
 
 # %% ../../nbs/ui/03_monitoring.ipynb #2f1fbd85
 def monitor(

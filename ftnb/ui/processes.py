@@ -159,10 +159,11 @@ def __str__(self: RunStatus):
 def _state_now(
     folder: Path,  # train_out_dir
     out_dir: "str | Path",  # of its adapter
-    metrics: curves.RunMetrics,  # its last lines
+    process,  # a `psutil.Process` of it, or None
+    metrics: curves.RunMetrics,  # its last lines, read after the process was looked for
 ) -> str:  # as in `RunStatus`
     "Which state a run is in."
-    begun, process = curves.run_state(metrics), running_process(folder)
+    begun = curves.run_state(metrics)
     if process: return "running" if _trains(folder, process) else "starting"
     if (Path(out_dir)/"run.json").exists(): return "trained"
     if begun in ("stopped", "failed"): return begun
@@ -175,9 +176,9 @@ def run_status(
     out_dir: "str | Path",  # of its adapter
 ) -> RunStatus:
     "Where a run is."
-    folder = Path(train_out_dir)
+    folder, process = Path(train_out_dir), running_process(train_out_dir)  # first: one that has ended writes nothing after this
     metrics = curves.read_end(folder/"metrics.jsonl")
     checkpoints = manifest.checkpoint_folders(str(folder)) if folder.is_dir() else []
     newest = max((step for step, _ in checkpoints), default=None)
     message = next((text for _, text in reversed(metrics.messages) if text), "")
-    return RunStatus(_state_now(folder, out_dir, metrics), metrics.step, metrics.last.get("max_steps"), newest, message)
+    return RunStatus(_state_now(folder, out_dir, process, metrics), metrics.step, metrics.last.get("max_steps"), newest, message)
