@@ -401,15 +401,13 @@ def watched(
     def watch():
         suspects = set()
         while not over.wait(look):
-            if lost:  # also of a rank that was only being started
-                _end_ranks(run)
-                continue
-            statuses = worker_statuses(api, workers)
-            dead = {n for n, s in statuses.items() if s in _DEAD}
-            for node in sorted(dead & suspects):
-                lost.append(f"{_describe_worker(node, workers, statuses)} was lost during the run; its log says why")
-            suspects = dead
-            if lost: _end_ranks(run)
+            if not lost:
+                statuses = worker_statuses(api, workers)
+                dead = {n for n, s in statuses.items() if s in _DEAD}
+                for node in sorted(dead & suspects):
+                    lost.append(f"{_describe_worker(node, workers, statuses)} was lost during the run; its log says why")
+                suspects = dead
+            if lost: _end_ranks(run)  # at each look, for one may only be starting
     (thread := Thread(target=watch, daemon=True)).start()
     try: yield lost
     finally:

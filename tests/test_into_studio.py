@@ -451,7 +451,7 @@ import into_studio
 into_studio.SECONDS, into_studio.PAUSE = 2.0, 0.01
 sys.exit(into_studio.main(sys.argv[2:]))
 '''
-LATE = 3.0  # seconds that a late answer takes
+LATE = 60.0  # seconds that a late answer takes, or until nobody waits for it any more
 KINDS = (400, 401, 403, 404, 302, 429, 500, "late", "garbled", "cut", "drip", "dropped", "lost", "echo")
 PASSING = (429, 500, "late", "garbled", "cut", "drip", "dropped", "lost")  # it may go well another time
 CALLS = (("list_jobs", "install"), ("update_job", "undo"), ("get_job", "undo"))

@@ -6,7 +6,7 @@
 __all__ = ['CHANGEABLE', 'StandIn', 'Fault']
 
 # %% ../../nbs/cluster/2_stand_in.ipynb #d88c8961
-import json, os, re, subprocess, sys, threading, time
+import json, os, re, select, subprocess, sys, threading, time
 from dataclasses import dataclass
 from itertools import count
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -233,7 +233,7 @@ class Fault:
     "How a call will go wrong."
     call: str = "*"  # one of `CALLS`, or "*"
     kind: "int | str | None" = None  # of failure; None: the call goes well
-    seconds: float = 0  # that slow, late and drip take
+    seconds: float = 0  # that slow, late and drip take; slow and late are over as soon as who asked hangs up
     after: str = ""  # a Retry-After header
 
 # %% ../../nbs/cluster/2_stand_in.ipynb #7af027f9
@@ -242,7 +242,7 @@ def fail(
     self: StandIn,
     call: str,  # one of `CALLS`, or "*"
     *kinds: "int | str",  # of failure, in turn; None: the call goes well
-    seconds: float = 1,  # that slow, late and drip take
+    seconds: float = 1,  # that slow, late and drip take; slow and late are over as soon as who asked hangs up
     after: str = "",  # a Retry-After header
 ):
     "Say how the next calls go wrong."
@@ -307,6 +307,14 @@ def _send(
         request.close_connection = True
     else: request.wfile.write(text)
 
+# %% ../../nbs/cluster/2_stand_in.ipynb #3ee36c9d
+def _await_hanging_up(
+    request: _Requests,  # with its body read
+    seconds: float,  # at most
+):
+    "Wait until who asked has hung up: on a connection that waits for its answer, nothing else can come."
+    select.select([request.connection], [], [], seconds)
+
 # %% ../../nbs/cluster/2_stand_in.ipynb #3a7d05c9
 def _drip(
     request: _Requests,  # to answer
@@ -317,7 +325,7 @@ def _drip(
     for i in range(len(text)):
         request.wfile.write(text[i:i + 1])
         request.wfile.flush()
-        time.sleep(seconds / len(text))
+        _await_hanging_up(request, seconds / len(text))
 
 # %% ../../nbs/cluster/2_stand_in.ipynb #9d82cbb6
 def _serve(
@@ -330,12 +338,12 @@ def _serve(
     with server.lock:
         server.calls.append(call)
         fault = server.next_fault(call)
-    if fault.kind == "late": time.sleep(fault.seconds)
+    if fault.kind == "late": _await_hanging_up(request, fault.seconds)
     if fault.kind == "lost":
         request.close_connection = True
         return
     with server.lock: status, data = _judge(request, server, text, fault.kind)
-    if fault.kind == "slow": time.sleep(fault.seconds)
+    if fault.kind == "slow": _await_hanging_up(request, fault.seconds)
     if fault.kind == "dropped": request.close_connection = True
     else:
         try: _send(request, status, data, fault)
