@@ -534,6 +534,21 @@ def _count_trees(
     layout = estimate.run_layout(job, plan, counts, free)
     return estimate.grouping_gain(ids, layout, counts)
 
+# %% ../nbs/80_preflight.ipynb #d6681038
+def _choose_checkpointing(
+    log: FindingLog,
+    job: runrecord.Job,
+    plan: estimate.ModelPlan,
+    rows: job_rows.JobRows,
+    free: int,  # bytes
+) -> runrecord.Job:  # with `gradient_checkpointing` as memory has it, where nobody asked
+    "Settle gradient checkpointing."
+    chosen = estimate.choose_checkpointing(job, plan, rows.counts["train"], free)
+    if chosen is None: return job
+    switch = "on" if chosen.on else "off"
+    if chosen.on or job.precision.device != "cpu": log.add("ok", "memory", f"gradient_checkpointing is {switch}: {chosen.reason}")
+    return estimate.with_checkpointing(job, chosen)
+
 # %% ../nbs/80_preflight.ipynb #0d4d6251
 def _compare_memory(
     log: FindingLog,
@@ -557,12 +572,13 @@ def _check_memory(
     job: runrecord.Job | None,
     plan: estimate.ModelPlan | None,
     rows: job_rows.JobRows | None,
-) -> tuple:  # (`StepPlan`, `MemoryNeed`), or two None
+) -> tuple:  # (job, as it fits into memory; `StepPlan`, `MemoryNeed`, None where they can't be known)
     "Steps, and the memory that they need."
-    if None in (job, plan, rows): return None, None
+    if None in (job, plan, rows): return job, None, None
     device = job.precision.device
     free = log.attempt("memory", ranks.free_memory, device)
-    if free is None: return None, None
+    if free is None: return job, None, None
+    job = _choose_checkpointing(log, job, plan, rows, free)
     gain = _count_trees(job, plan, rows, free)
     tree = gain.of(job.settings.group_rows_by_prefix) if gain else None
     steps, need = estimate.plan_run(job, plan, rows.counts["train"], free, tree)
@@ -570,7 +586,7 @@ def _check_memory(
     log.add("ok", "steps", *filter(None, (str(steps), note)))
     log.add("warning", "settings", *training_settings.warmup_notes(job.settings, steps.steps))
     _compare_memory(log, need, free, device)
-    return steps, need
+    return job, steps, need
 
 # %% ../nbs/80_preflight.ipynb #c92ebfea
 def _check_disk(
@@ -624,7 +640,7 @@ def _check_rest(
     rows = log.attempt("rows", _check_rows, log, data, job, base, keep)
     if keep: log.attempt("checkpoints", _check_checkpoints, log, job, rows)
     log.attempt("settings and model", _check_fit, log, settings, template, base, plan, rows)
-    steps, memory = log.attempt("memory", _check_memory, log, job, plan, rows) or (None, None)
+    job, steps, memory = log.attempt("memory", _check_memory, log, job, plan, rows) or (job, None, None)
     log.attempt("disk", _check_disk, log, settings, base, plan)
     return log.report(engine=engine, records=records, job=job, base=base, plan=plan, rows=rows, steps=steps, memory=memory)
 

@@ -19,7 +19,8 @@ import ftnb.usage as usage
 from .ledger import RowLedger, describe_ledger
 
 # %% ../nbs/85_report.ipynb #2f8a0c67
-_NO_SETTINGS = ("output_dir", "dataset_kwargs", "report_to", "disable_tqdm")  # they make no other adapter
+_NO_SETTINGS = ("output_dir", "dataset_kwargs", "report_to", "disable_tqdm",
+                "gradient_checkpointing_reason")  # they make no other adapter
 
 # %% ../nbs/85_report.ipynb #39b74632
 def run_settings(

@@ -262,6 +262,7 @@ def used_settings(
     ours = {"max_length": rows.limit, "completion_only_loss": job.settings.completion_only, "shared_prefix": shared}
     if job.settings.assistant_only: ours["assistant_only_loss"] = True
     if job.settings.chat_template: ours["chat_template"] = True
+    if job.settings.checkpointing: ours["gradient_checkpointing_reason"] = job.settings.checkpointing
     ours |= choosing.read_choice(job.records.training).as_dict()
     training = job.settings.used(shared, len(rows.test.dataset) > 0) | ours | job.settings.ends.said()
     precision = {"device": job.precision.device, "dtype": job.precision.dtype}

@@ -122,6 +122,7 @@ class TrainingSettings:
     unread: tuple = ()  # keys of `config` that nothing reads
     assistant_only: bool = False  # loss on what the assistant says in conversations
     chat_template: bool = False  # a plain prompt and completion are a user's and an assistant's turn
+    checkpointing: str = ""  # why gradient_checkpointing is on or off, where nobody asked
 
     def used(
         self,

@@ -345,6 +345,7 @@ def _asked_settings(
     "The settings that a checkpoint must agree with."
     asked = settings.config | {"tokens_per_pass": settings.tokens_per_pass, "shared_prefix": not unshared}
     if settings.group_rows_by_prefix: asked["group_rows_by_prefix"] = True  # earlier checkpoints don't have it
+    if settings.checkpointing: asked["gradient_checkpointing"] = not settings.config["use_cpu"]  # memory may differ the next time
     return asked | settings.ends.said()
 
 # %% ../nbs/63_trainer.ipynb #7e3a8d06
