@@ -6,7 +6,7 @@
 __all__ = ['SEARCH', 'PATTERN_FORMS', 'text_part', 'text_targets', 'slow_pattern', 'name_patterns']
 
 # %% ../nbs/30_targets.ipynb #e7cb02e1
-import json, re, subprocess, sys
+import json, re, signal, subprocess, sys
 
 # %% ../nbs/30_targets.ipynb #157ab44d
 def text_part(
@@ -79,31 +79,34 @@ def text_targets(
 
 # %% ../nbs/30_targets.ipynb #c3be3c15
 SEARCH = """
-import json, re, resource, sys
+import json, re, resource, signal, sys
 resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))
-patterns, names = json.load(sys.stdin)
+seconds, patterns, names = json.load(sys.stdin)
+signal.setitimer(signal.ITIMER_PROF, seconds)
 for pattern in patterns:
     print("", flush=True)
     for name in names:
         if re.match(pattern, name): re.fullmatch(pattern, name)
-"""  # a program that says when it begins with each pattern
+"""  # a program that says when it begins with each pattern, and is ended when its time of a processor is over
 
 # %% ../nbs/30_targets.ipynb #3ddb8a6b
 def slow_pattern(
     patterns: list,  # regular expressions
     names: list,  # of the model's modules
-    seconds: float = 5,  # that all of it may take
+    seconds: float = 5,  # of a processor, that all of it may take
 ) -> str:  # a sentence, or ""
     "Which expression doesn't come to an end."
     repeating = [p for p in patterns if isinstance(p, str) and re.search(r"[*+{]", p)]
     if not repeating or not sys.executable: return ""
-    command, given = [sys.executable, "-I", "-S", "-c", SEARCH], json.dumps([repeating, names])
-    try: subprocess.run(command, input=given.encode(), capture_output=True, timeout=seconds)
-    except subprocess.TimeoutExpired as e:
-        begun = len((e.stdout or b"").splitlines())
-        return (f"{repeating[max(0, begun - 1)]!r} takes more than {seconds:g} seconds on the names of the model's modules: "
-                "write it without a repetition inside of a repetition")
-    return ""
+    command, given = [sys.executable, "-I", "-S", "-c", SEARCH], json.dumps([seconds, repeating, names]).encode()
+    try:
+        done = subprocess.run(command, input=given, capture_output=True, timeout=30 + 10 * seconds)  # by the clock
+        if done.returncode != -signal.SIGPROF: return ""
+        said = done.stdout
+    except subprocess.TimeoutExpired as e: said = e.stdout or b""
+    slow = repeating[max(0, len(said.splitlines()) - 1)]
+    return (f"{slow!r} takes more than {seconds:g} seconds on the names of the model's modules: "
+            "write it without a repetition inside of a repetition")
 
 # %% ../nbs/30_targets.ipynb #863825e8
 PATTERN_FORMS = {  # key of LoRA settings -> how PEFT matches what it holds
