@@ -271,7 +271,7 @@ class Notebook:
 
     def fill(self, **fields):
         for label, value in fields.items():
-            self.row(label.replace("_", " ")).locator("input[type=text]").fill(str(value))
+            self.row(label.replace("_", " ")).locator("input[type=text], textarea").fill(str(value))
 
     def number(self, label):
         "That stands in a field."

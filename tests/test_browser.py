@@ -212,8 +212,8 @@ def a_wrong_field_is_marked(notebook, keep):
 
 def what_is_not_there_is_marked(notebook):
     "A set to hold out, and an adapter to go on from, are looked for as the job will; what is wrong stands beside the field."
-    for label in ("Validation set", "Go on from"):
-        remark, field = notebook.row(label).get_by_role("alert"), notebook.row(label).locator("input")
+    for label in ("More data sets", "Validation set", "Go on from"):
+        remark, field = notebook.row(label).get_by_role("alert"), notebook.row(label).locator("input, textarea")
         notebook.fill(**{label.replace(" ", "_"): "nowhere.csv"})
         remark.wait_for()
         assert "nowhere.csv" in remark.inner_text()
@@ -225,8 +225,8 @@ def what_is_not_there_is_marked(notebook):
 
 
 FIELDS = ["Run", "Base model", "Add a base model", "Data set", "Add a data set", "Prompt", "Write a prompt", "Share of rows to keep",
-          "Validation set", "Leave out duplicates", "Go on from", "Rank", "Learn the completion only", "Write it as a chat", "Epochs",
-          "Seconds at most", "Schedule", "Longest row, in tokens", "Evaluation", "Stop early after", "Adapter's name",
+          "More data sets", "Validation set", "Leave out duplicates", "Go on from", "Rank", "Learn the completion only",
+          "Write it as a chat", "Epochs", "Seconds at most", "Schedule", "Longest row, in tokens", "Evaluation", "Stop early after", "Adapter's name",
           "Check", "Train here", "This run as text"]
 
 

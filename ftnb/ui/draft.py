@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'LABELS', 'TABLES', 'SUGGESTED', 'READ_TABLES', 'TICKS', 'PARTS', 'QUANTISATION', 'USUAL', 'Part',
-           'field_text', 'read_field', 'shown_value', 'typed_value', 'spread', 'gather', 'by_field', 'TypedSettings',
-           'settings_argument', 'new_values', 'check_fields', 'form_args', 'values_of', 'unusual', 'find_arguments',
-           'renewed', 'Project', 'read_project', 'machine_settings', 'Draft', 'new_draft']
+           'read_number', 'weights_text', 'read_weights', 'field_text', 'read_field', 'shown_value', 'typed_setting',
+           'spread', 'gather', 'by_field', 'TypedSettings', 'settings_argument', 'new_values', 'check_fields',
+           'form_args', 'values_of', 'unusual', 'find_arguments', 'renewed', 'Project', 'read_project',
+           'machine_settings', 'Draft', 'new_draft']
 
 # %% ../../nbs/ui/07_draft.ipynb #2e53dbf2
 import json, os, re
@@ -28,8 +29,9 @@ from .past_runs import fresh_place, python_call, run_arguments
 # %% ../../nbs/ui/07_draft.ipynb #e24e5ac9
 SECTIONS = {  # heading -> field -> label
     "What": dict(base_model_id="Base model", dataset_id="Data set", prompt_id="Prompt"),
-    "Rows": dict(dataset_fraction="Share of rows to keep", train_test_split="Share to train on", validation="Validation set",
-                 test="Test set", drop_duplicates="Leave out duplicates", drop_overlap="Leave out held-out rows"),
+    "Rows": dict(dataset_fraction="Share of rows to keep", more_data="More data sets", data_weight="Weight of the data set",
+                 train_test_split="Share to train on", validation="Validation set", test="Test set",
+                 drop_duplicates="Leave out duplicates", drop_overlap="Leave out held-out rows"),
     "LoRA": dict(parent_adapter="Go on from", lora_config="Begin with", r="Rank", lora_alpha="Alpha", lora_dropout="Dropout",
                  target_modules="Target modules", other_lora="Other settings", bnb_config="Quantisation"),
     "Training": dict(training_arguments_config="Begin with", completion_only_loss="Learn the completion only",
@@ -60,19 +62,53 @@ class Part:
 # %% ../../nbs/ui/07_draft.ipynb #683ef379
 _TRAINING_FIELDS = ("num_train_epochs", "learning_rate", "lr_scheduler_type", "per_device_train_batch_size", "gradient_accumulation_steps",
                     "max_length", "completion_only_loss", "eval_strategy", "early_stopping_patience", "max_seconds", "assistant_only_loss",
-                    "chat_template", "parent_adapter", "validation", "test", "drop_duplicates", "drop_overlap")
+                    "chat_template", "parent_adapter", "more_data", "data_weight", "validation", "test", "drop_duplicates", "drop_overlap")
 PARTS = {part.argument: part for part in (
     Part("lora_config", ("r", "lora_alpha", "lora_dropout", "target_modules"), "other_lora", consts.DEFAULT_LORA_CONFIG, lora_settings.lora_problems),
     Part("training_arguments_config", _TRAINING_FIELDS, "other_training",
          consts.DEFAULT_TRAINING_ARGUMENTS, training_fields.training_problems))}
 QUANTISATION = {"4-bit": "", "8-bit": '{"load_in_8bit":true}', "none": '{"load_in_4bit":false}'}  # shown -> bnb_config
 
+# %% ../../nbs/ui/07_draft.ipynb #529ff1d5
+def read_number(
+    text: str,  # as typed
+) -> "int | float | None":  # None where it isn't one
+    "A number, as typed."
+    if re.fullmatch(r"[+-]?\d{1,18}", text): return int(text)
+    if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", text): return float(text)
+    return None
+
+# %% ../../nbs/ui/07_draft.ipynb #10d22211
+def weights_text(
+    weights: "str | list | dict",  # a name, names, or name -> weight, as `more_data` may be
+) -> str:  # a line for each
+    "Data sets and their weights, as a person would type them."
+    if isinstance(weights, str): return weights
+    if isinstance(weights, list): return "\n".join(map(str, weights))
+    return "\n".join(str(name) if weight == 1 else f"{name}: {weight}" for name, weight in weights.items())
+
+# %% ../../nbs/ui/07_draft.ipynb #159f7c55
+def read_weights(
+    text: str,  # a line for each data set
+) -> dict:  # name -> weight; raises where a name stands twice
+    "Data sets and their weights, as typed."
+    found = {}
+    for line in filter(None, map(str.strip, text.splitlines())):
+        name, _, behind = (part.strip() for part in line.rpartition(":"))
+        weight = read_number(behind)
+        if not name or weight is None: name, weight = line, 1
+        if name in found: raise ValueError(f"{name} stands there twice: write it once, with one weight")
+        found[name] = weight
+    return found
+
 # %% ../../nbs/ui/07_draft.ipynb #8ba7e3d3
 def field_text(
+    name: str,  # of the field
     value,  # of a setting; None: not set
 ) -> str:  # as a person would type it
     "A setting as text."
     if value is None: return ""
+    if name == "more_data" and isinstance(value, (list, dict)): return weights_text(value)
     if isinstance(value, list) and all(isinstance(v, str) for v in value): return ", ".join(value)
     return value if isinstance(value, str) else json.dumps(value)
 
@@ -85,11 +121,11 @@ def read_field(
     text = str(text).strip()
     if not text: return None
     if name in SUGGESTED: return text  # a folder may be called 2024
+    if name == "more_data": return read_weights(text)
     is_pattern = text == "all-linear" or re.search(r"[\\*+?()|^$\[\]]", text)
     if name == "target_modules" and not is_pattern: return [word for word in re.split(r"[\s,]+", text) if word]
-    if re.fullmatch(r"[+-]?\d{1,18}", text): return int(text)
-    if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", text): return float(text)
-    return text
+    number = read_number(text)
+    return text if number is None else number
 
 # %% ../../nbs/ui/07_draft.ipynb #c183d032
 def shown_value(
@@ -97,17 +133,18 @@ def shown_value(
     value,  # of the setting; None: not set
 ) -> "str | bool":
     "A setting as its field shows it."
-    return value is True if name in TICKS else field_text(value)
+    return value is True if name in TICKS else field_text(name, value)
 
 # %% ../../nbs/ui/07_draft.ipynb #aeed3183
-def typed_value(
+def typed_setting(
     name: str,  # of the field
     shown: "str | bool",  # what stands in it
-    before,  # what the setting was; None: not set
-):  # None: not set
+    base: dict,  # settings that the fields began as
+) -> dict:  # key -> value; empty: it isn't set
     "The setting that a field stands for."
-    if shown == shown_value(name, before): return before
-    return shown if name in TICKS else read_field(name, shown)
+    if shown == shown_value(name, base.get(name)): return {name: base[name]} if name in base else {}
+    value = shown if name in TICKS else read_field(name, shown)
+    return {} if value is None else {name: value}
 
 # %% ../../nbs/ui/07_draft.ipynb #16898e91
 def spread(
@@ -126,15 +163,17 @@ def gather(
     base: dict,  # settings that the fields began as
 ) -> tuple:  # (settings; field -> problem)
     "Fields as settings."
-    names, other, blob = PARTS[part].fields, PARTS[part].other, {}
+    names, other, blob, problems = PARTS[part].fields, PARTS[part].other, {}, {}
     for name in names:
-        value = typed_value(name, values.get(name, shown_value(name, None)), base.get(name))
-        if value is not None: blob[name] = value
+        shown = values.get(name, shown_value(name, None))
+        try: blob |= typed_setting(name, shown, base)
+        except ValueError as e: problems[name] = str(e)
     try: rest = studio.read_config(values.get(other) or "{}")
-    except ValueError as e: return blob, {other: str(e)}
+    except ValueError as e: return blob, problems | {other: str(e)}
     twice = [name for name in names if name in rest]
-    problems = {other: f"{', '.join(twice)}: there is a field for it; leave it out here"} if twice else {}
-    return blob | {k: v for k, v in rest.items() if k not in names}, problems
+    if twice: problems[other] = f"{', '.join(twice)}: there is a field for it; leave it out here"
+    blob |= {key: value for key, value in rest.items() if key not in names}
+    return {key: blob[key] for key in [*base, *blob] if key in blob}, problems  # in the order in which they were
 
 # %% ../../nbs/ui/07_draft.ipynb #65605c53
 def by_field(
@@ -166,10 +205,10 @@ def settings_argument(
     "What the job is told of settings."
     part, id = PARTS[name], values.get(name) or None
     if id and id not in configs: return TypedSettings(id, {}, {name: f"there is no config {id}"})
-    base = configs[id] if id else part.default
-    blob, problems = gather(name, values, base)
+    same = configs[id] if id else part.default  # what the job would have without being told
+    blob, problems = gather(name, values, same if id else values.get("begun", {}).get(name, same))
     if blob: problems = by_field(part.check(blob), part.fields, part.other) | problems
-    return TypedSettings(id if blob == base else json.dumps(blob, separators=(",", ":")), blob, problems)
+    return TypedSettings(id if blob == same else json.dumps(blob, separators=(",", ":")), blob, problems)
 
 # %% ../../nbs/ui/07_draft.ipynb #138b300b
 def new_values(
@@ -179,11 +218,11 @@ def new_values(
     "The fields of a run that nobody has thought about yet."
     import uuid
     id, place = str(given.get("experimentid") or uuid.uuid4()), Path(folder).absolute()
-    values = {name: shown_value(name, None) for name in LABELS} | dict(experimentid=id, rest={})
+    values = {name: shown_value(name, None) for name in LABELS} | dict(experimentid=id, rest={}, begun={})
     values |= dict(dataset_fraction="1.0", train_test_split="0.9", out_dir=str(place/"adapters"/id), train_out_dir=str(place/"runs"/id))
     for name, part in PARTS.items(): values |= spread(name, part.default)
     check_fields(given, values)
-    return values | {k: v if k == "rest" else shown_value(k, v) for k, v in given.items()}
+    return values | {k: v if k in ("rest", "begun") else shown_value(k, v) for k, v in given.items()}
 
 # %% ../../nbs/ui/07_draft.ipynb #4c0e8d93
 def check_fields(
@@ -251,7 +290,9 @@ def values_of(
     values["rest"] = {k: v for k, v in given.items() if k not in values}
     for name in PARTS:
         text = values[name]
-        if text.startswith("{"): values |= spread(name, studio.read_config(text)) | {name: ""}
+        if text.startswith("{"):
+            values["begun"][name] = blob = studio.read_config(text)
+            values |= spread(name, blob) | {name: ""}
         elif text: values |= spread(name, configs.get(text, {}))
     return values
 
@@ -379,8 +420,9 @@ def _set_one(
     "Fill in a field, and what follows from it."
     same = [row.id for row in self.project.rows[TABLES[name]] if row.name == value] if name in TABLES else []
     if len(same) == 1: value = same[0]
-    self.values[name] = value if isinstance(value, (bool, dict)) else field_text(value)
+    self.values[name] = value if isinstance(value, bool) or name in ("rest", "begun") else field_text(name, value)
     if name in PARTS:
+        self.values["begun"] = {k: v for k, v in self.values["begun"].items() if k != name}
         default = {} if value else self.defaults[name]
         self.values |= spread(name, self.project.configs.get(value, default))
     if name in ("prompt_id", "training_arguments_config"): self._learn_answers()
@@ -567,6 +609,7 @@ def lines(
         for name, label in labels.items():
             value, note = self.values[name], problems.get(name) or remarks.get(name)
             shown = next((text for text, v in self.options(name) or () if v == value), value)
+            if isinstance(shown, str): shown = "; ".join(shown.splitlines())
             found.append(f"  {label:26}{shown}" + (f"  <- {note}" if note else ""))
     return found + [text for name, text in problems.items() if name not in LABELS]
 

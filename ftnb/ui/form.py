@@ -148,8 +148,11 @@ def _make_state(self: Form):
 # %% ../../nbs/ui/16_form.ipynb #21282699
 _HINTS = {  # field -> what is shown while it is empty
     "validation": "a share of the rows", "test": "the rows held out", "parent_adapter": "a new adapter",
+    "other_lora": "JSON", "other_training": "JSON",
     "target_modules": "those usual for the model", "adapter_name": "letters, digits and -", "max_length": "no limit",
+    "more_data": "a name a line, with a weight: older.csv: 0.5", "data_weight": "1: once an epoch",
     "max_seconds": "no limit", "early_stopping_patience": "evaluations without a better loss"}
+_LINES = {"other_lora": 3, "other_training": 3, "more_data": 2}  # of fields with more than one
 
 # %% ../../nbs/ui/16_form.ipynb #c65fde55
 @patch
@@ -159,8 +162,8 @@ def _field_row(
     name: str,  # of the field
 ):  # a widget
     "A field and its remark, filed in `inputs`, `notes` and `rows`."
-    label, lines = draft.SECTIONS[heading][name], 3 if name.startswith("other_") else 1
-    hint = "JSON" if lines > 1 else _HINTS.get(name, "")
+    label, lines = draft.SECTIONS[heading][name], _LINES.get(name, 1)
+    hint = _HINTS.get(name, "")
     offered = self.draft.suggestions(name) if name in draft.SUGGESTED else None
     field = controls.field_input(label, self.values[name], self.draft.options(name), hint, lines, offered)
     field.tooltip = f"{heading}: {label} ({name})"
@@ -236,6 +239,8 @@ def _hint(
     "What helps to fill in a field."
     columns = self.draft.columns() if name == "dataset_id" else []
     if columns: return "columns: " + ", ".join(f"{{{column}}}" for column in columns)
+    known = self.draft.suggestions("validation") if name == "more_data" else []
+    if known: return "known here: " + ", ".join(known[:5])
     if name == "completion_only_loss" and self.draft.may_talk(): return "of a conversation: its last turn"
     if name == "assistant_only_loss": return "of a conversation: all that the assistant says"
     if name == "chat_template": return "a user's and an assistant's turn, by the model's template"
