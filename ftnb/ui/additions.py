@@ -12,7 +12,7 @@ from pathlib import Path
 import ftnb.choosing as choosing
 import ftnb.conversations as conversations
 import ftnb.corpus as corpus
-import ftnb.preflight as preflight
+import ftnb.inputs as inputs
 import ftnb.prompts as prompts
 import ftnb.studio as studio
 from ..problems import problems_of
@@ -28,7 +28,7 @@ def add_model(
     name = name.strip() or Path(source).name
     if source and os.path.isdir(folder):
         row = dict(type="project", location=folder)
-        problem = preflight.place_problem("models", studio.ModelRecord(id=name, **row))
+        problem = inputs.place_problem("models", studio.ModelRecord(id=name, **row))
         if problem: raise ValueError(str(problem))
     elif re.fullmatch(choosing.HUB_NAME, source): row = dict(type="huggingface", huggingface_model_name=source)
     else:
