@@ -191,6 +191,15 @@ def _whole_fields(
         else: problems.append(_field_problem(name, value, kind))
     return values, problems
 
+# %% ../nbs/66_runrecord.ipynb #69946fed
+def _read_proof(
+    written: dict,  # of run.json
+) -> Proof:
+    "The proof as it was written."
+    difference = written.get("largest_logit_difference")
+    if _fits(difference, float): return Proof(difference)
+    return Proof(not_made=str(written.get("not_made", "")))
+
 # %% ../nbs/66_runrecord.ipynb #56c38bac
 @patch(cls_method=True)
 def from_dict(
@@ -204,15 +213,6 @@ def from_dict(
     values["proof"] = _read_proof(values.get("proof", {}))
     more = {name: value for name, value in written.items() if name not in _WRITTEN}
     return cls(**values, more=more, problems=tuple(problems))
-
-# %% ../nbs/66_runrecord.ipynb #69946fed
-def _read_proof(
-    written: dict,  # of run.json
-) -> Proof:
-    "The proof as it was written."
-    difference = written.get("largest_logit_difference")
-    if _fits(difference, float): return Proof(difference)
-    return Proof(not_made=str(written.get("not_made", "")))
 
 # %% ../nbs/66_runrecord.ipynb #ace8b118
 @patch
@@ -279,16 +279,24 @@ class Stopwatch:
         "What the job took so far."
         return {"started": round(self.started, 3), "seconds": round(time.monotonic() - self.began, 3)}
 
+# %% ../nbs/66_runrecord.ipynb #4a35752f
+def _asked_settings(
+    job: Job,  # from `preflight.check_job`
+) -> dict:  # kind -> settings as they were written
+    "LoRA, quantisation and training arguments of a job."
+    return {kind: getattr(job.records, kind) for kind in ("lora", "bnb", "training")}
+
 # %% ../nbs/66_runrecord.ipynb #ed0c192a
 def _named_records(
     job: Job,  # from `preflight.check_job`
-    asked: dict,  # kind of settings -> settings as they were written
 ) -> dict:  # kind -> its id and name or its source, and its hash
     "What a run was made from."
-    rows = {kind: getattr(job.records, kind) for kind in ("model", "dataset", "prompt")}
-    named = {kind: {"id": row.id, "name": row.name, "sha256": studio.record_hash(row)} for kind, row in rows.items()}
-    for kind, settings in asked.items():
-        named[kind] = {"source": job.records.sources[kind], "sha256": studio.record_hash(settings)}
+    named, hashed = {}, studio.record_hash
+    for kind in ("model", "dataset", "prompt"):
+        row = getattr(job.records, kind)
+        named[kind] = {"id": row.id, "name": row.name, "sha256": hashed(row)}
+    for kind, settings in _asked_settings(job).items():
+        named[kind] = {"source": job.records.sources[kind], "sha256": hashed(settings)}
     return named
 
 # %% ../nbs/66_runrecord.ipynb #13634433
@@ -300,6 +308,33 @@ def _prompt_texts(
     texts = {name: getattr(job.records.prompt, name) for name in names}
     return {name: text for name, text in (texts | {"chat": job.template.chat}).items() if text}
 
+# %% ../nbs/66_runrecord.ipynb #51ea2c99
+def _all_notes(
+    job: Job,  # from `preflight.check_job`
+    saved: SavedAdapter,  # from `train_and_save`
+) -> list:  # in words
+    "Where a run isn't what was asked for, and what failed on the way."
+    notes = list(map(str, job.notes))
+    if saved.unshared: notes.append(f"rows were trained in padded batches: {saved.unshared}")
+    return notes + saved.notes
+
+# %% ../nbs/66_runrecord.ipynb #116c381b
+def _parts(
+    job: Job,  # from `preflight.check_job`
+    rows: JobRows,  # from `prepare_rows`
+    saved: SavedAdapter,  # from `train_and_save`
+    notes: list,  # gets a line for each part that can't be told
+) -> dict:  # field of `RunRecord` -> value, of those that can be told
+    "The parts of a record that may fail."
+    def tell(name, part, *args): return best_effort(f"{name} of run.json", partial(part, *args), None, notes)
+    parts = {
+        "records": tell("records", _named_records, job),
+        "used": tell("used", used_settings, job, rows, saved),
+        "prompt": tell("prompt", _prompt_texts, job),
+        "versions": tell("versions", library_versions),
+        "processes": tell("processes", ranks.process_count)}
+    return {name: part for name, part in parts.items() if part is not None}
+
 # %% ../nbs/66_runrecord.ipynb #c9d0c1a1
 def describe_run(
     job: Job,  # from `preflight.check_job`
@@ -307,20 +342,22 @@ def describe_run(
     saved: SavedAdapter,  # from `train_and_save`
 ) -> RunRecord:  # without a proof and the time it took
     "Arguments, records, what was asked and what was used, versions, rows, results."
-    weights = os.path.join(saved.folder, "adapter_model.safetensors")
-    record = RunRecord(
-        experimentid=job.args.experimentid, identity=saved.identity or job_identity(job, rows),
-        arguments=jobargs.format_job_arguments(job.args), adapter_sha256=file_hash(weights),
-        asked={kind: getattr(job.records, kind) for kind in ("lora", "bnb", "training")},
-        rows=rows.ledger.as_dict(), rows_sha256=rows.hashes, metrics=saved.metrics, ended=saved.ended,
-        comparison=saved.comparison, parent=job.parent.as_dict() if job.parent else {})
-    notes = list(map(str, job.notes))
-    if saved.unshared: notes.append(f"rows were trained in padded batches: {saved.unshared}")
-    notes += saved.notes
-    parts = {"records": lambda: _named_records(job, record.asked), "used": lambda: used_settings(job, rows, saved),
-             "prompt": lambda: _prompt_texts(job), "versions": library_versions, "processes": ranks.process_count}
-    found = {name: best_effort(f"{name} of run.json", part, None, notes) for name, part in parts.items()}
-    return replace(record, notes=notes, **{name: part for name, part in found.items() if part is not None})
+    notes = _all_notes(job, saved)
+    parts = _parts(job, rows, saved, notes)
+    return RunRecord(
+        experimentid=job.args.experimentid,
+        identity=saved.identity or job_identity(job, rows),
+        arguments=jobargs.format_job_arguments(job.args),
+        adapter_sha256=file_hash(os.path.join(saved.folder, "adapter_model.safetensors")),
+        asked=_asked_settings(job),
+        notes=notes,
+        rows=rows.ledger.as_dict(),
+        rows_sha256=rows.hashes,
+        metrics=saved.metrics,
+        ended=saved.ended,
+        comparison=saved.comparison,
+        parent=job.parent.as_dict() if job.parent else {},
+        **parts)
 
 # %% ../nbs/66_runrecord.ipynb #be8e5f45
 def write_run(
@@ -342,16 +379,23 @@ def read_object(
 # %% ../nbs/66_runrecord.ipynb #47fa0be6
 _NOTHING_THERE = "{} holds no {}: name the out_dir of a job that has trained"  # folder, file
 
+# %% ../nbs/66_runrecord.ipynb #56f206f1
+def _written_run(
+    file: Path,  # a run.json
+) -> dict:  # empty where it holds no object
+    "What is in a run's file; raises `ValueError` where it can't be read."
+    try: found = read_json(file)
+    except FileNotFoundError: raise ValueError(_NOTHING_THERE.format(file.parent, file.name)) from None
+    except (OSError, ValueError) as e: raise ValueError(f"{file} can't be read: {e}") from None
+    return found if isinstance(found, dict) else {}
+
 # %% ../nbs/66_runrecord.ipynb #a135f480
 def read_run(
     path: "str | Path",  # a run.json, or the folder of the adapter
 ) -> RunRecord:  # without problems
     "Read a run's record; raises `ValueError` where the file isn't as a job writes it, with all that is wrong."
     file = Path(path)/"run.json" if os.path.isdir(path) else Path(path)
-    try: found = read_json(file)
-    except FileNotFoundError: raise ValueError(_NOTHING_THERE.format(file.parent, file.name)) from None
-    except (OSError, ValueError) as e: raise ValueError(f"{file} can't be read: {e}") from None
-    record = RunRecord.from_dict(found if isinstance(found, dict) else {})
+    record = RunRecord.from_dict(_written_run(file))
     needed = ("experimentid", "arguments")
     missing = [Problem(name, f"it has no {name}") for name in needed if not getattr(record, name)]
     raise_problems([*missing, *record.problems], f"{file} isn't as a job writes it")
@@ -429,22 +473,30 @@ def note_job(
     watch: Stopwatch,  # since the job began
 ):
     "Write job.json and ledger.json."
-    place = job.args.train_out_dir
-    told = {"arguments": jobargs.format_job_arguments(job.args), "started": watch.took()["started"],
-            "day": rows.day.isoformat()}
-    write_json(os.path.join(place, "job.json"), told)
+    place, started = job.args.train_out_dir, watch.took()["started"]
+    arguments = jobargs.format_job_arguments(job.args)
+    about = {"arguments": arguments, "started": started, "day": rows.day.isoformat()}
+    write_json(os.path.join(place, "job.json"), about)
     write_json(os.path.join(place, "ledger.json"), rows.ledger.as_dict())
+
+# %% ../nbs/66_runrecord.ipynb #3dae76d6
+def _check_weights(
+    out_dir: "str | Path",  # folder of a job's adapter
+    record: RunRecord,  # of that job
+):
+    "Raise where an adapter's weights aren't those that its job saved."
+    weights = Path(out_dir)/"adapter_model.safetensors"
+    if not weights.is_file(): raise ValueError(_NOTHING_THERE.format(out_dir, weights.name))
+    found, saved = file_hash(weights), record.adapter_sha256
+    if found == saved: return
+    raise ValueError(f"{weights} isn't what the job saved: its SHA-256 is {found}, and run.json says {saved}")
 
 # %% ../nbs/66_runrecord.ipynb #25098c30
 def saved_arguments(
     out_dir: "str | Path",  # folder of a job's adapter
 ) -> jobargs.JobArgs:  # of that job
     "Read the arguments of the job that an adapter is from; raises where its weights are not what the job saved."
-    weights = Path(out_dir)/"adapter_model.safetensors"
     record = read_run(Path(out_dir)/"run.json")
-    if not weights.is_file(): raise ValueError(_NOTHING_THERE.format(out_dir, weights.name))
-    try: args = jobargs.parse_job_arguments(record.arguments, {})
+    _check_weights(out_dir, record)
+    try: return jobargs.parse_job_arguments(record.arguments, {})
     except ValueError as e: raise ValueError(f"{out_dir}/run.json isn't as a job writes it: {e}") from None
-    found, saved = file_hash(weights), record.adapter_sha256
-    if found == saved: return args
-    raise ValueError(f"{weights} isn't what the job saved: its SHA-256 is {found}, and run.json says {saved}")

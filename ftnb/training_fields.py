@@ -7,6 +7,8 @@ __all__ = ['RENAMED', 'REFUSED', 'TRAINING_FIELDS', 'JOB_KEYS', 'NOT_FOR_TRL', '
            'current_names', 'training_problems']
 
 # %% ../nbs/57_training_fields.ipynb #b997b2d6
+from dataclasses import dataclass
+
 import ftnb.choosing as choosing
 import ftnb.fields as fields
 from .fields import FLAG, FieldRule, Number, ValueRule, decide, library_defaults, one_of
@@ -31,9 +33,9 @@ def current_names(
 ) -> dict:  # the same in the names of today
     "Translate the names that the libraries have changed."
     config = {RENAMED.get(k, k): v for k, v in asked.items()}
-    ratio, grouped = config.pop("warmup_ratio", None), config.pop("group_by_length", False)
+    ratio = config.pop("warmup_ratio", None)
     if ratio and not config.get("warmup_steps"): config["warmup_steps"] = ratio
-    if grouped: config["train_sampling_strategy"] = "group_by_length"
+    if config.pop("group_by_length", False): config["train_sampling_strategy"] = "group_by_length"
     return config
 
 # %% ../nbs/57_training_fields.ipynb #673917a7
@@ -137,21 +139,36 @@ _JSON_TYPES = {  # type -> (its name, Python's types of a value)
     bool: ("true or false", bool), int: ("a whole number", int), float: ("a number", (int, float)),
     str: ("a text", str), list: ("a list", list), dict: ("an object", dict)}
 
+# %% ../nbs/57_training_fields.ipynb #bc0d3537
+def _plain_types(
+    declared,  # type that the library's class declares for a field
+) -> set:  # of classes
+    "The classes that a value may be of."
+    from typing import get_args, get_origin
+    alone = get_origin(declared) in (None, list, dict)
+    members = (declared,) if alone else get_args(declared)
+    return {get_origin(member) or member for member in members}
+
+# %% ../nbs/57_training_fields.ipynb #70905cd8
+def _is_of(
+    value,  # as JSON has it
+    kind: type,  # a key of `_JSON_TYPES`
+) -> bool:
+    "Whether a value is of a type."
+    if isinstance(value, bool): return kind is bool
+    return isinstance(value, _JSON_TYPES[kind][1])
+
 # %% ../nbs/57_training_fields.ipynb #16078699
 def _type_problem(
     value,  # of a key
     declared,  # type that the library's class declares for it
 ) -> str:  # what it must be; "" where it is, or where nobody can tell
     "Hold a value against a type."
-    from typing import get_args, get_origin
-    plain = get_origin(declared) in (None, list, dict)
-    types = {get_origin(t) or t for t in ((declared,) if plain else get_args(declared))}
-    allowed = [t for t in _JSON_TYPES if t in types]
-    if not allowed or (value is None and type(None) in types): return ""
-    for t in allowed:
-        if isinstance(value, bool) and t is not bool: continue  # to Python, true is a number
-        if isinstance(value, _JSON_TYPES[t][1]): return ""
-    return " or ".join(_JSON_TYPES[t][0] for t in allowed)
+    types = _plain_types(declared)
+    if value is None and type(None) in types: return ""
+    allowed = [kind for kind in _JSON_TYPES if kind in types]
+    if any(_is_of(value, kind) for kind in allowed): return ""
+    return " or ".join(_JSON_TYPES[kind][0] for kind in allowed)
 
 # %% ../nbs/57_training_fields.ipynb #ee3c52ef
 _NUMBERS = {  # rule -> keys of the numbers that it is for
@@ -163,30 +180,15 @@ _NUMBERS = {  # rule -> keys of the numbers that it is for
     Number(above=0): "num_train_epochs logging_steps save_steps eval_steps",
     Number(least=0):
         "learning_rate weight_decay max_grad_norm warmup_steps adam_epsilon eval_delay neftune_noise_alpha "
-        "router_aux_loss_coef",
+        "router_aux_loss_coef early_stopping_threshold",
     Number(least=0, below=1): "warmup_ratio adam_beta1 adam_beta2 label_smoothing_factor"}
 
-# %% ../nbs/57_training_fields.ipynb #49179d6a
-GREATER_IS_BETTER = {  # a number of an evaluation, for `metric_for_best_model` -> is more of it better?
-    "loss": False, "exact_match": True, "entropy": False, "mean_token_accuracy": True}
-
-# %% ../nbs/57_training_fields.ipynb #7d5178ac
-def _name_rules() -> dict:  # key -> `ValueRule`
-    "The names that training arguments may hold."
-    from torch.distributed import Backend
-    from transformers.trainer_utils import SchedulerType
-    from transformers.training_args import OptimizerNames
-    from transformers.utils.logging import log_levels
-    level, measured = one_of(*log_levels, "passive"), one_of(*GREATER_IS_BETTER)
-    return {
-        "optim": one_of(*[o.value for o in OptimizerNames]),
-        "lr_scheduler_type": one_of(*[o.value for o in SchedulerType]),
-        "log_level": level, "log_level_replica": level,
-        "ddp_backend": one_of(*[name for name in Backend.backend_list if name != "undefined"]),
-        "train_sampling_strategy": one_of("random", "sequential", "group_by_length", "batch_rebalance"),
-        "loss_type": one_of("nll", "dft", "chunked_nll"),
-        "debug": one_of("", "underflow_overflow"),
-        "metric_for_best_model": ValueRule(measured.words, lambda v: not measured.wrong(v.removeprefix("eval_")))}
+# %% ../nbs/57_training_fields.ipynb #ad1c9a31
+_OPEN_NUMBERS = {  # key -> rule of its number, where it has one
+    "max_length": Number(whole=True, least=2),
+    "early_stopping_patience": Number(whole=True, least=1),
+    "exact_match_rows": Number(whole=True, least=0),
+    "max_seconds": Number(above=0)}
 
 # %% ../nbs/57_training_fields.ipynb #6d520de6
 def _or_none(
@@ -195,20 +197,52 @@ def _or_none(
     "A rule for a number that needn't be there."
     return ValueRule(rule.words, lambda value: value is None or not rule.wrong(value))
 
+# %% ../nbs/57_training_fields.ipynb #49179d6a
+GREATER_IS_BETTER = {  # a number of an evaluation, for `metric_for_best_model` -> is more of it better?
+    "loss": False, "exact_match": True, "entropy": False, "mean_token_accuracy": True}
+
+# %% ../nbs/57_training_fields.ipynb #c26a491f
+def _measure_rule() -> ValueRule:
+    "A rule for the name of a number of an evaluation."
+    names = one_of(*GREATER_IS_BETTER)
+    return ValueRule(names.words, lambda value: not names.wrong(value.removeprefix("eval_")))
+
+# %% ../nbs/57_training_fields.ipynb #7d5178ac
+def _name_rules() -> dict:  # key -> `ValueRule`
+    "The names that training arguments may hold."
+    from torch.distributed import Backend
+    from transformers.trainer_utils import SchedulerType
+    from transformers.training_args import OptimizerNames
+    from transformers.utils.logging import log_levels
+    level = one_of(*log_levels, "passive")
+    backends = [name for name in Backend.backend_list if name != "undefined"]
+    return {
+        "optim": one_of(*[optimizer.value for optimizer in OptimizerNames]),
+        "lr_scheduler_type": one_of(*[schedule.value for schedule in SchedulerType]),
+        "log_level": level,
+        "log_level_replica": level,
+        "ddp_backend": one_of(*backends),
+        "train_sampling_strategy": one_of("random", "sequential", "group_by_length", "batch_rebalance"),
+        "loss_type": one_of("nll", "dft", "chunked_nll"),
+        "debug": one_of("", "underflow_overflow"),
+        "metric_for_best_model": _measure_rule()}
+
+# %% ../nbs/57_training_fields.ipynb #7fd757b5
+def _job_rules() -> dict:  # key -> `ValueRule`
+    "Values of this job's own keys."
+    def names_adapter(value): return value is None or isinstance(value, str) and value.strip()
+    return {
+        "shared_prefix": ValueRule("auto, true or false", lambda value: value in (True, False, "auto")),
+        "group_rows_by_prefix": FLAG,
+        "chat_template": FLAG,
+        "parent_adapter": ValueRule("the id of an adapter in the Studio, or its folder", names_adapter)}
+
 # %% ../nbs/57_training_fields.ipynb #b3a0204a
 def _value_rules() -> dict:  # key -> `ValueRule` or `Number`
     "What values training arguments may have, beside their types."
-    rules = {name: rule for rule, names in _NUMBERS.items() for name in names.split()}
-    rules["max_length"] = _or_none(Number(whole=True, least=2))
-    rules["shared_prefix"] = ValueRule("auto, true or false", lambda v: v in (True, False, "auto"))
-    rules["early_stopping_patience"] = _or_none(Number(whole=True, least=1))
-    rules["early_stopping_threshold"] = Number(least=0)
-    rules["exact_match_rows"] = _or_none(Number(whole=True, least=0))
-    rules["max_seconds"] = _or_none(Number(above=0))
-    rules |= dict.fromkeys(("group_rows_by_prefix", "chat_template"), FLAG)
-    named = ValueRule("the id of an adapter in the Studio, or its folder", lambda v: v is None or isinstance(v, str) and v.strip())
-    rules["parent_adapter"] = named
-    return rules | _name_rules()
+    numbers = {name: rule for rule, names in _NUMBERS.items() for name in names.split()}
+    open_numbers = {name: _or_none(rule) for name, rule in _OPEN_NUMBERS.items()}
+    return numbers | open_numbers | _job_rules() | _name_rules()
 
 # %% ../nbs/57_training_fields.ipynb #cbbf9750
 def _value_problem(
@@ -222,6 +256,9 @@ def _value_problem(
     if value is None and optional: return ""
     return rule.wrong(value) or _type_problem(value, declared)
 
+# %% ../nbs/57_training_fields.ipynb #a6122b81
+_READ = {name for name, rule in KNOWN_FIELDS.items() if rule.kind in ("used", "padded")}
+
 # %% ../nbs/57_training_fields.ipynb #ed321338
 def _value_problems(
     asked: dict,  # training arguments
@@ -233,7 +270,7 @@ def _value_problems(
     problems = []
     for key, value in asked.items():
         name = RENAMED.get(key, key)
-        if name not in KNOWN_FIELDS or KNOWN_FIELDS[name].kind not in ("used", "padded"): continue
+        if name not in _READ: continue
         wrong = _value_problem(value, rules.get(name), types.get(name))
         if wrong: problems.append(Problem(key, f"{key} is {value!r}; it must be {wrong}"))
     return problems
@@ -244,10 +281,14 @@ def _tracker_problems(
 ) -> list:  # of `Problem`
     "Which trackers don't exist."
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+    names = [asked] if isinstance(asked, str) else asked
+    if not isinstance(names, list): return []
     known = [*INTEGRATION_TO_CALLBACK, "all", "none"]
-    names = asked if isinstance(asked, list) else [asked] if isinstance(asked, str) else []
     unknown = [name for name in names if name not in known]
     return [Problem("report_to", f"report_to {name!r} is no tracker{nearest(name, known)}") for name in unknown]
+
+# %% ../nbs/57_training_fields.ipynb #04ef7a6b
+_LOADING = ("attn_implementation", "torch_dtype", "dtype", "device_map", "use_flash_attention_2", "low_cpu_mem_usage")
 
 # %% ../nbs/57_training_fields.ipynb #e6d3fa7e
 def _elsewhere(
@@ -258,9 +299,8 @@ def _elsewhere(
     from transformers import BitsAndBytesConfig
     if key in library_defaults(LoraConfig): return "; it belongs into lora_config"
     if key in library_defaults(BitsAndBytesConfig): return "; it belongs into bnb_config"
-    loading = ("attn_implementation", "torch_dtype", "dtype", "device_map", "use_flash_attention_2", "low_cpu_mem_usage")
-    if key in loading: return "; the job decides how the base model is loaded: bf16 and fp16 say in what precision"
-    return ""
+    if key not in _LOADING: return ""
+    return "; the job decides how the base model is loaded: bf16 and fp16 say in what precision"
 
 # %% ../nbs/57_training_fields.ipynb #ac759c64
 def _contradictions(
@@ -275,24 +315,62 @@ def _contradictions(
         problems.append(Problem("fp16", "fp16 and bf16 exclude each other"))
     return problems
 
-# %% ../nbs/57_training_fields.ipynb #36f2f2b3
-def _whens(
-    asked: dict,  # training arguments, by the names of today
-) -> tuple:  # (eval_strategy, save_strategy, steps from one evaluation to the next, steps from one checkpoint to the next)
-    "When a run evaluates, and when it saves, if it is told when to save."
-    usual = "no" if asked.get("early_stopping_patience") is None else "epoch"
-    every = asked.get("eval_steps") or asked.get("logging_steps", 1)
-    return asked.get("eval_strategy", usual), asked.get("save_strategy", "steps"), every, asked.get("save_steps", 500)
-
 # %% ../nbs/57_training_fields.ipynb #0782798c
 def _is_multiple(
     steps,  # a number, or a share of all steps where it is below 1
     of,  # the same
 ) -> bool:  # True also where one of them is no such number
     "Whether every so many steps is also every so many of the others."
-    numbers = all(isinstance(n, (int, float)) and not isinstance(n, bool) and 0 < n < 2**31 for n in (steps, of))
-    if not numbers: return True
-    return (steps < 1) == (of < 1) and round(steps * 1e6) % round(of * 1e6) == 0
+    for n in (steps, of):
+        if isinstance(n, bool) or not isinstance(n, (int, float)) or not 0 < n < 2**31: return True
+    if (steps < 1) != (of < 1): return False
+    return round(steps * 1e6) % round(of * 1e6) == 0
+
+# %% ../nbs/57_training_fields.ipynb #9a969231
+@dataclass(frozen=True)
+class _Rhythm:
+    "When a run evaluates, and when it saves."
+    evaluates: str  # `eval_strategy`
+    saves: str  # `save_strategy`
+    evaluate_every: object  # steps from one evaluation to the next, or what was written for it
+    save_every: object  # steps from one checkpoint to the next, or what was written for it
+
+    @property
+    def together(self) -> bool:
+        "Does each checkpoint follow an evaluation, where the two strategies are the same?"
+        return self.saves != "steps" or _is_multiple(self.save_every, self.evaluate_every)
+
+# %% ../nbs/57_training_fields.ipynb #36f2f2b3
+def _rhythm(
+    asked: dict,  # training arguments, by the names of today
+) -> _Rhythm:  # as if it were told when to save
+    "When a run evaluates, and when it saves."
+    usual = "no" if asked.get("early_stopping_patience") is None else "epoch"
+    return _Rhythm(
+        evaluates=asked.get("eval_strategy", usual),
+        saves=asked.get("save_strategy", "steps"),
+        evaluate_every=asked.get("eval_steps") or asked.get("logging_steps", 1),
+        save_every=asked.get("save_steps", 500))
+
+# %% ../nbs/57_training_fields.ipynb #6f7ca997
+def _takes_best(
+    asked: dict,  # training arguments, by the names of today
+) -> str:  # a key, or ""
+    "Which key takes the best checkpoint at the end."
+    stops_early = asked.get("early_stopping_patience") is not None
+    if not asked.get("load_best_model_at_end", stops_early): return ""
+    return "early_stopping_patience" if stops_early else "load_best_model_at_end"
+
+# %% ../nbs/57_training_fields.ipynb #684ce947
+def _mismatch(
+    rhythm: _Rhythm,
+) -> str:  # a clause, or ""; "" as well where another check says what is wrong
+    "Why checkpoints don't follow the evaluations."
+    if rhythm.saves == "best" or rhythm.evaluates not in ("no", "steps", "epoch"): return ""
+    if rhythm.saves != rhythm.evaluates:
+        return f"save_strategy is {rhythm.saves} and eval_strategy is {rhythm.evaluates}"
+    if rhythm.together: return ""
+    return f"checkpoints are {rhythm.save_every} steps apart and evaluations {rhythm.evaluate_every}"
 
 # %% ../nbs/57_training_fields.ipynb #844e9622
 def _best_problems(
@@ -300,19 +378,14 @@ def _best_problems(
 ) -> list:  # of `Problem`
     "Why the best checkpoint couldn't be taken at the end."
     now = current_names(asked)
-    patience = now.get("early_stopping_patience") is not None
-    told = [key for key in ("save_strategy", "save_steps") if key in now]
-    if not told or not now.get("load_best_model_at_end", patience): return []
-    evaluates, saves, every, between = _whens(now)
-    if saves == "best" or evaluates not in ("no", "steps", "epoch"): return []
-    reason = "early_stopping_patience" if patience else "load_best_model_at_end"
-    right = f"leave {' and '.join(told)} out, and a checkpoint follows each evaluation"
-    if saves != evaluates:
-        text = f"{reason} takes the best checkpoint at the end, but save_strategy is {saves} and eval_strategy is {evaluates}"
-        return [Problem(told[0], f"{text}: {right}")]
-    if saves != "steps" or _is_multiple(between, every): return []
-    text = f"{reason} takes the best checkpoint at the end, but checkpoints are {between} steps apart and evaluations {every}"
-    return [Problem(told[-1], f"{text}: make save_steps a multiple of eval_steps, or {right}")]
+    reason, rhythm = _takes_best(now), _rhythm(now)
+    mismatch = _mismatch(rhythm)
+    written = [key for key in ("save_strategy", "save_steps") if key in now]
+    if not written or not reason or not mismatch: return []
+    wrong = f"{reason} takes the best checkpoint at the end, but {mismatch}"
+    remedy = f"leave {' and '.join(written)} out, and a checkpoint follows each evaluation"
+    if rhythm.saves != rhythm.evaluates: return [Problem(written[0], f"{wrong}: {remedy}")]
+    return [Problem(written[-1], f"{wrong}: make save_steps a multiple of eval_steps, or {remedy}")]
 
 # %% ../nbs/57_training_fields.ipynb #0919a986
 def training_problems(
