@@ -142,6 +142,10 @@ class Explanation:
 
     def __repr__(self): return str(self)
 
+# %% ../nbs/61_advice.ipynb #c7716ee8
+_UNADVISED = {  # key -> what it does; there is no advice on it
+    "prompt_loss_weight": "the loss of a prompt's token counts so much, where that of an answer's counts 1"}
+
 # %% ../nbs/61_advice.ipynb #0b796763
 def _why(
     key: str,  # of a setting
@@ -150,7 +154,7 @@ def _why(
     reasons: dict,  # key -> why that value
 ) -> str:  # a sentence
     "Why a setting has its value, or what would have been advised."
-    if key not in advised: return "as you chose it; there is no advice on it"
+    if key not in advised: return "as you chose it; " + _UNADVISED.get(key, "there is no advice on it")
     if advised[key] == value: return reasons.get(key, "PEFT's own default")
     if isinstance(value, float) and key == "learning_rate" and value > 0:
         return f"as you chose it, {value / advised[key]:.2g} times what would be advised ({advised[key]:g}): {reasons[key]}"

@@ -205,29 +205,32 @@ def _all_places(
 def _loss_pairs(
     paths: list,  # of each row
     labels: list,  # arrays as long as the rows; -100 carries no loss
-) -> tuple:  # (key that predicts, target), one for each label token
+    weights: list,  # arrays as long as those: what a label counts
+) -> tuple:  # (key that predicts, target, weight), one for each label token
     "What each row predicts, and where."
     import numpy as np
     lengths = np.array([len(row) for row in labels])
     ends = lengths.cumsum()
     before = np.delete(_all_places(paths), ends - 1)
-    targets = np.delete(np.concatenate(labels), ends - lengths)
+    targets, counted = (np.delete(np.concatenate(each), ends - lengths) for each in (labels, weights))
     keep = targets != -100
-    return before[keep], targets[keep]
+    return before[keep], targets[keep], counted[keep]
 
 # %% ../nbs/42_prefix.ipynb #d17bd8dd
 def _predictions(
     position,  # array: where something is predicted
     targets,  # array: token ids
+    weights,  # array: what each counts
 ) -> dict:  # fields of a `PackedBatch`
-    "Each prediction once, with the number of rows it stands for."
+    "Each prediction once, with all that it counts."
     import numpy as np, torch
     top = int(targets.max(initial=0)) + 1
-    pairs, weights = np.unique(position * top + targets, return_counts=True)
+    pairs, which = np.unique(position * top + targets, return_inverse=True)
+    weights = np.bincount(which, weights, len(pairs)).astype(weights.dtype)
     positions, pair = np.unique(pairs // top, return_inverse=True)
     found = {"positions": positions, "pair": pair, "targets": pairs % top, "weights": weights}
     tensors = {name: torch.from_numpy(array) for name, array in found.items()}
-    return tensors | {"num_items": int(weights.sum())}
+    return tensors | {"num_items": weights.sum().item()}
 
 # %% ../nbs/42_prefix.ipynb #f0349ce6
 @dataclass(frozen=True)
@@ -239,9 +242,9 @@ class PackedBatch:
     positions: object = field(repr=False)  # flat positions that predict something, each once
     pair: object = field(repr=False)  # index into `positions` of each prediction
     targets: object = field(repr=False)  # token id of each prediction
-    weights: object = field(repr=False)  # rows that each prediction stands for
+    weights: object = field(repr=False)  # rows that each prediction stands for, or what it counts in all of them
     rows: int  # rows in the pass
-    num_items: int  # label tokens of all rows
+    num_items: int | float  # label tokens of all rows, or what they count
     tokens_given: int  # as if each row were run alone
     tokens_computed: int  # in the flat pass
 
@@ -263,6 +266,7 @@ class Trie:
     "Rows in dictionary order."
     rows: tuple = field(repr=False)  # arrays of token ids
     labels: tuple = field(repr=False)  # arrays as long as those
+    weights: tuple = field(repr=False)  # arrays as long as those: what a label counts
     shared: tuple  # tokens of each row that are the row's before it, too, as far as sharing pays
 
     @property
@@ -270,20 +274,33 @@ class Trie:
         "Tokens of each row."
         return [len(row) for row in self.rows]
 
+    def part(
+        self,
+        first: int,  # row
+        last: int,  # after the last one
+    ) -> "Trie":
+        "Some rows, one after the other."
+        rows = slice(first, last)
+        return Trie(self.rows[rows], self.labels[rows], self.weights[rows], self.shared[rows])
+
 # %% ../nbs/42_prefix.ipynb #4eacff4f
 def _check_rows(
-    features: list,  # of {"input_ids", "labels"}
+    features: list,  # of {"input_ids", "labels"}, and "weights"
 ):
     "Raises for rows that can't be laid out."
     empty = sum(not len(f["input_ids"]) for f in features)
     if not features or empty:
         raise ValueError(f"rows to pack: {len(features)}, {empty} of them empty; give at least one row, of one token or more")
-    pairs = [(len(f["input_ids"]), len(f["labels"])) for f in features]
-    raise_problems([f"row {i}: {a} token ids but {b} labels" for i, (a, b) in enumerate(pairs) if a != b], "Rows can't be packed")
+    wrong = []
+    for i, f in enumerate(features):
+        lengths = {name: len(f[name]) for name in ("labels", "weights") if name in f}
+        ids = len(f["input_ids"])
+        wrong += [f"row {i}: {ids} token ids but {n} {name}" for name, n in lengths.items() if n != ids]
+    raise_problems(wrong, "Rows can't be packed")
 
 # %% ../nbs/42_prefix.ipynb #8a2e6aa9
 def make_trie(
-    features: list,  # of {"input_ids": token ids, "labels": the same length, -100 carries no loss}
+    features: list,  # of {"input_ids": token ids, "labels": as long, -100 carries no loss, "weights": what a label counts; default 1}
     least: float = LEAST,  # tokens that a branch point must save, or it isn't shared
 ) -> Trie:  # of the rows
     "Bring rows into dictionary order, and settle what they share."
@@ -291,18 +308,19 @@ def make_trie(
     _check_rows(features)
     ids = [np.asarray(f["input_ids"], dtype=np.int64) for f in features]
     labels = [np.asarray(f["labels"], dtype=np.int64) for f in features]
+    weights = [np.asarray(f.get("weights", np.ones_like(row))) for f, row in zip(features, labels)]
     order = _dictionary_order(ids)
     rows = tuple(ids[i] for i in order)
     lengths = [len(row) for row in rows]
     shared = _worth_sharing(lengths, _shared_with_previous(rows), least)
-    return Trie(rows, tuple(labels[i] for i in order), tuple(shared))
+    return Trie(rows, tuple(labels[i] for i in order), tuple(weights[i] for i in order), tuple(shared))
 
 # %% ../nbs/42_prefix.ipynb #e8ce65da
 def _flat_batch(
     rows: list,  # arrays of token ids
     paths: list,  # where each row's tokens are
     tree: Tree,  # its positions yet to be filled in
-    pairs: tuple,  # (position, target) of each label token that this pass predicts
+    pairs: tuple,  # (position, target, weight) of each label token that this pass predicts
     given: int,  # rows that this pass counts; 0 for what passes share
 ) -> PackedBatch:  # on the CPU
     "Token ids, positions and loss of a pass."
@@ -329,11 +347,11 @@ def _one_pass(
     "A pass that stands for itself."
     paths, segments = lay_out(trie.lengths, trie.shared)
     tree = Tree(tuple(segments), None)
-    return _flat_batch(trie.rows, paths, tree, _loss_pairs(paths, trie.labels), len(trie.rows))
+    return _flat_batch(trie.rows, paths, tree, _loss_pairs(paths, trie.labels, trie.weights), len(trie.rows))
 
 # %% ../nbs/42_prefix.ipynb #fd3aab7d
 def pack_rows(
-    features: list,  # of {"input_ids": token ids, "labels": the same length, -100 carries no loss}
+    features: list,  # as in `make_trie`
     least: float = LEAST,  # tokens that a branch point must save, or it isn't shared
 ) -> PackedBatch:  # on the CPU; `.to(device)` moves it
     "Lay rows out as one flat pass that holds what they share once."
@@ -414,11 +432,11 @@ def _kept_passes(
         rows = slice(first, last)
         known = _known_places(trie, first, last, left, right)
         paths, added = lay_out(trie.lengths[rows], trie.shared[rows], kept, known)
-        at, targets = _loss_pairs(paths, trie.labels[rows])
+        at, *said = _loss_pairs(paths, trie.labels[rows], trie.weights[rows])
         early = at < kept
-        early_pairs.append((at[early], targets[early]))
+        early_pairs.append((at[early], *(part[early] for part in said)))
         if not added: continue
-        pairs = at[~early] - kept, targets[~early]
+        pairs = at[~early] - kept, *(part[~early] for part in said)
         tree = Tree(tuple(added), None, kept, keys=keys)
         passes.append(_flat_batch(trie.rows[rows], paths, tree, pairs, last - first))
     ids, paths = zip(*((row, path) for row, path in zip(tokens, through) if path))
@@ -427,7 +445,7 @@ def _kept_passes(
 
 # %% ../nbs/42_prefix.ipynb #07555d84
 def tree_passes(
-    features: list,  # of {"input_ids": token ids, "labels": the same length, -100 carries no loss}
+    features: list,  # as in `make_trie`
     budget: int,  # tokens that a pass may compute; a longer row has a pass of its own
     keep: bool = False,  # is what several passes share computed once, in a pass before them?
     least: float = LEAST,  # tokens that a branch point must save, or it isn't shared
@@ -437,7 +455,7 @@ def tree_passes(
     cuts = cut_passes(trie.lengths, trie.shared, budget)
     if keep and any(trie.shared[cut] for cut in cuts): return _kept_passes(trie, cuts)
     edges = zip(cuts, [*cuts[1:], len(trie.rows)])
-    return [_one_pass(Trie(trie.rows[a:b], trie.labels[a:b], trie.shared[a:b])) for a, b in edges]
+    return [_one_pass(trie.part(a, b)) for a, b in edges]
 
 # %% ../nbs/42_prefix.ipynb #f1f0eaf9
 LONG = 32  # tokens that rows share beyond what others share with them, or they aren't a group

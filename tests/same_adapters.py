@@ -91,6 +91,8 @@ JOBS = (
     Job("killed, and gone on with", killed=True,
         training={"num_train_epochs": 10, "save_steps": 2, "save_total_limit": 100, "eval_strategy": "epoch"},
         lora={"lora_dropout": 0.1}),
+    Job("a weighted prompt, killed, and gone on with", killed=True, lora={"lora_dropout": 0.1},
+        training={"prompt_loss_weight": 0.1, "num_train_epochs": 6, "save_steps": 2, "save_total_limit": 100}),
     Job("several data sets, killed, and gone on with", "several", killed=True,
         training={"num_train_epochs": 6, "save_steps": 2, "save_total_limit": 100, "eval_strategy": "epoch",
                   "validation": "checked.csv", "test": "last.csv", "more_data": {"older.csv": 1.5}, "data_weight": 0.5,
