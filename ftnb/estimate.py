@@ -620,6 +620,7 @@ def estimate_time(
     free = ranks.free_memory(precision.device)
     budget = pass_budget(model, precision, settings, counts.prefix, free)
     chosen = [rows.train.dataset[i] for i in largest_pass(counts, settings, budget)]
+    if settings.prompt_loss_weight: chosen = passes.weigh_prompts(chosen, settings.prompt_loss_weight)
     probed = _unless_memory_ends(probe_pass, model, chosen, precision)
     if probed is None: return f"memory ran out on a pass of {len(chosen)} rows; training takes smaller ones"
     processes, on_gpu = ranks.process_count(), precision.device != "cpu"
@@ -682,6 +683,7 @@ def shallow_token_seconds(
     import torch
     chosen = largest_pass(counts, job.settings, budget)
     features = _rows_as_long(counts, chosen, config.vocab_size)
+    if job.settings.prompt_loss_weight: features = passes.weigh_prompts(features, job.settings.prompt_loss_weight)
     timed = [_unless_memory_ends(_time_layers, config, n, job, features) for n in (1, 2)]
     if job.precision.device != "cpu": torch.cuda.empty_cache()  # the run needs it
     if None in timed: return None

@@ -263,6 +263,7 @@ def used_settings(
     if job.settings.assistant_only: ours["assistant_only_loss"] = True
     if job.settings.chat_template: ours["chat_template"] = True
     if job.settings.checkpointing: ours["gradient_checkpointing_reason"] = job.settings.checkpointing
+    if job.settings.prompt_loss_weight: ours["prompt_loss_weight"] = job.settings.prompt_loss_weight
     ours |= choosing.read_choice(job.records.training).as_dict()
     training = job.settings.used(shared, len(rows.test.dataset) > 0) | ours | job.settings.ends.said()
     precision = {"device": job.precision.device, "dtype": job.precision.dtype}

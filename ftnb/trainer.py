@@ -165,11 +165,12 @@ def _asking(
 def _trainer_class(
     grouped: bool = False,  # are rows dealt by what they share?
     ask=None,  # function of the model that gives `Answers`
+    prompt_weight: float = 0.0,  # what a prompt's token counts in a step's loss
 ):  # a class of trainers
     "TRL's `SFTTrainer` with passes, a meter and checkpoints to go on from."
     from trl import SFTTrainer
     several = dealing(resumable(_grouping(SFTTrainer, grouped)))
-    class RowTrainer(_asking(in_passes(several), ask)):
+    class RowTrainer(_asking(in_passes(several, prompt_weight), ask)):
         def training_step(self, model, inputs, num_items_in_batch=None):
             mine, rows = self.share(inputs)
             given = int(mine["attention_mask"].sum()) if rows else 0  # before the passes: after them a GPU would be waited for
@@ -284,7 +285,7 @@ def make_trainer(
     config = _whole_steps(settings, budget)
     if not len(test): config |= _NO_EVALUATION
     _make_folder(config["output_dir"])
-    kind = _trainer_class(settings.group_rows_by_prefix and budget > 0, ask)
+    kind = _trainer_class(settings.group_rows_by_prefix and budget > 0, ask, settings.prompt_loss_weight)
     trackers = tracker_callbacks(settings.config.get("report_to"))
     trainer = kind(model, args=_trl_config(config), train_dataset=train, eval_dataset=test if len(test) else None,
                    processing_class=tokenizer, callbacks=trackers, run=run)
@@ -346,6 +347,7 @@ def _asked_settings(
     asked = settings.config | {"tokens_per_pass": settings.tokens_per_pass, "shared_prefix": not unshared}
     if settings.group_rows_by_prefix: asked["group_rows_by_prefix"] = True  # earlier checkpoints don't have it
     if settings.checkpointing: asked["gradient_checkpointing"] = not settings.config["use_cpu"]  # memory may differ the next time
+    if settings.prompt_loss_weight: asked["prompt_loss_weight"] = settings.prompt_loss_weight
     return asked | settings.ends.said()
 
 # %% ../nbs/63_trainer.ipynb #7e3a8d06

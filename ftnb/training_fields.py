@@ -117,7 +117,7 @@ _GONE = {
 
 # %% ../nbs/57_training_fields.ipynb #e872ba94
 JOB_KEYS = {  # key -> its default
-    "completion_only_loss": False, "max_length": None, "shared_prefix": "auto", "tokens_per_pass": None,
+    "completion_only_loss": False, "prompt_loss_weight": 0.0, "max_length": None, "shared_prefix": "auto", "tokens_per_pass": None,
     "group_rows_by_prefix": False,
     "early_stopping_patience": None, "early_stopping_threshold": 0.0, "exact_match_rows": None,
     "max_seconds": None, "parent_adapter": None, "assistant_only_loss": False, "chat_template": False}
@@ -181,6 +181,7 @@ _NUMBERS = {  # rule -> keys of the numbers that it is for
     Number(least=0):
         "learning_rate weight_decay max_grad_norm warmup_steps adam_epsilon eval_delay neftune_noise_alpha "
         "router_aux_loss_coef early_stopping_threshold",
+    Number(least=0, most=1): "prompt_loss_weight",
     Number(least=0, below=1): "warmup_ratio adam_beta1 adam_beta2 label_smoothing_factor"}
 
 # %% ../nbs/57_training_fields.ipynb #ad1c9a31
@@ -315,6 +316,24 @@ def _contradictions(
         problems.append(Problem("fp16", "fp16 and bf16 exclude each other"))
     return problems
 
+# %% ../nbs/57_training_fields.ipynb #b277e6a3
+_UNWEIGHED = {"label_smoothing_factor": (None, 0), "loss_type": (None, "nll", "chunked_nll")}  # key -> values that leave the usual loss
+
+# %% ../nbs/57_training_fields.ipynb #98c28f46
+def _weight_problems(
+    asked: dict,  # training arguments
+) -> list:  # of `Problem`
+    "Why a prompt's tokens can't be weighed."
+    key, problems = "prompt_loss_weight", []
+    if not asked.get(key): return []
+    if not (asked.get("completion_only_loss") or asked.get("assistant_only_loss")):
+        text = f"{key} {asked[key]} has no effect: all tokens count alike. Set completion_only_loss, or in conversations assistant_only_loss"
+        problems.append(Problem(key, f"{text}; or leave it out"))
+    for name, usual in _UNWEIGHED.items():
+        if asked.get(name) in usual: continue
+        problems.append(Problem(key, f"{key} weighs the usual loss of a token: leave it out, or {name} {asked[name]}"))
+    return problems
+
 # %% ../nbs/57_training_fields.ipynb #0782798c
 def _is_multiple(
     steps,  # a number, or a share of all steps where it is below 1
@@ -398,5 +417,5 @@ def training_problems(
     problems = [Problem(k, f"unknown key {k!r}{_elsewhere(k) or nearest(k, KNOWN_FIELDS)}") for k in unknown]
     problems += fields.field_problems(known, KNOWN_FIELDS, library_defaults(SFTConfig))
     problems += _value_problems(asked) + choosing.choice_problems(asked)
-    problems += _contradictions(asked) + _best_problems(asked)
+    problems += _contradictions(asked) + _best_problems(asked) + _weight_problems(asked)
     return problems + _tracker_problems(asked.get("report_to"))
