@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from fastcore.basics import patch
 
 from .attention import attend, merge_part
-from .packing import causal_model, flat_hidden, output_logits, shares_exactly
+from .packing import causal_model, flat_hidden, output_logits
 from .prefix import RowGroups, Run, Tree, common_prefix, group_rows, lay_out, moved, path_length, places_of
+from .sharing import shares_exactly
 
 # %% ../nbs/70_decoding.ipynb #797cfc21
 def prompt_tree(

@@ -12,11 +12,12 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from .metrics import RunState
-from .packing import KeptPrefix, causal_model, keeps_prefix, packed_loss, shares_exactly
+from .packing import KeptPrefix, causal_model, keeps_prefix, packed_loss
 from .prefix import LEAST, common_prefix, pack_rows, tree_passes
 from .ranks import KnownToAll, failed_anywhere, free_memory, from_first, label_tokens, mean_over_all
 from .ranks import process_rank, raise_together
 from .settings import TrainingSettings
+from .sharing import shares_exactly
 
 # %% ../nbs/60_passes.ipynb #da368336
 def token_bytes(

@@ -21,7 +21,6 @@ import ftnb.inputs as inputs
 import ftnb.jobargs as jobargs
 import ftnb.matching as matching
 import ftnb.models as models
-import ftnb.packing as packing
 import ftnb.parents as parents
 import ftnb.progress as progress
 import ftnb.prompts as prompts
@@ -44,6 +43,7 @@ from .fingerprint import BaseFiles, base_fingerprint
 from .inputs import Inputs
 from .ledger import OVERLAP, RowLedger, ledger_notes, twin_notes
 from .problems import Problem
+from .sharing import sharing_obstacles
 
 # %% ../nbs/81_preflight.ipynb #9038feaa
 def _base_is_whole(
@@ -95,7 +95,7 @@ def _check_sharing(
     "Whether the tokens that rows share are computed once."
     asked = settings.shared_prefix
     why = "shared_prefix is false"
-    if asked is not False: why = "; ".join(packing.sharing_obstacles(model, settings.config))
+    if asked is not False: why = "; ".join(sharing_obstacles(model, settings.config))
     if why and asked is True:
         text = f"shared_prefix is true, but the prefix can't be shared: {why}; use auto"
         log.add("error", "model", Problem("shared_prefix", text))

@@ -9,10 +9,11 @@ __all__ = ['comparable', 'is_match', 'answers_to_match', 'exact_match', 'held_ou
 from dataclasses import dataclass, field
 
 from .generation import answer_text, evaluation_mode, generate_answers
-from .packing import packed_loss, packing_attention, shares_exactly
+from .packing import packed_loss, packing_attention
 from .prefix import common_prefix, tree_passes
 from .problems import Problem, raise_problems
 from .questions import Questions
+from .sharing import shares_exactly
 
 # %% ../nbs/72_scoring.ipynb #19c57a2c
 def comparable(

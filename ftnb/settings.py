@@ -18,8 +18,8 @@ from .consts import TRAINING_DATA_TEXT_FIELD
 from .fields import idle_notes, in_argument, library_defaults
 from .models import Precision
 from .optimizers import FOLLOW_LOSS, layer_problems
-from .packing import packing_obstacles, router_coefficient
 from .problems import Problem, raise_problems
+from .sharing import packing_obstacles, router_coefficient
 from .training_fields import (GREATER_IS_BETTER, IGNORED, JOB_KEYS, KNOWN_FIELDS, NOT_FOR_TRL, current_names,
                                   training_problems)
 

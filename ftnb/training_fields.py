@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import ftnb.choosing as choosing
 import ftnb.fields as fields
 from .fields import FLAG, FieldRule, Number, ValueRule, decide, library_defaults, one_of
-from .packing import ANOTHER_LOSS
 from .problems import Problem, nearest
+from .sharing import ANOTHER_LOSS
 
 # %% ../nbs/57_training_fields.ipynb #b12dc012
 RENAMED = {  # old name -> name in TRL's SFTConfig
@@ -56,7 +56,7 @@ _USED = decide(
     "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "ddp_backend", "ddp_timeout")
 
 # %% ../nbs/57_training_fields.ipynb #a097620c
-_PADDED = {name: FieldRule("padded", why) for name, (_, why) in ANOTHER_LOSS.items()}
+_PADDED = {name: FieldRule("padded", other.why) for name, other in ANOTHER_LOSS.items()}
 
 # %% ../nbs/57_training_fields.ipynb #4a067f32
 _IDLE = {

@@ -109,7 +109,7 @@ def test_exact(device, kind, dtype, levels, tell):
 def test_numerical_check(device):
     "The check before training lets right passes through, in each format."
     import torch
-    from ftnb.packing import shares_exactly
+    from ftnb.sharing import shares_exactly
     for kind in KINDS:
         for dtype in EPS:
             check = shares_exactly(tiny_model(kind, device).to(getattr(torch, dtype)), tree(2, 0))
