@@ -133,7 +133,7 @@ class _JobTarget:
     adapter_name: str | None = _arg("name", "name to register the adapter by; needed with --auto_add_adapter", None)
     auto_add_adapter: bool = _arg("flag", "register the adapter in the Studio", False)
     train_test_split: float = _arg("share", "share of rows for training, in (0, 1]", TRAINING_DEFAULT_TRAIN_TEST_SPLIT)
-    dataset_fraction: float = _arg("share", "share of rows to keep, in (0, 1]", TRAINING_DEFAULT_DATASET_FRACTION)
+    dataset_fraction: float = _arg("share", "share of the rows to keep of each data set that is trained on, in (0, 1]", TRAINING_DEFAULT_DATASET_FRACTION)
 
 # %% ../nbs/06_jobargs.ipynb #5788a269
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -7,7 +7,7 @@ __all__ = ['LOGS', 'Source', 'find_source', 'place_data', 'sort_settings', 'Run'
            'tune_command']
 
 # %% ../../nbs/ui/09_tuning.ipynb #d9c0f559
-import hashlib, json, os, shutil, sys, tempfile, uuid
+import hashlib, json, os, re, shutil, sys, tempfile, uuid
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
@@ -21,6 +21,7 @@ import ftnb.conversations as conversations
 import ftnb.corpus as corpus
 import ftnb.evaluate as evaluate
 import ftnb.finetune as finetune
+import ftnb.hub as hub
 import ftnb.jobargs as jobargs
 import ftnb.models as models
 import ftnb.preflight as preflight
@@ -38,6 +39,7 @@ import ftnb.ui.monitoring as monitoring
 # %% ../../nbs/ui/09_tuning.ipynb #5836233a
 from ..adapters import publish_folder
 from ..lora_settings import LORA_RULES
+from ..problems import raise_problems
 
 # %% ../../nbs/ui/09_tuning.ipynb #6f99b27d
 def _as_splits(
@@ -149,6 +151,7 @@ def place_data(
     if isinstance(parent, (str, Path)): placed["parent_adapter"], contents["parent_adapter"] = _parent_source(parent)
     along = [*more, *(_weighed(settings["more_data"]) if "more_data" in settings else [])]
     sources = [(find_source(data, folder), weight) for data, weight in along]
+    raise_problems(choosing.choice_problems({"more_data": [source.name for source, _ in sources]}), "The data can't be chosen")
     if sources: placed["more_data"] = {source.name: weight for source, weight in sources}
     return placed, contents | {source.name: source.content for source, _ in sources}
 
@@ -487,6 +490,7 @@ def _prepared(
     if weight != 1: settings["data_weight"] = weight
     given, source = sort_settings(settings), find_source(first, place.folder, **part)
     token, choice = given["job"].get("hf_token"), choosing.read_choice(given["training"])
+    if source.name in choice.more_data: raise_problems([choosing.twice_problem("data", source.name)], "The data can't be chosen")
     rows = [source.content, contents]
     _job(place.folder, name, dict.fromkeys(("base_model_id", "dataset_id", "prompt_id"), "id"), rows, given["job"])  # raises where a job can't take them
     dataset_id, read = _read_data(place.engine, source.name, token)
@@ -497,6 +501,16 @@ def _prepared(
     filled = _complete(_width(model, token), _rows_an_epoch(whole, given["job"]), given)
     records |= _config_rows(place.engine, name, filled)
     return _job(place.folder, name, records, rows, filled["job"]), whole
+
+# %% ../../nbs/ui/09_tuning.ipynb #734b420d
+def _hub_names(
+    model: str,  # folder or hub name
+    data,  # as in `tune`
+) -> list:  # of names
+    "What of a run may have to be looked for on the hub."
+    sources = [model, *(one for one, _ in _weighed(data) if isinstance(one, str))]
+    places = [corpus.parse_dataset_name(os.path.expanduser(source)).place for source in sources]
+    return [place for place in places if re.fullmatch(choosing.HUB_NAME, place) and not os.path.exists(place)]
 
 # %% ../../nbs/ui/09_tuning.ipynb #80b6130c
 def tune(
@@ -517,7 +531,8 @@ def tune(
     "Train an adapter. The same call again goes on, or finds it done."
     place = _open_place(folder, db)
     model = str(Path(model).expanduser().absolute()) if Path(model).expanduser().is_dir() else str(model)
-    args, rows = _prepared(place, model, data, (prompt, completion), name, settings, config=config, split=split)
+    with hub.reaching_hub(_hub_names(model, data)):
+        args, rows = _prepared(place, model, data, (prompt, completion), name, settings, config=config, split=split)
     args = replace(args, auto_add_adapter=db is not None)
     if watch: _show_live(args)
     bar = False if watch and bar is None else bar  # the picture says it
