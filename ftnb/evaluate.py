@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from fastcore.basics import patch
 
 from .certainty import PairedResult, compare_pairs, rows_needed, share_interval
+from .hub import hub_problem, reaching_hub
 from .models import Precision, choose_precision, load_base_model, load_tokenizer
 from .problems import Problem, raise_problems
 from .progress import quiet_libraries, wants_bar
@@ -386,6 +387,19 @@ def _put_on(
         else: model = PeftModel.from_pretrained(model, str(folder), **options)
     return model, inside
 
+# %% ../nbs/75_evaluate.ipynb #0330add9
+def _load_base(
+    base: str,  # hub name or folder
+    tokenizer,  # None: the base's own
+    precision: Precision,
+) -> tuple:  # (model, tokenizer)
+    "Load a base model by its name."
+    with reaching_hub([] if os.path.exists(base) else [base]) as reached:
+        problem = "" if reached else hub_problem("model", base)
+        if problem: raise OSError(problem)
+        model = load_base_model(base, precision)
+        return model, load_tokenizer(base) if tokenizer is None else tokenizer
+
 # %% ../nbs/75_evaluate.ipynb #49607149
 def load_models(
     base,  # hub name or folder of the base model; or a model in memory, with its adapters if it is a `PeftModel`
@@ -397,8 +411,7 @@ def load_models(
     quiet_libraries()
     folders, model = _named(adapters), base
     if hasattr(base, "forward"): _check_in_memory(base, tokenizer, folders)
-    else: model = load_base_model(str(base), precision or choose_precision({}, None))
-    if tokenizer is None: tokenizer = load_tokenizer(str(base))
+    else: model, tokenizer = _load_base(str(base), tokenizer, precision or choose_precision({}, None))
     if hasattr(base, "peft_config"): inside = {"adapter" if name == "default" else name: name for name in base.peft_config}
     else: model, inside = _put_on(model, folders)
     return LoadedModels(model, tokenizer, inside)

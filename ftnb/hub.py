@@ -64,7 +64,10 @@ def is_cached(
 ) -> bool:
     "Whether something of the hub has been fetched before."
     from huggingface_hub import constants, try_to_load_from_cache
-    if kind == "model": return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    from huggingface_hub.errors import HFValidationError
+    if kind == "model":
+        try: return isinstance(try_to_load_from_cache(name, "config.json"), str)
+        except HFValidationError: return False  # no name that the hub could have
     import datasets
     files = Path(constants.HF_HUB_CACHE)/f"datasets--{name.replace('/', '--')}"
     rows = Path(datasets.config.HF_DATASETS_CACHE)/name.replace("/", "___")

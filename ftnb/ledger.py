@@ -160,17 +160,32 @@ def twin_notes(
         found.append(f"rows to train on that say the same as an earlier one: {ledger.duplicates:,}; {done}")
     return found
 
+# %% ../nbs/39_ledger.ipynb #6bd66b5a
+def _drop_lines(
+    dropped: tuple,  # of `Drop`
+    n: int,  # lines at most
+) -> tuple:  # (lines, rows that they stand for)
+    "Rows that were left out, those with one reason on one line."
+    alike = {}
+    for drop in dropped: alike.setdefault((drop.split, drop.why), []).append(drop.row)
+    lines, named = [], 0
+    for (split, why), numbers in list(alike.items())[:n]:
+        which = "row" if len(numbers) == 1 else "rows"
+        more = f" and {len(numbers) - 5:,} more" if len(numbers) > 5 else ""
+        lines.append(f"dropped: {split} {which} {', '.join(map(str, numbers[:5]))}{more}: {why}")
+        named += len(numbers)
+    return lines, named
+
 # %% ../nbs/39_ledger.ipynb #921e09c8
 def ledger_notes(
     ledger: RowLedger,  # from `row_ledger`
-    n: int = 10,  # drops to name
-) -> list:  # a line for each of the first `n` drops, and for each split that isn't used
+    n: int = 10,  # lines at most for rows that were dropped
+) -> list:  # a line for each reason of the first drops, and for each split that isn't used
     "What a person should know of the ledger, beside its counts and the rows that stand twice."
-    lines = [f"dropped: {drop}" for drop in ledger.dropped[:n]]
-    more = len(ledger.dropped) - n
+    lines, named = _drop_lines(ledger.dropped, n)
+    more = len(ledger.dropped) - named
     if more > 0: lines.append(f"and {more:,} more, all in the job's ledger.json")
-    if ledger.repeated:
-        lines.append(f"rows that come again in an epoch, by their weight: {ledger.repeated:,}")
+    if ledger.repeated: lines.append(f"rows that come again in an epoch, by their weight: {ledger.repeated:,}")
     return lines + [f"not used: split {name!r} with {rows:,} rows" for name, rows in ledger.splits_not_used.items()]
 
 # %% ../nbs/39_ledger.ipynb #1f441341

@@ -24,7 +24,7 @@ import ftnb.splits as splits
 import ftnb.storage as storage
 import ftnb.tokens as tokens
 from .chat_templates import Loss
-from .ledger import DUPLICATE, OVERLAP, Drop, RowLedger, describe_ledger, row_ledger
+from .ledger import DUPLICATE, OVERLAP, Drop, RowLedger, ledger_notes, row_ledger
 from .problems import Problem, ProblemsError, raise_problems
 
 # %% ../nbs/40_rows.ipynb #6222eaed
@@ -616,6 +616,6 @@ def prepare_rows(
     done = {name: [tokenized(side) for side in found] for name, found in sides.items()}
     raise_problems(_vocabulary_problems(config, tokenizer, done), f"The model {job.source} can't be used")
     ledger = _counted(read.splits, read.parts, sides, done, twins)
-    if not ledger.trained: raise ValueError(f"no row is left to train on\n{describe_ledger(ledger)}")
+    if not ledger.trained: raise ValueError(f"no row is left to train on: {'; '.join([ledger.summary, *ledger_notes(ledger, 3)])}")
     hashes = _hashes(read.splits, sides) if keep else {}
     return _job_rows(sides, done, tokenize, ledger, hashes)

@@ -59,6 +59,20 @@ def first_rows(
     data = corpus.read_corpus(dataset).splits["train"]
     return data.select(range(min(n, len(data)))).to_list()
 
+# %% ../../nbs/ui/08_additions.ipynb #26316fed
+def _check_slots(
+    texts: dict,  # what it is -> text of a template
+    columns: list,  # of the data set
+):
+    "Raise where every row would be the same text, or a column's name stands for its values."
+    for what, text in texts.items():
+        name = text.strip()
+        if name not in columns: continue
+        raise ValueError(f"the {what} is the name of a column, so it would say {name!r} in every row: write {{{name}}}, in braces")
+    if any("{" in text for text in texts.values()): return
+    raise ValueError("neither prompt nor completion has a {column}, so every row would be the same text: "
+                     f"write the name of a column in braces, such as {{{columns[0]}}}")
+
 # %% ../../nbs/ui/08_additions.ipynb #14cc9a04
 def read_prompt(
     given: str,  # input template
@@ -72,6 +86,7 @@ def read_prompt(
     if rows: template = conversations.settle_template(template, Dataset.from_list(rows))
     if not completion.strip() and not template.chat:
         raise ValueError("the completion is empty: write what the model is to learn, such as {answer}")
+    if rows and not template.chat: _check_slots({"prompt": given, "completion": completion}, list(rows[0]))
     return template
 
 # %% ../../nbs/ui/08_additions.ipynb #1a685b1b

@@ -21,7 +21,6 @@ import ftnb.conversations as conversations
 import ftnb.corpus as corpus
 import ftnb.evaluate as evaluate
 import ftnb.finetune as finetune
-import ftnb.hub as hub
 import ftnb.jobargs as jobargs
 import ftnb.models as models
 import ftnb.preflight as preflight
@@ -38,6 +37,7 @@ import ftnb.ui.monitoring as monitoring
 
 # %% ../../nbs/ui/09_tuning.ipynb #5836233a
 from ..adapters import publish_folder
+from ..hub import reaching_hub
 from ..lora_settings import LORA_RULES
 from ..problems import raise_problems
 
@@ -135,11 +135,21 @@ def _parent_source(
     weights = os.path.join(place, "adapter_model.safetensors")
     return os.path.abspath(place), storage.file_hash(weights) if os.path.isfile(weights) else ""
 
+# %% ../../nbs/ui/09_tuning.ipynb #6f0f17c1
+def _check_once(
+    first: str,  # place of a data set
+    more: list,  # places of those that are trained along
+):
+    "Raise where a data set is named twice."
+    problems = [choosing.twice_problem("data", first)] if first in more else choosing.choice_problems({"more_data": more})
+    raise_problems(problems, "The data can't be chosen")
+
 # %% ../../nbs/ui/09_tuning.ipynb #99cc86f7
 def place_data(
     settings: dict,  # of a run, by name
     folder: Path,  # of the project
     more: list = (),  # of (data set, weight): trained along
+    first: str = "",  # place of the data set that they are trained along with
 ) -> tuple:  # (the settings with places of the data sets that they name, what makes those what they are)
     "Put every data set that settings name where a job finds it."
     placed, contents = dict(settings), {}
@@ -151,7 +161,7 @@ def place_data(
     if isinstance(parent, (str, Path)): placed["parent_adapter"], contents["parent_adapter"] = _parent_source(parent)
     along = [*more, *(_weighed(settings["more_data"]) if "more_data" in settings else [])]
     sources = [(find_source(data, folder), weight) for data, weight in along]
-    raise_problems(choosing.choice_problems({"more_data": [source.name for source, _ in sources]}), "The data can't be chosen")
+    _check_once(first, [source.name for source, _ in sources])
     if sources: placed["more_data"] = {source.name: weight for source, weight in sources}
     return placed, contents | {source.name: source.content for source, _ in sources}
 
@@ -486,11 +496,11 @@ def _prepared(
 ) -> tuple:  # (`JobArgs`, the rows)
     "A run's arguments, its rows read once."
     (first, weight), *more = _weighed(data)
-    settings, contents = place_data(settings, place.folder, more)
+    source = find_source(first, place.folder, **part)
+    settings, contents = place_data(settings, place.folder, more, source.name)
     if weight != 1: settings["data_weight"] = weight
-    given, source = sort_settings(settings), find_source(first, place.folder, **part)
+    given = sort_settings(settings)
     token, choice = given["job"].get("hf_token"), choosing.read_choice(given["training"])
-    if source.name in choice.more_data: raise_problems([choosing.twice_problem("data", source.name)], "The data can't be chosen")
     rows = [source.content, contents]
     _job(place.folder, name, dict.fromkeys(("base_model_id", "dataset_id", "prompt_id"), "id"), rows, given["job"])  # raises where a job can't take them
     dataset_id, read = _read_data(place.engine, source.name, token)
@@ -499,8 +509,7 @@ def _prepared(
     records = _records(place.engine, model, dataset_id, read, texts)
     given["training"] = _for_conversations(given["training"], texts, read)
     filled = _complete(_width(model, token), _rows_an_epoch(whole, given["job"]), given)
-    records |= _config_rows(place.engine, name, filled)
-    return _job(place.folder, name, records, rows, filled["job"]), whole
+    return _job(place.folder, name, records | _config_rows(place.engine, name, filled), rows, filled["job"]), whole
 
 # %% ../../nbs/ui/09_tuning.ipynb #734b420d
 def _hub_names(
@@ -531,7 +540,7 @@ def tune(
     "Train an adapter. The same call again goes on, or finds it done."
     place = _open_place(folder, db)
     model = str(Path(model).expanduser().absolute()) if Path(model).expanduser().is_dir() else str(model)
-    with hub.reaching_hub(_hub_names(model, data)):
+    with reaching_hub(_hub_names(model, data)):
         args, rows = _prepared(place, model, data, (prompt, completion), name, settings, config=config, split=split)
     args = replace(args, auto_add_adapter=db is not None)
     if watch: _show_live(args)
