@@ -65,9 +65,10 @@ def _unknown_problems(
     **known,  # script, runtime -> what is known of it, or nothing
 ) -> list:  # of `Problem`
     "What a job can't be created without."
+    why = f"the project has no job {TEMPLATE_JOB} to copy it from; install the project as an AMP, or give"
     if template: why = f"the job {TEMPLATE_JOB} has none; give"
-    else: why = f"the project has no job {TEMPLATE_JOB} to copy it from; install the project as an AMP, or give"
-    return [Problem(name, f"no {name} is known: {why} {name}=") for name, value in known.items() if not value]
+    missing = [name for name, value in known.items() if not value]
+    return [Problem(name, f"no {name} is known: {why} {name}=") for name in missing]
 
 # %% ../../nbs/cluster/4_sending.ipynb #4a8d0e61
 def _resources(
@@ -91,12 +92,14 @@ def job_request(
     "What a job is created from; its environment holds no token and no key of ours."
     template, given = template or {}, jobargs.format_job_arguments(args)
     script = script or template.get("script") or _own_script()
-    runtime, kernel = runtime or template.get("runtime_identifier"), template.get("kernel")
+    runtime = runtime or template.get("runtime_identifier")
+    kernel = None if runtime else template.get("kernel")
     raise_problems(_unknown_problems(template, script=script, runtime=runtime or kernel), "The job can't be sent")
     environment = _sent_environment(template, given, os.environ if env is None else env)
+    addons = template.get("runtime_addon_identifiers")
     body = {"name": args.experimentid, "script": script, "arguments": given, "environment": environment,
-            "runtime_identifier": runtime, "runtime_addon_identifiers": template.get("runtime_addon_identifiers"),
-            "kernel": None if runtime else kernel, **_resources(args, template)}
+            "runtime_identifier": runtime, "runtime_addon_identifiers": addons, "kernel": kernel}
+    body |= _resources(args, template)
     return {name: value for name, value in body.items() if value not in (None, "", [])}
 
 # %% ../../nbs/cluster/4_sending.ipynb #1b8e5d40
@@ -117,6 +120,14 @@ def _config_columns(
     return {name: value if blob else None, f"{name}_id": None if blob else value}
 
 # %% ../../nbs/cluster/4_sending.ipynb #4b8fa458
+_SIZES = {"num_cpu": "cpu", "num_gpu": "nvidia_gpu", "num_memory": "memory"}  # column -> field of the request
+_SETTINGS = {  # column -> argument
+    "training_arguments_config": "training_arguments_config", "lora_config": "lora_config",
+    "model_bnb_config": "bnb_config", "adapter_bnb_config": "bnb_config"}
+_SAME = ("base_model_id", "dataset_id", "prompt_id", "out_dir", "dataset_fraction", "train_test_split",
+         "user_config_id", "axolotl_config_id", "gpu_label_id", "adapter_name")  # columns called like their argument
+
+# %% ../../nbs/cluster/4_sending.ipynb #af97c598
 def job_row(
     args: jobargs.JobArgs,  # of the job
     job_id: str,  # on Cloudera ML
@@ -125,15 +136,12 @@ def job_row(
 ) -> dict:  # column of fine_tuning_jobs -> value
     "What the Studio's database says about a job."
     row = {"cml_job_id": job_id, "num_workers": args.dist_num, "framework_type": args.finetuning_framework_type}
-    row |= {"num_cpu": _whole(request.get("cpu")), "num_gpu": _whole(request.get("nvidia_gpu")), "num_memory": _whole(request.get("memory"))}
-    row |= {"num_epochs": _whole(training.get("num_train_epochs")), "learning_rate": training.get("learning_rate")}
-    same = ("base_model_id", "dataset_id", "prompt_id", "out_dir", "dataset_fraction", "train_test_split",
-            "user_config_id", "axolotl_config_id", "gpu_label_id", "adapter_name")
-    row |= {name: getattr(args, name) for name in same}
-    row |= _config_columns("training_arguments_config", args.training_arguments_config)
-    row |= _config_columns("lora_config", args.lora_config)
-    row |= _config_columns("model_bnb_config", args.bnb_config)
-    return row | _config_columns("adapter_bnb_config", args.bnb_config)
+    for column, field in _SIZES.items(): row[column] = _whole(request.get(field))
+    row["num_epochs"] = _whole(training.get("num_train_epochs"))
+    row["learning_rate"] = training.get("learning_rate")
+    for name in _SAME: row[name] = getattr(args, name)
+    for column, name in _SETTINGS.items(): row |= _config_columns(column, getattr(args, name))
+    return row
 
 # %% ../../nbs/cluster/4_sending.ipynb #2e7b0c95
 def _row_before(
@@ -145,7 +153,8 @@ def _row_before(
     import sqlalchemy as sa
     known = studio.known_columns(con, "fine_tuning_jobs")
     if not {"id", "cml_job_id"} <= set(known):
-        raise ValueError(f"{place} has no table fine_tuning_jobs with id and cml_job_id: {consts.STUDIO_DB} must name the Studio's database")
+        table = f"{place} has no table fine_tuning_jobs with id and cml_job_id"
+        raise ValueError(f"{table}: {consts.STUDIO_DB} must name the Studio's database")
     jobs = sa.table("fine_tuning_jobs", *map(sa.column, known))
     row = con.execute(sa.select(jobs).where(jobs.c.id == id)).mappings().first()
     if row is None: return None
@@ -189,8 +198,9 @@ def _take_back_row(
     import sqlalchemy as sa
     jobs = sa.table("fine_tuning_jobs", sa.column("id"))
     def undo(con):
-        if before is None: con.execute(sa.delete(jobs).where(jobs.c.id == id))
-        else: studio.upsert(con, "fine_tuning_jobs", id, **{k: v for k, v in before.items() if k != "id"})
+        if before is None: return con.execute(sa.delete(jobs).where(jobs.c.id == id))
+        columns = {name: value for name, value in before.items() if name != "id"}
+        studio.upsert(con, "fine_tuning_jobs", id, **columns)
     try: studio.write_studio(engine, undo, 60)
     except sa.exc.DBAPIError as e: return f"fine_tuning_jobs {id}: the row couldn't be taken back ({e.orig}); delete it"
     return ""
@@ -213,11 +223,19 @@ def check_sending(
     "Check a job that another machine will run."
     report = preflight.check_job(args, env, keep=False)
     findings = [_elsewhere(finding) for finding in report.findings]
-    known = (os.environ if env is None else env).get(consts.HF_TOKEN, "").strip()
-    if args.hf_token and args.hf_token.reveal() != known:
-        text = f"the Hugging Face token isn't sent along: set {consts.HF_TOKEN} in the project's environment"
-        findings.append(Finding("warning", "token", Problem("hf_token", text)))
+    findings += _token_findings(args.hf_token, os.environ if env is None else env)
     return replace(report, findings=tuple(findings))
+
+# %% ../../nbs/cluster/4_sending.ipynb #b5157fd4
+def _token_findings(
+    token: "jobargs.Secret | None",  # among the job's arguments
+    env: "Mapping",  # environment here
+) -> list:  # of `Finding`
+    "What to say of a token that isn't sent along."
+    known = env.get(consts.HF_TOKEN, "").strip()
+    if not token or token.reveal() == known: return []
+    text = f"the Hugging Face token isn't sent along: set {consts.HF_TOKEN} in the project's environment"
+    return [Finding("warning", "token", Problem("hf_token", text))]
 
 # %% ../../nbs/cluster/4_sending.ipynb #5cd79356
 @dataclass(repr=False)
@@ -237,8 +255,9 @@ class SubmittedJob:
         return f"{page}/jobs/{self.job_id}"
 
     def __repr__(self):
-        return (f"Cloudera ML job {self.job_id}, run {self.run_id}: {self.state}\n  {self.link}\n"
-                f"  checkpoints and metrics in {self.args.train_out_dir}, the adapter in {self.args.out_dir}")
+        head = f"Cloudera ML job {self.job_id}, run {self.run_id}: {self.state}"
+        places = f"checkpoints and metrics in {self.args.train_out_dir}, the adapter in {self.args.out_dir}"
+        return f"{head}\n  {self.link}\n  {places}"
 
 # %% ../../nbs/cluster/4_sending.ipynb #0b6e9f27
 @patch
@@ -264,26 +283,42 @@ class _Start:
     before: dict | None = None  # the row as it was
 
 # %% ../../nbs/cluster/4_sending.ipynb #76b37c7c
+def _create_job(
+    start: _Start,  # with nothing done yet
+    request: dict,  # from `job_request`
+):
+    "Create the job; where that fails, note whether it may be there all the same."
+    w = start.workspace
+    def find(): return next(iter(api.jobs_named(w, start.id)), None)
+    start.maybe = True
+    try: job = api.create(w, "create_job", {"project_id": w.project} | request, find)
+    except ClouderaError as e:
+        start.maybe = e.unclear
+        start.late = e.unclear and not e.status
+        raise
+    start.job_id = api.id_of(job)
+
+# %% ../../nbs/cluster/4_sending.ipynb #1fd8e87b
+def _start_run(
+    workspace: Workspace,  # that has the job
+    job_id: str,  # of a job without a run
+) -> str:  # id of the run
+    "Start a job's run."
+    def find(): return next(iter(api.list_all(workspace, "list_job_runs", job_id=job_id)), None)
+    body = {"project_id": workspace.project, "job_id": job_id}
+    return api.id_of(api.create(workspace, "create_job_run", body, find, job_id=job_id))
+
+# %% ../../nbs/cluster/4_sending.ipynb #d893a7c5
 def _begin(
     start: _Start,  # with nothing done yet
     request: dict,  # from `job_request`
     row: "Callable",  # job's id -> row, from `job_row`
 ) -> str:  # id of the run
     "Create the job, write its row, and start its run."
-    w = start.workspace
-    def find_job(): return next(iter(api.jobs_named(w, start.id)), None)
-    def find_run(): return next(iter(api.list_all(w, "list_job_runs", job_id=start.job_id)), None)
-    start.maybe = True
-    try: job = api.create(w, "create_job", {"project_id": w.project} | request, find_job)
-    except ClouderaError as e:
-        start.maybe = e.unclear
-        start.late = e.unclear and not e.status
-        raise
-    start.job_id = api.id_of(job)
+    _create_job(start, request)
     start.before = _put_row(start.engine, start.id, row(start.job_id))
     start.wrote = True
-    body = {"project_id": w.project, "job_id": start.job_id}
-    return api.id_of(api.create(w, "create_job_run", body, find_run, job_id=start.job_id))
+    return _start_run(start.workspace, start.job_id)
 
 # %% ../../nbs/cluster/4_sending.ipynb #9bb58cdb
 def _drop_job(
@@ -310,9 +345,11 @@ def _created_jobs(
     if not start.maybe: return [], ""
     try: found = api.jobs_named(start.workspace, start.id)
     except ClouderaError:
-        return [], f"a job named {start.id} may be left in the project: nobody can tell; if it is there, delete it on its page"
-    late = f"should a job named {start.id} still appear in the project, delete it"
-    return [job["id"] for job in found], late if start.late and not found else ""
+        unknown = f"a job named {start.id} may be left in the project: nobody can tell"
+        return [], f"{unknown}; if it is there, delete it on its page"
+    if start.late and not found:
+        return [], f"should a job named {start.id} still appear in the project, delete it"
+    return [job["id"] for job in found], ""
 
 # %% ../../nbs/cluster/4_sending.ipynb #5768b726
 def _take_back(
@@ -323,6 +360,17 @@ def _take_back(
     left = [unknown, *(_drop_job(start.workspace, id) for id in ids)]
     if start.wrote: left.append(_take_back_row(start.engine, start.id, start.before))
     return [sentence for sentence in left if sentence]
+
+# %% ../../nbs/cluster/4_sending.ipynb #b0618230
+def _refuse_sent(
+    workspace: Workspace,
+    id: str,  # of the job
+):
+    "Raise where the project has the job already."
+    others = api.jobs_named(workspace, id)
+    if not others: return
+    what = "run that one again from its page, or delete it"
+    raise ValueError(_sent_already(id, others[0]["id"], what))
 
 # %% ../../nbs/cluster/4_sending.ipynb #aa9aae0a
 def submit(
@@ -338,8 +386,7 @@ def submit(
     workspace = workspace or workspace_from_env(env)
     report = report or check_sending(args, env)
     report.raise_errors()
-    if others := api.jobs_named(workspace, args.experimentid):
-        raise ValueError(_sent_already(args.experimentid, others[0]["id"], "run that one again from its page, or delete it"))
+    _refuse_sent(workspace, args.experimentid)
     template = next(iter(api.jobs_named(workspace, TEMPLATE_JOB)), None)
     request = job_request(args, template, script, runtime, env)
     start = _Start(workspace, report.engine, args.experimentid)
@@ -360,7 +407,8 @@ def _say_left(
     else: print(*left, sep="\n", file=sys.stderr)
 
 # %% ../../nbs/cluster/4_sending.ipynb #794e2385
-_ENDS = ("succeeded", "failed", "stopped", "timedout", "skipped")
+_ENDS = ("succeeded", "failed", "stopped", "timedout", "skipped")  # states of a run that is over
+_REFUSED = (400, 401, 403, 404)  # answers that won't be others later
 
 # %% ../../nbs/cluster/4_sending.ipynb #4cce3a50
 @patch
@@ -368,7 +416,8 @@ def status(
     self: SubmittedJob,
 ) -> str:  # scheduling, starting, running, stopping, succeeded, failed, stopped, timedout, skipped or unknown
     "Ask where the run is."
-    said = api.call(self.workspace, "get_job_run", job_id=self.job_id, run_id=self.run_id).get("status")
+    run = api.call(self.workspace, "get_job_run", job_id=self.job_id, run_id=self.run_id)
+    said = run.get("status")
     found = re.fullmatch(r"(?:engine_)?([a-z]{1,20})", said.lower()) if isinstance(said, str) else None
     self.state = found[1] if found else "unknown"
     return self.state
@@ -402,7 +451,8 @@ def wait(
             self.status()
             heard = time.monotonic()
         except ClouderaError as e:
-            if e.status in (400, 401, 403, 404) or time.monotonic() - heard > patience: raise
+            too_long = time.monotonic() - heard > patience
+            if too_long or e.status in _REFUSED: raise
         if show and self.state != shown: print(f"{time.strftime('%H:%M:%S')} {self.state}", flush=True)
         shown, left = self.state, end - time.monotonic()
         if self.state in _ENDS or left <= 0: return self.state
@@ -417,7 +467,8 @@ def monitor(
     "Look at the run, where its folder can be seen."
     folder = self.args.train_out_dir
     if not os.path.isdir(folder) and self.status() in _ENDS:
-        raise ValueError(f"there is no {os.path.abspath(folder)} here: look from a session of the project, in its folder, or mount the project's files (the API hands out none)")
+        where = "look from a session of the project, in its folder, or mount the project's files"
+        raise ValueError(f"there is no {os.path.abspath(folder)} here: {where} (the API hands out none)")
     return live.monitor(folder, every)
 
 # %% ../../nbs/cluster/4_sending.ipynb #6b0d4e9a
@@ -426,14 +477,26 @@ def _sent_row(
     env: dict | None,  # environment; None: this process's own
 ) -> str:  # id of its job on Cloudera ML
     "What the row of a job that was sent says."
-    row = studio.fetch(studio.open_studio(studio.studio_url(env)), "fine_tuning_jobs", experimentid)
-    where = f"fine_tuning_jobs {experimentid}"
+    engine = studio.open_studio(studio.studio_url(env))
+    row, where = studio.fetch(engine, "fine_tuning_jobs", experimentid), f"fine_tuning_jobs {experimentid}"
     if row is None: raise ValueError(f"{where}: there is no such row; submit sends a job")
-    if not row.cml_job_id: raise ValueError(f"{where}: it wasn't sent to Cloudera ML; submit sends a job")
-    if not api.id_of({"id": row.cml_job_id}): raise ValueError(f"{where}: cml_job_id {row.cml_job_id!r} is no id of Cloudera ML")
-    return row.cml_job_id
+    id = row.cml_job_id
+    if not id: raise ValueError(f"{where}: it wasn't sent to Cloudera ML; submit sends a job")
+    if not api.id_of({"id": id}): raise ValueError(f"{where}: cml_job_id {id!r} is no id of Cloudera ML")
+    return id
 
 # %% ../../nbs/cluster/4_sending.ipynb #a9c89593
+def _latest_run(
+    workspace: Workspace,
+    job_id: str,  # of a job that was sent
+) -> str:  # id of its run
+    "The run of a job that was created last; raises where there is none."
+    runs = api.list_all(workspace, "list_job_runs", job_id=job_id)
+    if not runs: raise ValueError(f"Cloudera ML job {job_id} has no run: start one on its page")
+    latest = sorted(runs, key=lambda run: str(run.get("created_at")))[-1]
+    return api.id_of(latest)
+
+# %% ../../nbs/cluster/4_sending.ipynb #eb67fed4
 def submitted(
     experimentid: str,  # of the job
     workspace: Workspace | None = None,  # default: the one that the environment names
@@ -443,10 +506,9 @@ def submitted(
     workspace = workspace or workspace_from_env(env)
     id = _sent_row(experimentid, env)
     job = api.call(workspace, "get_job", job_id=id)
-    runs = sorted(api.list_all(workspace, "list_job_runs", job_id=id), key=lambda run: str(run.get("created_at")))
-    if not runs: raise ValueError(f"Cloudera ML job {id} has no run: start one on its page")
+    run = _latest_run(workspace, id)
     given = job.get("arguments") or _environment(job).get(consts.JOB_ARGUMENTS, "")
-    found = SubmittedJob(jobargs.parse_job_arguments(str(given), {}), workspace, id, api.id_of(runs[-1]))
+    found = SubmittedJob(jobargs.parse_job_arguments(str(given), {}), workspace, id, run)
     found.status()
     return found
 
