@@ -15,7 +15,7 @@ import pytest
 import transformers
 
 import ftnb
-from ftnb import (adapters, card, checkpoints, estimate, evaluate, finetune, manifest, models, plots, progress,
+from ftnb import (adapters, card, checkpoint_files, checkpoints, estimate, evaluate, finetune, manifest, models, plots, progress,
                   registry, report, runrecord, studio, trainer)
 from ftnb.demo.project import demo_data, make_demo_project
 from ftnb.jobargs import parse_job_arguments
@@ -58,7 +58,7 @@ CASES = [
     Case("the estimated time", estimate, "estimate_time", "the estimated time: failed"),
     Case("a line of metrics.jsonl", trainer, "append_metrics", "metrics.jsonl: failed", steps=2),
     Case("the last evaluation", transformers.Trainer, "evaluate", "the last evaluation: failed", steps=2),
-    Case("the last checkpoint", checkpoints, "_write_share", "the checkpoint of the last step, 2: failed", steps=2),
+    Case("the last checkpoint", checkpoint_files, "_write_share", "the checkpoint of the last step, 2: failed", steps=2),
     Case("the last checkpoint's flush", manifest, "flush", "the checkpoint of the last step, 2: failed", steps=2),
     Case("the best checkpoint", checkpoints, "whole_checkpoint", "loading the best checkpoint", training=BEST),
     Case("the tokenizer beside the adapter", adapters, "save_tokenizer", "the tokenizer beside the adapter: failed"),

@@ -20,7 +20,7 @@ from forks import fork_logged, import_all, in_fork
 from peft import PeftModel
 from waiting import wait_for
 
-from ftnb import adapters, chat_rows, checkpoints, finetune, manifest, models, progress, prompts, registry, rows as job_rows, stopping, studio
+from ftnb import adapters, chat_rows, checkpoint_files, checkpoints, finetune, manifest, models, progress, prompts, registry, rows as job_rows, stopping, studio
 from ftnb import tiny, trainer
 from ftnb.demo.project import demo_data, make_demo_project
 
@@ -72,7 +72,7 @@ CASES = [
     killed("step 1", checkpoints, "check_finite", ALL),
     killed("after step 1", trainer, "append_metrics", ALL, after=True, n=2),
     killed("step 2", checkpoints, "check_finite", ALL, n=2),
-    killed("the first checkpoint's write", checkpoints, "_write_share", ALL, after=True),
+    killed("the first checkpoint's write", checkpoint_files, "_write_share", ALL, after=True),
     killed("step 3", checkpoints, "check_finite", ALL[2:], n=3),
     killed("between two epochs", checkpoints, "_begin_epoch", ALL[2:], n=2),
     killed("step 4", checkpoints, "check_finite", ALL[2:], n=4),
@@ -87,7 +87,7 @@ CASES = [
     killed("after the checkpoint's rename", os, "rename", ALL[4:], after=True, path="/checkpoint-4"),
     killed("step 5", checkpoints, "check_finite", ALL[4:], n=5),
     killed("step 6", checkpoints, "check_finite", ALL[4:], after=True, n=6),
-    killed("the last checkpoint's write", checkpoints, "_write_share", ALL[4:], n=3),
+    killed("the last checkpoint's write", checkpoint_files, "_write_share", ALL[4:], n=3),
     killed("the oldest checkpoint is out of its place", os, "rename", (), after=True, path=".checkpoint-2.old"),
     killed("the oldest checkpoint is half deleted", os, "unlink", (), after=True, path="optimizer.pt"),
     killed("the last evaluation", checkpoints, "_evaluate_apart", (), n=4),
@@ -111,7 +111,7 @@ CASES = [
     Case("steps 3 and 5", (At(checkpoints, "check_finite", n=3), At(checkpoints, "check_finite", n=3)), ALL[4:]),
     Case("twice before the same rename", (At(os, "rename", path="/checkpoint-4"),)*2, ALL[2:]),
     Case("a checkpoint's write, the adapter's rename, and after the insert",
-         (At(checkpoints, "_write_share", n=2), At(os, "rename", path="/adapters/"),
+         (At(checkpoint_files, "_write_share", n=2), At(os, "rename", path="/adapters/"),
           At(registry, "write_studio", after=True, n=2)), ()),
 ]
 
@@ -404,7 +404,7 @@ CHOOSING = {  # what a run chooses -> (its settings, the step after which it end
     "a parent": ({"parent_adapter": "PARENT"}, 6),
 }
 MOMENTS = (  # of a job, and how often it comes by at most
-    (checkpoints, "check_finite", 4), (trainer, "append_metrics", 4), (checkpoints, "_write_share", 3), (checkpoints, "_evaluate_apart", 4),
+    (checkpoints, "check_finite", 4), (trainer, "append_metrics", 4), (checkpoint_files, "_write_share", 3), (checkpoints, "_evaluate_apart", 4),
     (models, "load_base_model", 2), (os, "rename", 3), (adapters, "prove_adapter", 1))
 
 
