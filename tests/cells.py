@@ -33,8 +33,8 @@ def run_cell(python, source, env, folder, meanwhile=None):
             meanwhile(manager)
 
     try:
-        client.wait_for_ready(timeout=180)
-        reply = client.execute_interactive(source, timeout=600, output_hook=show)
+        client.wait_for_ready(timeout=900)
+        reply = client.execute_interactive(source, timeout=1500, output_hook=show)
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)

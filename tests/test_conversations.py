@@ -123,9 +123,18 @@ def test_row_a_turn_is_a_tree(base, tmp_path):
     assert trained.tokens_computed == len(ids[-1])
 
 
+KILLED_AT_ITS_FIRST_CHECKPOINT = """import os, signal
+real = os.rename
+def rename(old, new, **more):
+    real(old, new, **more)
+    if os.path.basename(new) == "checkpoint-3": os.kill(os.getpid(), signal.SIGKILL)
+os.rename = rename
+"""
+
+
 def test_killed_and_run_again(base, tmp_path):
     "The same bytes, also where the chat template writes a date and the day is another by then."
-    import datetime, shutil, signal, subprocess, sys, time
+    import datetime, shutil, signal, subprocess, sys
     from unittest.mock import patch
     dated = shutil.copytree(base, tmp_path/"dated")
     tokenizer = tiny_tokenizer("qwen")
@@ -139,12 +148,10 @@ def test_killed_and_run_again(base, tmp_path):
     shutil.rmtree(run.adapter)
     place = Path(run.args.train_out_dir)
     for folder in place.glob("checkpoint-*"): shutil.rmtree(folder)
-    code = f"from ftnb.ui.tuning import tune; tune({str(dated)!r}, {str(data)!r}, folder={str(how.pop('folder'))!r}, bar=False, **{how!r})"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
-    until = time.monotonic() + 300
-    while not list(place.glob("checkpoint-*/manifest.json")) and process.poll() is None and time.monotonic() < until: time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not run.adapter.exists() and list(place.glob("checkpoint-*"))
+    code = (f"{KILLED_AT_ITS_FIRST_CHECKPOINT}from ftnb.ui.tuning import tune\n"
+            f"tune({str(dated)!r}, {str(data)!r}, folder={str(how.pop('folder'))!r}, bar=False, **{how!r})")
+    died = subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+    assert died.returncode == -signal.SIGKILL
+    assert not run.adapter.exists() and [o.name for o in place.glob("checkpoint-*")] == ["checkpoint-3"]
     again = tune(dated, data, folder=tmp_path/"project", bar=False, **how)
     assert (again.adapter/"adapter_model.safetensors").read_bytes() == whole

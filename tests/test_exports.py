@@ -150,7 +150,7 @@ def reader(tools):
 
     def read(file, text, adapter=""):
         command = ["node", "read.mjs", str(file), text, *filter(None, [str(adapter)])]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=1000)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])
     return read

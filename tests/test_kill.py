@@ -299,7 +299,7 @@ def hold(db, ready, go):
         con.execute("BEGIN IMMEDIATE")
         con.execute("INSERT INTO configs (id, description) VALUES ('studio', 'by the Studio')")
         ready.write_text("")
-        wait_for(go.exists)
+        wait_for(go.exists, 3000)
         con.execute("COMMIT")
         con.close()
     finally:
@@ -347,7 +347,7 @@ def paused(place):
     def in_step_3(real, trainer, *args):
         norm = real()
         if trainer.state.global_step == 2:
-            wait_for(go.exists)
+            wait_for(go.exists, 3000)
         return norm
     pid = start(place, lambda: wrapped(checkpoints, "check_finite", in_step_3))
     wait_for(lambda: place.steps == (1, 2, 3) or has_ended(pid))

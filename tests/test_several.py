@@ -204,7 +204,7 @@ def run(place, processes, prepare=lambda rank: None, meanwhile=lambda pid: None,
     )
 
 
-def command(place, argv, arguments, limit=300):
+def command(place, argv, arguments, limit=1500):
     "The same by a command of its own."
     began = time.monotonic()
     done = subprocess.Popen(
@@ -322,7 +322,7 @@ def resumed(place, right, first, then, step, shared):
     return found + differences(again, right[shared], then)
 
 
-def ends(place, rank, act, words, limit=120):
+def ends(place, rank, act, words, limit=600):
     "One process of two ends in its fifth step; so does the other, soon."
     place.renew()
     moment = place.folder / "moment"
@@ -341,7 +341,7 @@ def ends(place, rank, act, words, limit=120):
     return found + [f"{o!r} is not told:\n{done.printed[-4000:]}" for o in words if o not in done.printed]
 
 
-def refused(place, arguments, words, limit=200):
+def refused(place, arguments, words, limit=1000):
     "A job that can't run, by torchrun: the first process says so, once."
     place.renew()
     done, found = command(place, [*TORCHRUN, str(SCRIPT)], arguments), []
@@ -408,10 +408,31 @@ def wrong_job(place):
     )
 
 
+WAITS_IN_STEP_5 = """"Rank 0 begins with this: it waits in its fifth step until it is asked to stop, and rank 1 for it."
+import os
+if os.environ.get("RANK") == "0":
+    import time
+    import ftnb.checkpoints as checkpoints
+    real = checkpoints.check_finite
+    def check_finite(trainer, norm):
+        while trainer.state.global_step == 4 and not trainer.run.stop_asked_by: time.sleep(0.02)
+        return real(trainer, norm)
+    checkpoints.check_finite = check_finite
+"""
+
+
 def by_torchrun(place, right):
     "The real launcher by path is sent SIGTERM in training; one process goes on."
     place.renew()
-    env = {**os.environ, **environment(place, place.arguments(2)), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300"}
+    (modules := place.folder / "modules_of_ranks").mkdir()
+    (modules / "sitecustomize.py").write_text(WAITS_IN_STEP_5)
+    path = os.pathsep.join([str(modules), str(Path(ftnb.__file__).parent.parent)])
+    env = {
+        **os.environ,
+        **environment(place, place.arguments(2)),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "900",
+        "PYTHONPATH": path,
+    }
     with open(place.folder / "log", "w") as log:
         launcher = subprocess.Popen(
             [*TORCHRUN, str(SCRIPT)],
@@ -421,7 +442,7 @@ def by_torchrun(place, right):
             stderr=log,
             start_new_session=True,
         )
-    metrics, limit = place.project.train_out_dir / "metrics.jsonl", time.monotonic() + 600
+    metrics, limit = place.project.train_out_dir / "metrics.jsonl", time.monotonic() + 1200
     while (
         launcher.poll() is None
         and time.monotonic() < limit
@@ -432,7 +453,7 @@ def by_torchrun(place, right):
     status, printed = launcher.wait(), (place.folder / "log").read_text()
     found = (
         []
-        if status and "a checkpoint is in" in printed
+        if status and f"at step 5 of {STEPS}; a checkpoint is in" in printed
         else [f"sent SIGTERM, it ends with {status}:\n{printed[-6000:]}"]
     )
     if left := in_session(launcher.pid):

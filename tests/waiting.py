@@ -2,7 +2,7 @@
 import time
 
 
-def wait_for(test, seconds=300, pause=0.02):
+def wait_for(test, seconds=900, pause=0.02):
     "Ask again and again until there is an answer, and return it."
     limit = time.monotonic() + seconds
     while not (found := test()):
