@@ -15,7 +15,7 @@ import nbformat
 import psutil
 from playwright.sync_api import Error, sync_playwright
 
-WAIT = 300  # seconds, at most for one thing
+WAIT = 600  # seconds, at most for one thing
 MARK = {"FTNB_BROWSER_TEST": uuid.uuid4().hex}  # in the environment of every process that comes of these tests
 
 
@@ -58,7 +58,7 @@ def jobs():
 
 def end_all():
     "Give what is left a while, then end it; returns what had to be ended."
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while (left := our_processes()) and time.monotonic() < end:
         time.sleep(0.5)
     names = []
@@ -110,14 +110,14 @@ def jupyter_lab(work):
         if lab.poll() is not None:
             raise RuntimeError("JupyterLab ended: " + (work/"lab.log").read_text()[-2000:])
         with suppress(OSError):
-            return urllib.request.urlopen(f"http://127.0.0.1:{port}/api/status?token={token}", timeout=5).status == 200
+            return urllib.request.urlopen(f"http://127.0.0.1:{port}/api/status?token={token}", timeout=60).status == 200
     try:
         until("JupyterLab answers", answers)
         yield f"http://127.0.0.1:{port}/lab/tree/", f"?token={token}"
     finally:
         lab.terminate()
         try:
-            lab.wait(60)
+            lab.wait(300)
         except subprocess.TimeoutExpired:
             lab.kill()
             lab.wait()
@@ -219,7 +219,7 @@ class Notebook:
         "A run-all can be lost just after a kernel has started: nothing was begun, and the kernel is idle."
         for _ in range(10):
             self.command("notebook:run-all-cells")
-            for _ in range(75):
+            for _ in range(300):
                 s = self.state()
                 if s and (s["kernel"] == "busy" or any(s["counts"])):
                     return

@@ -295,8 +295,10 @@ def watch(notebook, job, moves, shots):
 def train_and_stop(notebook, moves, shots):
     "Start a run, watch it, use the notebook meanwhile, stop it."
     notebook.press("Train here")
-    notebook.until("the run has begun", lambda: notebook.step()[0] == "running")
+    notebook.until("the run has begun", lambda: jobs() and (run_folder(notebook)/"metrics.jsonl").exists())
     job, = jobs()
+    with held(job):
+        notebook.until("the picture says so", lambda: notebook.step()[0] == "running")
     watch(notebook, job, moves, shots)
     with held(job):
         notebook.run("6 * 7")
@@ -307,8 +309,8 @@ def train_and_stop(notebook, moves, shots):
     notebook.until("the form says that the run has stopped",
                    lambda: notebook.widgets_say(r"stopped at step [\d,]+ of [\d,]+; a checkpoint is saved; Resume goes on"))
     assert "Traceback" not in notebook.root.get_by_role("log").inner_text()
-    notebook.until("the picture says so, too", lambda: notebook.step()[0] in ("stopped", "finished"))
-    assert notebook.step()[0] == "stopped"  # before its end
+    said = notebook.until("the picture says so, too", lambda: (state := notebook.step()[0]) in ("stopped", "finished") and state)
+    assert said == "stopped"  # before its end
     assert not jobs()
     notebook.until("Resume is on", lambda: notebook.can("Resume"))
 
@@ -329,7 +331,8 @@ def resume_and_close_the_tab(notebook, shots):
     notebook.button("Train here").wait_for()
     notebook.until("the form, opened again, says that the run is done", lambda: notebook.widgets_say(r"^trained$"))
     notebook.until("the picture says so, too", lambda: notebook.step() == ("finished", STEPS))
-    assert not jobs() and not notebook.can("Resume") and not notebook.can("Stop")
+    notebook.until("Stop is off", lambda: not notebook.can("Stop"))
+    assert not jobs() and not notebook.can("Resume")
     shots.append(shot_of_run(notebook))
 
 

@@ -34,17 +34,20 @@ TRAINING = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "learning_r
             "eval_steps": 2, "report_to": "mlflow"}
 BOTH = {"loss", "eval_loss"}
 CHILD = """
-import os, sys, time
+import itertools, os, signal, sys, time
 sys.path.append(os.environ.get("FTNB_MLFLOW", "."))
 import ftnb.finetune as finetune
 import ftnb.trainer as trainer
-if "SLOW" in os.environ:  # time for a signal
-    real = trainer.append_metrics
-    def slow(*args, **kwargs):
+if "STOPPED" in os.environ:  # after its second log it waits for the signal
+    real, logged, came = trainer.append_metrics, itertools.count(1), []
+    def append(*args, **kwargs):
         real(*args, **kwargs)
+        if next(logged) != 2: return
+        note = signal.getsignal(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, lambda *given: (note(*given), came.append(given)))
         print("LOGGED", flush=True)
-        time.sleep(1)
-    trainer.append_metrics = slow
+        while not came: time.sleep(0.02)
+    trainer.append_metrics = append
 finetune.run_command([])
 """
 
@@ -101,14 +104,13 @@ def run_here(args):
 
 def as_script(args, stop=False):
     "(exit status, output) of the job script in a process of its own; stopped by SIGTERM at its second log."
-    env = os.environ | {"JOB_ARGUMENTS": format_job_arguments(args)} | ({"SLOW": "1"} if stop else {})
+    env = os.environ | {"JOB_ARGUMENTS": format_job_arguments(args)} | ({"STOPPED": "1"} if stop else {})
     child = subprocess.Popen([sys.executable, "-c", CHILD], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines = []
     for line in child.stdout:
         lines.append(line)
-        if stop and lines.count("LOGGED\n") == 2:
+        if line == "LOGGED\n":
             child.send_signal(signal.SIGTERM)
-            stop = False
     return child.wait(), "".join(lines)
 
 
