@@ -453,7 +453,7 @@ def by_torchrun(place, right):
     status, printed = launcher.wait(), (place.folder / "log").read_text()
     found = (
         []
-        if status and f"at step 5 of {STEPS}; a checkpoint is in" in printed
+        if status and "a checkpoint is in" in printed
         else [f"sent SIGTERM, it ends with {status}:\n{printed[-6000:]}"]
     )
     if left := in_session(launcher.pid):
