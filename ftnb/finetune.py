@@ -33,6 +33,7 @@ import ftnb.ranks as ranks
 import ftnb.registering as registering
 import ftnb.report as report
 import ftnb.runrecord as runrecord
+import ftnb.saving as saving
 import ftnb.storage as storage
 import ftnb.trainer as trainer
 
@@ -83,19 +84,19 @@ def save_trained(
     identity: dict | None,  # from `runrecord.job_identity`
 ) -> runrecord.SavedAdapter | None:  # None on any process but the first
     "Write the adapter beside its place, and find out what describes it."
-    model, probe, notes = adapters.as_loaded(run.model), rows.train.dataset[0]["input_ids"], []
-    def logits(): return adapters.probe_logits(model, probe)
+    model, probe, notes = saving.as_loaded(run.model), rows.train.dataset[0]["input_ids"], []
+    def logits(): return saving.probe_logits(model, probe)
     if ranks.process_rank():
         if ranks.shards_model(): logits()  # of which each process has a part
         return None
     def not_written(e): guards.say_failed("the tokenizer beside the adapter", e, notes)
     first_rows = rows.train.dataset[:1000]["input_ids"]
-    folder = adapters.save_adapter(model, tokenizer, job.args.out_dir, job.source, first_rows, job.token, not_written)
+    folder = saving.save_adapter(model, tokenizer, job.args.out_dir, job.source, first_rows, job.token, not_written)
     if ranks.shards_model(): expected = logits()
     else: expected = guards.best_effort("the logits to prove the adapter by", logits, None, notes)
     comparison = guards.best_effort("base against adapter", lambda: compare(model), {}, notes)
     return runrecord.SavedAdapter(
-        folder, expected, probe, metrics=run.metrics, used=adapters.used_settings(model, job.records.lora),
+        folder, expected, probe, metrics=run.metrics, used=saving.used_settings(model, job.records.lora),
         unshared=run.unshared, comparison=comparison, notes=notes, identity=identity, ended=run.ended)
 
 # %% ../nbs/89_finetune.ipynb #facd596d
@@ -123,8 +124,8 @@ def prove(
 ) -> runrecord.Proof:  # or why there is none
     "Load the adapter back; raises where it isn't what was trained."
     if saved.expected is None: return runrecord.Proof(not_made="the trained model's logits are not known")
-    try: difference = adapters.prove_adapter(saved.folder, job.source, job.loading, saved.probe, saved.expected, job.token)
-    except adapters.NotProven: raise
+    try: difference = saving.prove_adapter(saved.folder, job.source, job.loading, saved.probe, saved.expected, job.token)
+    except saving.NotProven: raise
     except Exception as e:
         guards.say_failed("the adapter's proof", e, saved.notes)
         return runrecord.Proof(not_made=guards.one_line(e))
@@ -144,10 +145,10 @@ def publish(
         run = replace(runrecord.describe_run(job, rows, saved), proof=proof, **watch.took())
         runrecord.write_run(run, saved.folder)
         guards.best_effort("README.md", lambda: model_card.write_card(saved.folder, run))
-        adapters.publish_folder(saved.folder, out)
+        saving.publish_folder(saved.folder, out)
     except BaseException as e:  # Ctrl-C too
         if not os.path.isdir(saved.folder): raise  # it is in its place
-        said = f"The adapter is not in {out}; what was trained is kept in {adapters.keep_unpublished(saved.folder, out)}"
+        said = f"The adapter is not in {out}; what was trained is kept in {saving.keep_unpublished(saved.folder, out)}"
         if isinstance(e, Exception): raise RuntimeError(f"{e}\n{said}") from e
         print(said, flush=True)
         raise
@@ -173,7 +174,7 @@ def run_checked(
 ) -> runrecord.RunRecord:
     "What comes after the check."
     job, tokenizer, rows = check.job, check.base.tokenizer, check.rows
-    adapters.clear_leftovers(job.args.out_dir)
+    saving.clear_leftovers(job.args.out_dir)
     if run := runrecord.finished_run(job, rows):
         announce(job, "is this job's already, whole; nothing is trained again")
         return run

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from ..adapters import publish_folder
+from ..saving import publish_folder
 from ..models import choose_precision, load_base_model
 from ..advice import ADVISED_LORA
 from ..consts import STUDIO_DB

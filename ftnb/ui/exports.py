@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-import ftnb.adapters as adapters
+import ftnb.saving as saving
 import ftnb.ui.chat_formats as chat_formats
 import ftnb.ui.converting as converting
 import ftnb.ui.merging as merging
@@ -232,7 +232,7 @@ def _write_export(
         inside.mkdir()
         commands, notes = _WRITERS[target](request, inside)
         wrote = any(inside.iterdir())
-        if wrote: adapters.publish_folder(str(inside), str(request.place))
+        if wrote: saving.publish_folder(str(inside), str(request.place))
     return Export(target, request.place if wrote else None, commands, notes)
 
 # %% ../../nbs/ui/13_exports.ipynb #bd75f420

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-import ftnb.adapters as adapters
+import ftnb.saving as saving
 import ftnb.models as models
 import ftnb.quantisation as quantisation
 import ftnb.tokenizer_files as tokenizer_files
@@ -66,10 +66,10 @@ def _check_merged(
     expected: Expected,  # from `_write_merged`
 ):
     "Raise where a merged model isn't base and adapter."
-    logits = adapters.probe_logits(_load_whole(folder), expected.ids)
+    logits = saving.probe_logits(_load_whole(folder), expected.ids)
     difference = (logits - expected.logits).abs().max().item()
     if difference <= expected.limit: return  # a NaN isn't
-    raise adapters.NotProven(f"the merged model gives logits that differ by {difference:.3g} from those of base "
+    raise saving.NotProven(f"the merged model gives logits that differ by {difference:.3g} from those of base "
                              f"and adapter (limit {expected.limit:.3g})")
 
 # %% ../../nbs/ui/10_merging.ipynb #c1c4b2c8
@@ -91,8 +91,8 @@ def _expect(
 ) -> Expected:
     "What base and adapter give on one row."
     ids = tokenizer("The adapter and its base, as one model: 1, 2, 3.")["input_ids"]
-    logits = adapters.probe_logits(model, ids)
-    with model.disable_adapter(): alone = adapters.probe_logits(model, ids)
+    logits = saving.probe_logits(model, ids)
+    with model.disable_adapter(): alone = saving.probe_logits(model, ids)
     return Expected(ids, logits, alone, str(model.dtype).removeprefix("torch."))
 
 # %% ../../nbs/ui/10_merging.ipynb #3ac2a718
@@ -136,7 +136,7 @@ def merge_adapter(
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=".merging-") as work:
         made = os.path.join(work, "model")
         _check_merged(made, _write_merged(out_dir, made, token))
-        adapters.publish_folder(made, str(place))
+        saving.publish_folder(made, str(place))
     return place
 
 # %% ../../nbs/ui/10_merging.ipynb #4f30f275
