@@ -42,7 +42,8 @@ from .ui.previews import plot_lengths, preview
 
 # %% ../nbs/99_all.ipynb #8e5c1f93
 from .models import choose_precision, load_base_model, load_tokenizer
-from .adapters import apply_lora, prove_adapter, save_adapter
+from .adapters import apply_lora
+from .saving import prove_adapter, save_adapter
 from .settings import settle_training
 from .trainer import train_adapter
 

@@ -228,7 +228,7 @@ def _write_problem(
     "Why nothing can be written to a folder."
     above = os.path.dirname(os.path.realpath(path))
     beside = above if os.path.isdir(path) else path
-    return adapters.link_problem(path) or storage.folder_problem(path) or storage.folder_problem(beside)
+    return storage.link_problem(path) or storage.folder_problem(path) or storage.folder_problem(beside)
 
 # %% ../nbs/80_inputs.ipynb #5e8bf975
 def _write_problems(

@@ -15,8 +15,8 @@ import pytest
 import transformers
 
 import ftnb
-from ftnb import (adapters, card, checkpoint_files, checkpoints, estimate, evaluate, finetune, manifest, models, plots, progress,
-                  registry, report, runrecord, studio, trainer)
+from ftnb import (card, checkpoint_files, checkpoints, estimate, evaluate, finetune, manifest, models, plots, progress,
+                  registry, report, runrecord, saving, studio, trainer)
 from ftnb.demo.project import demo_data, make_demo_project
 from ftnb.jobargs import parse_job_arguments
 
@@ -61,11 +61,11 @@ CASES = [
     Case("the last checkpoint", checkpoint_files, "_write_share", "the checkpoint of the last step, 2: failed", steps=2),
     Case("the last checkpoint's flush", manifest, "flush", "the checkpoint of the last step, 2: failed", steps=2),
     Case("the best checkpoint", checkpoints, "whole_checkpoint", "loading the best checkpoint", training=BEST),
-    Case("the tokenizer beside the adapter", adapters, "save_tokenizer", "the tokenizer beside the adapter: failed"),
-    Case("logits to prove by", adapters, "probe_logits", "not proven"),
+    Case("the tokenizer beside the adapter", saving, "save_tokenizer", "the tokenizer beside the adapter: failed"),
+    Case("logits to prove by", saving, "probe_logits", "not proven"),
     Case("the base can't be loaded again", models, "load_base_model", "the adapter's proof: failed", steps=2),
     Case("registering", registry, "register_adapter", "This registers it", ends=ON_PURPOSE),
-    Case("publishing", adapters, "publish_folder", KEPT, ends=ON_PURPOSE, published=False),
+    Case("publishing", saving, "publish_folder", KEPT, ends=ON_PURPOSE, published=False),
 ]
 
 
@@ -147,10 +147,10 @@ def test_a_function_fails(case, project, steps, monkeypatch):
 
 def test_the_proof_is_wrong(project, steps, monkeypatch):
     def wrong(*args, **kwargs):
-        raise adapters.NotProven("on purpose")
-    monkeypatch.setattr(adapters, "prove_adapter", wrong)
+        raise saving.NotProven("on purpose")
+    monkeypatch.setattr(saving, "prove_adapter", wrong)
     log, ended = run(project)
-    case = Case("a wrong proof", adapters, "prove_adapter", KEPT, ends=ON_PURPOSE, published=False)
+    case = Case("a wrong proof", saving, "prove_adapter", KEPT, ends=ON_PURPOSE, published=False)
     check_what_is_left(project, log, ended, case)
 
 

@@ -20,7 +20,7 @@ from forks import fork_logged, import_all, in_fork
 from peft import PeftModel
 from waiting import wait_for
 
-from ftnb import adapters, chat_rows, checkpoint_files, checkpoints, finetune, manifest, models, progress, prompts, registry, rows as job_rows, stopping, studio
+from ftnb import adapters, chat_rows, checkpoint_files, checkpoints, finetune, manifest, models, progress, prompts, registry, rows as job_rows, saving, stopping, studio
 from ftnb import tiny, trainer
 from ftnb.demo.project import demo_data, make_demo_project
 
@@ -91,11 +91,11 @@ CASES = [
     killed("the oldest checkpoint is out of its place", os, "rename", (), after=True, path=".checkpoint-2.old"),
     killed("the oldest checkpoint is half deleted", os, "unlink", (), after=True, path="optimizer.pt"),
     killed("the last evaluation", checkpoints, "_evaluate_apart", (), n=4),
-    killed("training is done", adapters, "as_loaded", ()),
+    killed("training is done", saving, "as_loaded", ()),
     killed("the adapter's write", PeftModel, "save_pretrained", (), after=True, path="/adapters/"),
-    killed("the adapter is written", adapters, "save_adapter", (), after=True),
+    killed("the adapter is written", saving, "save_adapter", (), after=True),
     killed("loading the adapter back", models, "load_base_model", (), after=True, n=2),
-    killed("the adapter is proven", adapters, "prove_adapter", (), after=True),
+    killed("the adapter is proven", saving, "prove_adapter", (), after=True),
     killed("writing run.json", os, "replace", (), path="run.json"),
     killed("before the adapter's rename", os, "rename", (), path="/adapters/"),
     killed("after the adapter's rename", os, "rename", (), after=True, path="/adapters/"),
@@ -405,7 +405,7 @@ CHOOSING = {  # what a run chooses -> (its settings, the step after which it end
 }
 MOMENTS = (  # of a job, and how often it comes by at most
     (checkpoints, "check_finite", 4), (trainer, "append_metrics", 4), (checkpoint_files, "_write_share", 3), (checkpoints, "_evaluate_apart", 4),
-    (models, "load_base_model", 2), (os, "rename", 3), (adapters, "prove_adapter", 1))
+    (models, "load_base_model", 2), (os, "rename", 3), (saving, "prove_adapter", 1))
 
 
 def make_parent(folder, base):

@@ -36,10 +36,10 @@ import ftnb.ui.draft as drafts
 import ftnb.ui.monitoring as monitoring
 
 # %% ../../nbs/ui/09_tuning.ipynb #5836233a
-from ..adapters import publish_folder
 from ..hub import reaching_hub
 from ..lora_settings import LORA_RULES
 from ..problems import raise_problems
+from ..saving import publish_folder
 
 # %% ../../nbs/ui/09_tuning.ipynb #6f99b27d
 def _as_splits(
