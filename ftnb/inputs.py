@@ -130,6 +130,18 @@ def _check_settings(
     return precision, settings
 
 # %% ../nbs/80_inputs.ipynb #497746fd
+def _template_notes(
+    record: studio.PromptRecord,
+    template: prompts.PromptTemplate,  # of that
+) -> list:  # sentences
+    "What is odd about a template."
+    notes = []
+    otherwise = tokenizers.asked_otherwise(record)
+    if otherwise: notes.append(otherwise)
+    if not template.fields: notes.append("it has no {column}, so every row is the same text")
+    return notes
+
+# %% ../nbs/80_inputs.ipynb #01871df7
 def _check_template(
     log: FindingLog,
     records: studio.Records,  # with what can be used
@@ -139,9 +151,7 @@ def _check_template(
     template = log.attempt("template", prompts.read_template, records.prompt, None, False)
     if template is None: return None
     def say(level, text): log.add(level, "template", f"prompt {log.args.prompt_id}: {text}", where="prompt_id")
-    note = tokenizers.asked_otherwise(records.prompt)
-    if note: say("warning", note)
-    if not template.fields: say("warning", "it has no {column}, so every row is the same text")
+    for note in _template_notes(records.prompt, template): say("warning", note)
     completion_only = (records.training or {}).get("completion_only_loss")
     if completion_only and not template.asks:
         say("error", "completion_only_loss needs a prompt_template that ends in its completion_template")

@@ -57,21 +57,33 @@ def _base_is_whole(
     return not problems
 
 # %% ../nbs/81_preflight.ipynb #8f20533f
+def _load_base(
+    log: FindingLog,
+    source: str,  # what the base model is loaded from
+) -> "tuple | None":  # (tokenizer, config of the model)
+    "Tokenizer and settings, and what there is to say of them."
+    token = log.args.token
+    files = log.attempt("model", models.load_base_files, source, token)
+    if files is None: return None
+    tokenizer, config, notes = files
+    ends = log.attempt("model", models.own_ends, source, config, token)
+    end_note = tokenizers.end_note(tokenizer, ends or [])
+    log.add("warning", "model", *notes, *filter(None, [end_note]), where="base_model_id")
+    return tokenizer, config
+
+# %% ../nbs/81_preflight.ipynb #50716857
 def _check_base(
     log: FindingLog,
     model: studio.ModelRecord | None,  # row of models
 ) -> BaseFiles | None:
     "The base model's files, its tokenizer and its settings."
     if model is None: return None
-    source, token = studio.model_source(model), log.args.token
+    source = studio.model_source(model)
     if not _base_is_whole(log, source): return None
-    files = log.attempt("model", models.load_base_files, source, token)
-    if files is None: return None
-    tokenizer, config, notes = files
+    loaded = _load_base(log, source)
+    if loaded is None: return None
+    tokenizer, config = loaded
     fingerprint = log.attempt("model", base_fingerprint, source, getattr(config, "_commit_hash", None))
-    ends = log.attempt("model", models.own_ends, source, config, token)
-    end_note = tokenizers.end_note(tokenizer, ends or [])
-    log.add("warning", "model", *notes, *filter(None, [end_note]), where="base_model_id")
     return BaseFiles(tokenizer, config, fingerprint)
 
 # %% ../nbs/81_preflight.ipynb #91d6d9f7
@@ -211,36 +223,52 @@ def _check_texts(
     log: FindingLog,
     rows: job_rows.JobRows,
     data: choosing.ChosenCorpus,  # from `_read_rows`
+    template: prompts.PromptTemplate,
+):
+    "What there is to say about the data."
+    log.add("warning", "rows", *ledger_notes(rows.ledger), where="dataset_id")
+    log.add("warning", "rows", *corpus.corpus_notes(data, template.fields), where="dataset_id")
+    log.add("ok", "rows", *prompts.empty_text_notes(data.splits["train"], template))
+
+# %% ../nbs/81_preflight.ipynb #acbdf9a9
+def _check_turns(
+    log: FindingLog,
+    data: choosing.ChosenCorpus,  # from `_read_rows`
     job: runrecord.Job,
     base: BaseFiles,
 ):
-    "What there is to say about data, template and texts."
-    train, template = data.splits["train"], job.template
-    log.add("warning", "rows", *ledger_notes(rows.ledger), where="dataset_id")
-    log.add("warning", "rows", *corpus.corpus_notes(data, template.fields), where="dataset_id")
+    "What there is to say about prompts as the model sees them."
+    train, template, args = data.splits["train"], job.template, log.args
     notes = log.attempt("rows", chat_rows.row_notes, base.tokenizer, train, template, job.settings.loss)
     log.add("warning", "rows", *notes or [], where="prompt_id")
-    notes = registry.chat_notes(log.args.adapter_name, template.chat) if log.args.auto_add_adapter else []
-    log.add("warning", "adapter", *notes, where="prompt_id")
-    log.add("ok", "rows", *prompts.empty_text_notes(train, template))
+    if not args.auto_add_adapter: return
+    log.add("warning", "adapter", *registry.chat_notes(args.adapter_name, template.chat), where="prompt_id")
 
 # %% ../nbs/81_preflight.ipynb #1621db65
-def _check_tokens(
+def _check_boundary(
+    log: FindingLog,
+    rows: job_rows.JobRows,
+    job: runrecord.Job,
+    base: BaseFiles,
+):
+    "Where prompts end."
+    joined = rows.train.joined + rows.test.joined
+    note = tokens.boundary_note(joined, len(rows.train) + len(rows.test), job.template)
+    notes = [*tokenizers.prompt_notes(base.tokenizer, job.template), *filter(None, [note])]
+    log.add("warning", "tokens", *notes, where="prompt_id")
+
+# %% ../nbs/81_preflight.ipynb #f3e4d189
+def _check_saving(
     log: FindingLog,
     rows: job_rows.JobRows,
     job: runrecord.Job,
     base: BaseFiles,
     keep: bool,  # are the rows' tokens there?
 ):
-    "Where prompts end, and whether the saved tokenizer gives the same tokens."
-    log.add("warning", "tokens", *tokenizers.prompt_notes(base.tokenizer, job.template), where="prompt_id")
-    joined = rows.train.joined + rows.test.joined
-    note = tokens.boundary_note(joined, len(rows.train) + len(rows.test), job.template)
-    if note: log.add("warning", "tokens", note, where="prompt_id")
+    "Whether the saved tokenizer gives the same tokens."
     ids = rows.train.dataset["input_ids"] if keep else ()
     notes = log.attempt("tokens", tokenizer_files.check_saving, base.tokenizer, job.source, ids, job.token)
     log.add("warning", "tokens", *notes or [], where="base_model_id")
-    log.add("ok", "tokens", _describe_tokens(rows))
 
 # %% ../nbs/81_preflight.ipynb #2c784b29
 def _check_rows(
@@ -256,8 +284,11 @@ def _check_rows(
     if rows is None: return None
     log.add("ok", "rows", rows.ledger.summary)
     _check_twins(log, rows.ledger)
-    _check_texts(log, rows, data, job, base)
-    _check_tokens(log, rows, job, base, keep)
+    _check_texts(log, rows, data, job.template)
+    _check_turns(log, data, job, base)
+    _check_boundary(log, rows, job, base)
+    _check_saving(log, rows, job, base, keep)
+    log.add("ok", "tokens", _describe_tokens(rows))
     return rows
 
 # %% ../nbs/81_preflight.ipynb #9444ff91
@@ -273,6 +304,20 @@ def _check_checkpoints(
     log.add("error", "checkpoints", *problems or [])
 
 # %% ../nbs/81_preflight.ipynb #467ef193
+def _fit_problems(
+    given: Inputs,  # with settings
+    base: BaseFiles,
+    plan: estimate.ModelPlan | None,
+    rows: job_rows.JobRows | None,
+) -> list:  # of `Problem`
+    "What the settings ask of this model, of its prompt, and of these rows, and can't have."
+    settings, model = given.settings, plan.model if plan else None
+    problems = training_settings.model_problems(settings, base.config, model)
+    if given.template: problems += asking.asking_problems(settings, given.template)
+    if rows: problems += training_settings.held_out_problems(settings, len(rows.counts["test"].lengths))
+    return problems
+
+# %% ../nbs/81_preflight.ipynb #beeb0f18
 def _check_fit(
     log: FindingLog,
     given: Inputs,
@@ -280,13 +325,10 @@ def _check_fit(
     plan: estimate.ModelPlan | None,
     rows: job_rows.JobRows | None,
 ):
-    "What the settings ask of this model, of its prompt, and of these rows."
+    "Whether settings, model, prompt and rows go together."
     settings = given.settings
     if settings is None or base is None: return
-    model = plan.model if plan else None
-    problems = training_settings.model_problems(settings, base.config, model)
-    if given.template: problems += asking.asking_problems(settings, given.template)
-    if rows: problems += training_settings.held_out_problems(settings, len(rows.counts["test"].lengths))
+    problems = _fit_problems(given, base, plan, rows)
     log.add("error", "settings", *in_argument("training_arguments_config", problems))
     log.add("warning", "settings", *training_settings.kernel_notes(settings, base.config))
 
