@@ -60,7 +60,8 @@ def train_out_dir(self: PastRun) -> Path:
 @patch(as_prop=True)
 def status(self: PastRun) -> processes.RunStatus:
     "Where the run is now."
-    if self.file.name != "run.json": return processes.run_status(self.file.parent, self.record.given.get("out_dir", ""))
+    if self.file.name != "run.json":
+        return processes.run_status(self.file.parent, self.record.given.get("out_dir", ""))
     steps = self.record.metrics.get("steps")
     return processes.RunStatus("trained", steps if isinstance(steps, int) else 0)
 
@@ -91,10 +92,11 @@ def _begun_run(
 ) -> PastRun | None:  # None where it says nothing of a job
     "A run that has no adapter yet."
     said = runrecord.read_object(file)
-    record = runrecord.RunRecord.from_dict({"arguments": said.get("arguments"), "started": said.get("started", said.get("created"))})
+    started = said.get("started", said.get("created"))
+    record = runrecord.RunRecord.from_dict({"arguments": said.get("arguments"), "started": started})
     experimentid = record.given.get("experimentid", "")
     if not experimentid: return None
-    return PastRun(file, replace(record, experimentid=experimentid), "")
+    return PastRun(file, replace(record, experimentid=experimentid), registered="")
 
 # %% ../../nbs/ui/05_past_runs.ipynb #4535f577
 def run_arguments(
@@ -150,9 +152,19 @@ def _result_cells(
     record: runrecord.RunRecord,  # of a run
 ) -> list:  # [held-out loss, exact match, time]
     "What came of a run, in three cells."
-    right = comparison_figures(record).get("exact match", ())
+    shares = comparison_figures(record).get("exact match", ())
+    right = " → ".join(f"{share:.0%}" for share in shares)
     took = "" if record.seconds is None else progress.short_time(record.seconds)
-    return [_loss_cell(record), " → ".join(f"{share:.0%}" for share in right), took]
+    return [_loss_cell(record), right, took]
+
+# %% ../../nbs/ui/05_past_runs.ipynb #47627ef2
+def _state_cell(
+    status: processes.RunStatus,  # of a run
+) -> str:
+    "Where a run is; of one that hasn't come to its end, how far it is."
+    on_the_way = status.state in ("stopped", "killed", "failed", "running", "silent")
+    if not on_the_way or not status.of: return status.state
+    return f"{status.state}, {status.step / status.of:.0%}"
 
 # %% ../../nbs/ui/05_past_runs.ipynb #fd96ec40
 def _run_cells(
@@ -162,10 +174,9 @@ def _run_cells(
 ) -> list:  # of text
     "A run's line."
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.when))
-    status, data = run.status, run.record.records.get("dataset", {}).get("name") or ""
-    at = status.state in ("stopped", "killed", "failed", "running", "silent") and status.of
-    state = f"{status.state}, {status.step / status.of:.0%}" if at else status.state
-    return [str(number), run.name, when, state, data, *map(_text, differs), *_result_cells(run.record), run.registered]
+    data = run.record.records.get("dataset", {}).get("name") or ""
+    settings = [_text(value) for value in differs]
+    return [str(number), run.name, when, _state_cell(run.status), data, *settings, *_result_cells(run.record), run.registered]
 
 # %% ../../nbs/ui/05_past_runs.ipynb #e6bd562d
 @patch
@@ -207,14 +218,17 @@ def __repr__(self: Runs):
     head, lines = self._filled()
     table = [[cell[:28] for cell in row] for row in (head, *lines)]
     widths = [max(map(len, column)) for column in zip(*table)]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table]
+    text = []
+    for row in table: text.append("  ".join(map(str.ljust, row, widths)).rstrip())
     return "\n".join([*(text if lines else ["no runs"]), *self._left_out()])
 
 # %% ../../nbs/ui/05_past_runs.ipynb #de0c00c8
 @patch
 def _repr_html_(self: Runs):
     left_out = "".join(f"<div><small>{html_cell(text)}</small></div>" for text in self._left_out())
-    return (html_table(*self._filled()) or "no runs") + left_out
+    head, lines = self._filled()
+    names = [name or "number" for name in head]
+    return (html_table(names, lines) or "no runs") + left_out
 
 # %% ../../nbs/ui/05_past_runs.ipynb #85c56773
 def _trained_run(
@@ -223,9 +237,9 @@ def _trained_run(
 ) -> PastRun:
     "A run that has its adapter; raises where the record isn't a job's."
     record = runrecord.read_run(file)
-    known = "?"
-    if registered is not None: known = "yes" if registry.adapter_id(record.experimentid) in registered else "no"
-    return PastRun(file, record, known)
+    if registered is None: return PastRun(file, record)
+    has_row = registry.adapter_id(record.experimentid) in registered
+    return PastRun(file, record, "yes" if has_row else "no")
 
 # %% ../../nbs/ui/05_past_runs.ipynb #51156fd5
 def runs(
@@ -240,8 +254,9 @@ def runs(
         try: found.append(_trained_run(file, registered))
         except ValueError as e: broken[file] = "; ".join(map(str, problems_of(e)))
     done = {run.record.experimentid for run in found}
-    others = [run for run in map(_begun_run, begun) if run and run.record.experimentid not in done]
-    return Runs(sorted(found + others, key=lambda run: run.when, reverse=True), broken)
+    for run in filter(None, map(_begun_run, begun)):
+        if run.record.experimentid not in done: found.append(run)
+    return Runs(sorted(found, key=lambda run: run.when, reverse=True), broken)
 
 # %% ../../nbs/ui/05_past_runs.ipynb #2a6d9e40
 def _open(
@@ -312,6 +327,20 @@ def _config_of(
     usual = ("r", "lora_alpha", "lora_dropout", "target_modules")
     return "lora_config" if name in lora or name in usual else "training_arguments_config"
 
+# %% ../../nbs/ui/05_past_runs.ipynb #ad318747
+def _changed_configs(
+    asked: dict,  # "lora" and "training": settings as the run was asked for
+    changes: dict,  # setting -> value
+) -> dict:  # argument of the job -> JSON
+    "Settings of a run, as arguments, where they change."
+    had = {"lora_config": dict(asked.get("lora", {})), "training_arguments_config": dict(asked.get("training", {}))}
+    changed = set()
+    for name, value in changes.items():
+        argument = _config_of(name, had["lora_config"])
+        had[argument][name] = value
+        changed.add(argument)
+    return {argument: json.dumps(had[argument]) for argument in had if argument in changed}
+
 # %% ../../nbs/ui/05_past_runs.ipynb #aed8fce7
 @patch
 def repeat(
@@ -320,17 +349,12 @@ def repeat(
 ) -> Repeat:  # not started
     "The same job again, with changes."
     args = jobargs.parse_job_arguments(self.record.arguments, {})
-    known = {f.name for f in fields(jobargs.JobArgs)}
-    asked = {"lora_config": dict(self.record.asked.get("lora", {})),
-             "training_arguments_config": dict(self.record.asked.get("training", {}))}
     new = fresh_place(args.experimentid, args.out_dir, args.train_out_dir)
     if args.adapter_name: new["adapter_name"] = _new_name(args.adapter_name, args.experimentid, new["experimentid"])
-    for name, value in changes.items():
-        if name in known: new[name] = value
-        else:
-            config = _config_of(name, asked["lora_config"])
-            asked[config][name] = value
-            new[config] = json.dumps(asked[config])
+    arguments = {f.name for f in fields(jobargs.JobArgs)}
+    settings = {name: value for name, value in changes.items() if name not in arguments}
+    new |= {name: value for name, value in changes.items() if name in arguments}
+    new |= _changed_configs(self.record.asked, settings)
     return Repeat(replace(args, **new))
 
 # %% ../../nbs/ui/05_past_runs.ipynb #4a4d447f
@@ -360,12 +384,12 @@ def compare(
     *which,  # numbers, names or ids; default: the first eight
 ):  # a matplotlib Figure
     "Losses of runs in one picture, each with the settings that differ."
-    chosen = [self[w] for w in which] or self.found[:8]
+    chosen = [self[one] for one in which] or self.found[:8]
     settings = [run_settings(run.record) for run in chosen]
     names, labels = differing(settings)[:3], {}
     for run, values in zip(chosen, settings):
-        label = run.name
-        if names: label += ": " + ", ".join(f"{name} {values.get(name, '-')}" for name in names)
+        words = ", ".join(f"{name} {values.get(name, '-')}" for name in names)
+        label = f"{run.name}: {words}" if words else run.name
         if label in labels: label += f" ({run.record.experimentid[:8]})"
         labels[label] = run.train_out_dir
     return plots.compare_runs(labels)
