@@ -10,8 +10,7 @@ __all__ = ['ROLES', 'SHAREGPT_ROLES', 'Conversation', 'is_empty', 'read_turns', 
 import json
 from dataclasses import dataclass, replace
 
-from .prompts import PromptTemplate, format_row, read_template, row_values
-from .values import Unreadable
+from .prompts import PromptTemplate, are_turns, format_row, read_template, row_values, unusable_values
 
 # %% ../nbs/16_conversations.ipynb #c46b9917
 @dataclass(frozen=True)
@@ -153,10 +152,8 @@ def _holds_turns(
     value,  # of a row, as text
 ) -> bool:
     "Whether a value is a list of turns."
-    try: found = _parsed(value, "")
+    try: return are_turns(_parsed(value, ""))
     except ValueError: return False
-    if not isinstance(found, list) or not found: return False
-    return all(isinstance(turn, dict) and ("role" in turn or {"from", "value"} <= set(turn)) for turn in found)
 
 # %% ../nbs/16_conversations.ipynb #94a8a509
 def _first_values(
@@ -240,11 +237,10 @@ def _missing(
     row: dict,  # column -> value
 ) -> str:  # why the row can't be read; "" when all is well
     "Columns without a value, or with one that is no text."
-    columns = [column for _, column in template.pieces if column is not None]
-    unreadable = [f"column {c!r}: {row[c].why}" for c in template.fields if isinstance(row.get(c), Unreadable)]
-    if unreadable: return "; ".join(unreadable)
-    missing = [column for column in dict.fromkeys(columns) if row.get(column) is None]
-    return "no value for " + ", ".join(missing) if missing else ""
+    values = {column: row.get(column) for column in template.fields}
+    slots = {column for _, column in template.pieces}
+    needed = {column: value for column, value in values.items() if column in slots or value is not None}
+    return unusable_values(needed)
 
 # %% ../nbs/16_conversations.ipynb #2704d919
 def read_conversation(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MOST_TOLD', 'MOST_CHARACTERS', 'MOST_SLOTS', 'CONVERSATION_SLOTS', 'parse_template', 'PromptTemplate',
            'read_template', 'template_problems', 'end_with_eos', 'format_row', 'value_spans', 'row_values',
-           'missing_values', 'unusable_rows', 'text_columns', 'empty_text_notes', 'conversation_warnings',
-           'value_column', 'FormattedRows', 'format_rows', 'map_dataset_with_prompt_template']
+           'missing_values', 'unusable_values', 'unusable_rows', 'text_columns', 'empty_text_notes', 'are_turns',
+           'conversation_warnings', 'value_column', 'FormattedRows', 'format_rows', 'map_dataset_with_prompt_template']
 
 # %% ../nbs/15_prompts.ipynb #3e1a8381
 import re
@@ -283,6 +283,16 @@ def missing_values(
     lacking = ([f for f, v in zip(fields, values) if v is None] for values in row_values(dataset, fields))
     return {i: found for i, found in enumerate(lacking) if found}
 
+# %% ../nbs/15_prompts.ipynb #b7275397
+def unusable_values(
+    values: dict,  # column -> its text, None or `Unreadable`
+) -> str:  # why no text can be made of them; "" where each column has one
+    "What is wrong with the values of a row."
+    unreadable = [f"column {column!r}: {value.why}" for column, value in values.items() if isinstance(value, Unreadable)]
+    if unreadable: return "; ".join(unreadable)
+    missing = [column for column, value in values.items() if value is None]
+    return f"no value for {', '.join(missing)}" if missing else ""
+
 # %% ../nbs/15_prompts.ipynb #20808349
 def _may_be_empty(
     template: PromptTemplate,  # from `read_template`
@@ -299,13 +309,9 @@ def _no_text(
     decide: tuple,  # from `_may_be_empty`
 ) -> str:  # why the row is left out; "" when all is well
     "What keeps a row from being formatted."
-    if all(type(value) is str for value in values):
-        if decide and not any(values[i].strip() for i in decide): return "its completion comes out empty"
-        return ""
-    pairs = list(zip(fields, values))
-    unreadable = [f"column {field!r}: {value.why}" for field, value in pairs if isinstance(value, Unreadable)]
-    if unreadable: return "; ".join(unreadable)
-    return "no value for " + ", ".join(field for field, value in pairs if value is None)
+    if not all(type(value) is str for value in values): return unusable_values(dict(zip(fields, values)))
+    empty = decide and not any(values[i].strip() for i in decide)
+    return "its completion comes out empty" if empty else ""
 
 # %% ../nbs/15_prompts.ipynb #e29333f7
 def unusable_rows(
@@ -377,15 +383,22 @@ def _is_python_conversation(
     return any(keys <= found for keys in _TURNS)
 
 # %% ../nbs/15_prompts.ipynb #1b79bb1b
+def are_turns(
+    found,  # a value, parsed
+) -> bool:  # True for a list of {"role", ...}, or of {"from", "value"}
+    "Are these the turns of a conversation?"
+    if not isinstance(found, list) or not found: return False
+    return all(isinstance(turn, dict) and ("role" in turn or {"from", "value"} <= set(turn)) for turn in found)
+
+# %% ../nbs/15_prompts.ipynb #26bff07a
 def _is_json_conversation(
     text: str,  # of a value
-) -> bool:  # True for a list of {"role", "content"}, or of {"from", "value"}
+) -> bool:  # True for '[{"role": "user", "content": "Hi"}]'
     "Whether a text is a conversation in JSON."
     if not re.match(r"\s*\[\s*\{", text): return False
     import json
-    try: turns = json.loads(text)
+    try: return are_turns(json.loads(text))
     except (ValueError, RecursionError): return False
-    return all(isinstance(turn, dict) and any(keys <= set(turn) for keys in _TURNS) for turn in turns)
 
 # %% ../nbs/15_prompts.ipynb #7cfb3e26
 def _conversation_kind(

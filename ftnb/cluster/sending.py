@@ -17,6 +17,7 @@ import ftnb.jobargs as jobargs
 import ftnb.package as package
 import ftnb.preflight as preflight
 import ftnb.progress as progress
+import ftnb.registry as registry
 import ftnb.studio as studio
 import ftnb.ui.monitoring as live
 from .api import ClouderaError
@@ -110,22 +111,12 @@ def _whole(
     if isinstance(value, (int, float)) and value == int(value): return int(value)
     return None
 
-# %% ../../nbs/cluster/4_sending.ipynb #8d0c3f72
-def _config_columns(
-    name: str,  # of the column
-    value: str | None,  # JSON, or the id of a config
-) -> dict:  # column -> value
-    "Settings are in one column, the id of a config in another."
-    blob = bool(value) and value.startswith("{")
-    return {name: value if blob else None, f"{name}_id": None if blob else value}
-
 # %% ../../nbs/cluster/4_sending.ipynb #4b8fa458
 _SIZES = {"num_cpu": "cpu", "num_gpu": "nvidia_gpu", "num_memory": "memory"}  # column -> field of the request
 _SETTINGS = {  # column -> argument
     "training_arguments_config": "training_arguments_config", "lora_config": "lora_config",
     "model_bnb_config": "bnb_config", "adapter_bnb_config": "bnb_config"}
-_SAME = ("base_model_id", "dataset_id", "prompt_id", "out_dir", "dataset_fraction", "train_test_split",
-         "user_config_id", "axolotl_config_id", "gpu_label_id", "adapter_name")  # columns called like their argument
+_SAME = ("user_config_id", "axolotl_config_id", "gpu_label_id")  # columns called like their argument
 
 # %% ../../nbs/cluster/4_sending.ipynb #af97c598
 def job_row(
@@ -135,12 +126,12 @@ def job_row(
     training: dict,  # training arguments
 ) -> dict:  # column of fine_tuning_jobs -> value
     "What the Studio's database says about a job."
-    row = {"cml_job_id": job_id, "num_workers": args.dist_num, "framework_type": args.finetuning_framework_type}
+    row = {"cml_job_id": job_id} | registry.job_columns(args)
     for column, field in _SIZES.items(): row[column] = _whole(request.get(field))
     row["num_epochs"] = _whole(training.get("num_train_epochs"))
     row["learning_rate"] = training.get("learning_rate")
     for name in _SAME: row[name] = getattr(args, name)
-    for column, name in _SETTINGS.items(): row |= _config_columns(column, getattr(args, name))
+    for column, name in _SETTINGS.items(): row |= registry.config_columns(column, getattr(args, name))
     return row
 
 # %% ../../nbs/cluster/4_sending.ipynb #2e7b0c95
