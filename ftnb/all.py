@@ -23,6 +23,7 @@ from .progress import quiet_libraries
 from .finetune import finetune
 from .ui.form import Form
 from .ui.tuning import load_run, tune
+from .ui.sweeping import sweep
 from .advice import explain
 from .cluster.workspace import Workspace, workspace_from_env
 from .cluster.api import ClouderaError

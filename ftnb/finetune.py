@@ -106,6 +106,7 @@ def train_and_save(
     rows: runrecord.JobRows,  # from `prepare_rows`
     asked: asking.AskedRows | None = None,  # what is asked while the model learns
     bar: bool | None = None,  # a progress bar; default: where somebody is watching
+    callbacks: tuple = (),  # further `TrainerCallback`s of transformers
 ) -> runrecord.SavedAdapter | None:  # beside `out_dir`, the model is freed on return; None on any process but the first
     "Build, train, and write the adapter to a folder beside its place."
     model, first = build_model(job), not ranks.process_rank()
@@ -114,7 +115,7 @@ def train_and_save(
     if first and not ranks.shards_model(): guards.best_effort("the estimated time", estimated)
     identity = runrecord.job_identity(job, rows) if first else None
     run = trainer.train_adapter(model, tokenizer, rows.train.dataset, rows.test.dataset, job.settings, bar, identity, rows.numbers,
-                                asking.asker(asked, tokenizer))
+                                asking.asker(asked, tokenizer), callbacks)
     return save_trained(job, tokenizer, rows, run, compare, identity)
 
 # %% ../nbs/89_finetune.ipynb #03e46596
@@ -171,6 +172,7 @@ def run_checked(
     watch: runrecord.Stopwatch,  # since the job began
     tell,  # a function that tells other processes what to do
     bar: bool | None,  # a progress bar; None: where somebody is watching
+    callbacks: tuple = (),  # further `TrainerCallback`s of transformers
 ) -> runrecord.RunRecord:
     "What comes after the check."
     job, tokenizer, rows = check.job, check.base.tokenizer, check.rows
@@ -183,7 +185,7 @@ def run_checked(
     asked = asking.asked_rows(job.settings, rows.held_out, tokenizer, job.template, rows.limit)
     with handover.handed_over(job, rows, asked) as told:
         tell(told)
-        saved = train_and_save(job, tokenizer, rows, asked, bar)
+        saved = train_and_save(job, tokenizer, rows, asked, bar, callbacks)
     run = publish(job, rows, saved, watch)
     announce(job, f"({run.proof})")
     return run
@@ -205,6 +207,7 @@ def finetune(
     env: dict | None = None,  # environment; default: this process's own
     bar: bool | None = None,  # a progress bar; default: where somebody is watching
     data: "choosing.ChosenCorpus | None" = None,  # the job's rows, where they have been read already
+    callbacks: tuple = (),  # further `TrainerCallback`s of transformers, on the first process
 ) -> runrecord.RunRecord | None:  # as its run.json tells it; None on any process but the first
     "Run a job: the adapter is in `out_dir`, whole and proven, and registered where that is asked for."
     if ranks.process_rank():
@@ -215,7 +218,7 @@ def finetune(
         print(check, flush=True)
         check.raise_errors()
         with storage.only_one(args.train_out_dir), storage.only_one_at(args.out_dir, "out_dir"):
-            return run_checked(check, watch, tell, bar)
+            return run_checked(check, watch, tell, bar, callbacks)
 
 # %% ../nbs/89_finetune.ipynb #81b8010e
 def run_command(

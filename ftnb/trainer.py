@@ -279,6 +279,7 @@ def make_trainer(
     budget: int,  # computed tokens of a flat pass; 0 for padded batches
     bar: bool,  # a tqdm bar, or plain lines
     ask=None,  # function of the model that gives `Answers`
+    callbacks: tuple = (),  # further `TrainerCallback`s of transformers
 ):  # a trainer that writes metrics.jsonl
     "Set up TRL's trainer for rows that are tokenized already."
     run = _new_run(settings, budget)
@@ -292,7 +293,7 @@ def make_trainer(
     trainer.model_accepts_loss_kwargs = True
     _train_in_float32(model)
     quiet_trainer(trainer)
-    for callback in _callbacks(trainer, settings, bar): trainer.add_callback(callback)
+    for callback in (*_callbacks(trainer, settings, bar), *callbacks): trainer.add_callback(callback)
     return trainer
 
 # %% ../nbs/63_trainer.ipynb #d5cfed62
@@ -381,13 +382,14 @@ def train_adapter(
     identity: dict | None = None,  # JSON-able; what a checkpoint must agree with beside settings, LoRA, rows, versions
     row_numbers: list | None = None,  # the number in the data set of each row of `train`, for errors
     ask=None,  # function of the model that gives `Answers`, asked in each evaluation
+    callbacks: tuple = (),  # further `TrainerCallback`s of transformers, which steer nothing on other processes
 ) -> TrainedRun:  # the trained model, losses before and after
     "Train with TRL's SFTTrainer, from the newest checkpoint if there is one; evaluate before and after."
     if not len(train): raise ValueError("there is no row to train on")
     _limit_threads()
     budget, unshared = settle_budget(model, train, settings)
     if bar is None: bar = wants_bar()
-    trainer = make_trainer(model, tokenizer, train, test, settings, budget, bar, ask)
+    trainer = make_trainer(model, tokenizer, train, test, settings, budget, bar, ask, callbacks)
     trainer.run.row_numbers = row_numbers
     identity = run_identity(_asked_settings(settings, unshared), model, train, test, identity)
     checkpoint = begin_or_resume(trainer, identity)
