@@ -307,6 +307,13 @@ def _job(
     return jobargs.JobArgs(**records, **job, experimentid=key, adapter_name=name,
                            out_dir=str(folder/"adapters"/place), train_out_dir=str(folder/"runs"/place))
 
+# %% ../../nbs/ui/09_tuning.ipynb #063e4abe
+def _environment(
+    db: "str | Path",  # a Studio database: a path or URL
+) -> dict:
+    "The environment of a job."
+    return {**os.environ, consts.STUDIO_DB: str(db)}
+
 # %% ../../nbs/ui/09_tuning.ipynb #e09ab5d0
 _LATER = ("merge", "export", "push")  # what later modules add to a run
 
@@ -331,7 +338,7 @@ class Run:
     @property
     def env(self) -> dict:
         "What a job must find in its environment."
-        return {**os.environ, consts.STUDIO_DB: str(self.db)}
+        return _environment(self.db)
 
     def __getattr__(self, name):
         if name in _LATER: raise AttributeError(f"{name} comes with the whole package: from ftnb.all import *")
@@ -558,8 +565,7 @@ def tune(
     args = replace(args, auto_add_adapter=db is not None)
     if watch: _show_live(args)
     bar = False if watch and bar is None else bar  # the picture says it
-    env = {**os.environ, consts.STUDIO_DB: place.db}
-    return Run(args, finetune.finetune(args, env, bar, rows, callbacks), place.db)
+    return Run(args, finetune.finetune(args, _environment(place.db), bar, rows, callbacks), place.db)
 
 # %% ../../nbs/ui/09_tuning.ipynb #f27b1cf6
 def _database_of(
