@@ -22,6 +22,8 @@ class AskedRows:
     "Held-out rows as they are asked while a model learns."
     prompts: tuple = field(repr=False)  # texts
     references: tuple  # the right answers
+    ends: tuple = ()  # ids of tokens that end an answer, beside the model's own
+    opening: tuple = ()  # ids of tokens before the text of an answer
 
 # %% ../nbs/74_asking.ipynb #d324e2e5
 def asked_rows(
@@ -35,7 +37,7 @@ def asked_rows(
     n = settings.ends.exact_match_rows
     if not n or held_out is None or not len(held_out): return None
     questions = make_questions(held_out, tokenizer, template, n, settings.completion_only, limit)
-    return AskedRows(questions.prompts, questions.references)
+    return AskedRows(questions.prompts, questions.references, questions.ends, questions.opening)
 
 # %% ../nbs/74_asking.ipynb #3bfd2ce3
 def asker(
@@ -47,10 +49,11 @@ def asker(
     if asked is None: return None
     rank, processes = process_rank(), process_count()
     prompts, right = list(asked.prompts[rank::processes]), list(asked.references[rank::processes])
+    how = dict(ends=tuple(asked.ends), opening=tuple(asked.opening))
     def ask(model):
         size = batch_size
         while True:
-            try: answers = answers_to_match(model, tokenizer, prompts, right, batch_size=size)
+            try: answers = answers_to_match(model, tokenizer, prompts, right, batch_size=size, **how)
             except Exception as e:
                 if size == 1 or not out_of_memory(e): raise
                 size //= 2

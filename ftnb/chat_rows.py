@@ -264,8 +264,10 @@ def _answer(
     plain: PlainTokenizer,  # made from the tokenizer
     text: str,  # from where an answer begins
     turn: dict,  # that answers
+    opening: tuple = (),  # token ids before the answer, from `answer_opening`
 ) -> tuple:  # (the answer, id of the token that ends it or None)
     "What is right, and where it ends."
+    if opening: text = text.partition(plain.tokenizer.decode(opening))[2] or text
     said = _text_of(turn).split("</think>")[-1].strip()
     end = plain.pattern.search(text, text.find(said) + len(said))
     if end: text = text[:end.start()]
@@ -277,10 +279,11 @@ def ask_conversation(
     chat: ChatTemplate,  # from `open_chat_template`
     plain: PlainTokenizer,  # made from its tokenizer
     conversation: Conversation,  # from `read_conversation`
+    opening: tuple = (),  # token ids before an answer, from `answer_opening`
 ) -> ChatQuestion:  # raises `ValueError` where there is no answer in it
     "A conversation as a question."
     done = chat_templates.render_conversation(chat, conversation, Loss(completion=True))
-    right, end = _answer(plain, done.text[done.spans[0][0]:], conversation.turns[conversation.answer])
+    right, end = _answer(plain, done.text[done.spans[0][0]:], conversation.turns[conversation.answer], opening)
     return ChatQuestion(asked_ids(chat, plain, conversation), right, _text_of(conversation.asked[-1]), end)
 
 # %% ../nbs/26_chat_rows.ipynb #49748422
@@ -290,7 +293,7 @@ def turn_end(
 ) -> int | None:  # a token's id; None where the template has none
     "The special token that ends what the assistant says."
     turns = (dict(role="user", content="a"), dict(role="assistant", content="b"))
-    try: return ask_conversation(chat, plain, Conversation(turns, 1)).end
+    try: return ask_conversation(chat, plain, Conversation(turns, 1), chat_templates.answer_opening(chat)).end
     except ValueError: return None
 
 # %% ../nbs/26_chat_rows.ipynb #094f8580

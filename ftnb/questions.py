@@ -9,7 +9,7 @@ __all__ = ['Questions', 'make_questions']
 from dataclasses import dataclass, field
 
 from .chat_rows import ask_conversation, tokenize_conversations
-from .chat_templates import Loss, open_chat_template
+from .chat_templates import Loss, answer_opening, open_chat_template
 from .conversations import conversations, settle_template
 from .problems import Problem, raise_problems
 from .prompts import PromptTemplate, format_row, map_dataset_with_prompt_template, value_column
@@ -26,6 +26,7 @@ class Questions:
     shown: tuple = field(repr=False)  # what differs between the prompts, as text
     total: int  # rows that these were taken from
     ends: tuple = field(default=(), repr=False)  # ids of tokens that end an answer, beside the model's own
+    opening: tuple = field(default=(), repr=False)  # ids of tokens before the text of an answer
 
     def __len__(self): return len(self.features)
 
@@ -89,16 +90,16 @@ def _chat_questions(
     used = tokenize_conversations(data, tokenizer, template, loss, max_length)
     _check_used(used)
     chat, plain = open_chat_template(tokenizer), PlainTokenizer(tokenizer)
-    features, asked = [], []
+    features, asked, opening = [], [], answer_opening(chat)
     for row, talk in zip(used.dataset, conversations(data.select(used.kept), template)):
-        try: question = ask_conversation(chat, plain, talk)
+        try: question = ask_conversation(chat, plain, talk, opening)
         except ValueError: continue  # it ends in a user's turn
         features.append(row)
         asked.append(question)
     if not asked: raise_problems([Problem("", "no conversation ends in an answer of the assistant's")], "There is nothing to compare on")
     prompts, references = tuple(q.ids for q in asked), tuple(q.reference for q in asked)
     ends = {q.end for q in asked if q.end is not None}
-    return Questions(tuple(features), prompts, references, tuple(q.shown for q in asked), total, tuple(sorted(ends)))
+    return Questions(tuple(features), prompts, references, tuple(q.shown for q in asked), total, tuple(sorted(ends)), opening)
 
 # %% ../nbs/69_questions.ipynb #3f7b31dc
 def _template_questions(

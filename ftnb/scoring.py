@@ -8,7 +8,7 @@ __all__ = ['comparable', 'is_match', 'answers_to_match', 'exact_match', 'held_ou
 # %% ../nbs/72_scoring.ipynb #35b11c58
 from dataclasses import dataclass, field
 
-from .generation import answer_text, evaluation_mode, generate_answers
+from .generation import answer_text, behind_opening, evaluation_mode, generate_answers
 from .packing import packed_loss, packing_attention
 from .prefix import common_prefix, tree_passes
 from .problems import Problem, raise_problems
@@ -50,13 +50,17 @@ def answers_to_match(
     prompts: list,  # texts
     references: list,  # the right answers
     max_new_tokens: int = 64,  # most tokens of an answer
+    opening: tuple = (),  # ids of tokens before the text of an answer
     **kwargs,  # passed to `generate_answers`
 ) -> list:  # of str, in order
     "Answers for `is_match`: a wrong one ends where the longest right one would have ended."
-    if not references: return generate_answers(model, tokenizer, prompts, max_new_tokens, **kwargs)
+    how = kwargs | {"opening": opening}
+    if not references: return generate_answers(model, tokenizer, prompts, max_new_tokens, **how)
     longest = max(map(len, tokenizer(references, add_special_tokens=False)["input_ids"])) + 2
-    def enough(i, ids): return len(ids) >= longest and _is_decided(answer_text(tokenizer, ids), references[i])
-    return generate_answers(model, tokenizer, prompts, max_new_tokens, enough=enough, **kwargs)
+    def enough(i, ids):
+        said = behind_opening(ids, opening) or ()
+        return len(said) >= longest and _is_decided(answer_text(tokenizer, said), references[i])
+    return generate_answers(model, tokenizer, prompts, max_new_tokens, enough=enough, **how)
 
 # %% ../nbs/72_scoring.ipynb #7977956d
 def exact_match(
@@ -158,7 +162,7 @@ def score_model(
     "Held-out loss and answers of a model."
     nll, tokens = held_out_loss(model, questions.features)
     asked, right = list(questions.prompts), list(questions.references)
-    how = dict(batch_size=batch_size, stop=stop, progress=progress, ends=questions.ends)
+    how = dict(batch_size=batch_size, stop=stop, progress=progress, ends=questions.ends, opening=questions.opening)
     if metric is is_match: answers = answers_to_match(model, tokenizer, asked, right, max_new_tokens, **how)
     else: answers = generate_answers(model, tokenizer, asked, max_new_tokens, **how)
     return Scores(nll, tokens, tuple(answers), _metric_scores(metric, answers, right))

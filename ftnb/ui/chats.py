@@ -13,7 +13,7 @@ from fastcore.basics import patch
 import ftnb.progress as progress
 import ftnb.ui.stills as stills
 from ..chat_rows import asked_ids, turn_end
-from ..chat_templates import open_chat_template
+from ..chat_templates import answer_opening, open_chat_template
 from ..conversations import Conversation
 from ..models import Precision
 from ..evaluate import LoadedModels, load_models
@@ -72,18 +72,18 @@ def _turns(
 def _questions(
     self: Chat,
     values: dict,  # slot -> text
-) -> tuple:  # (name of a model -> text or token ids, ids of tokens that end an answer)
+) -> tuple:  # (name of a model -> text or token ids, what `generate_answers` is to know of the answers)
     "What each model is asked."
     names = self.models.names
     if self.template is None or not self.template.chat:
-        return dict.fromkeys(names, _prompt(self.template, values)), ()
+        return dict.fromkeys(names, _prompt(self.template, values)), {}
     rendered, plain = open_chat_template(self.models.tokenizer), PlainTokenizer(self.models.tokenizer)
     found = {}
     for name in names:
         turns = tuple(self._turns(name, values))
         found[name] = asked_ids(rendered, plain, Conversation(turns, len(turns)))
     end = turn_end(rendered, plain)
-    return found, () if end is None else (end,)
+    return found, dict(ends=() if end is None else (end,), opening=answer_opening(rendered))
 
 # %% ../../nbs/ui/06_chats.ipynb #54711fcc
 @patch
@@ -95,10 +95,10 @@ def ask(
     if len(values) != len(self.slots):
         raise ValueError(f"{len(values)} texts for the slots {', '.join(self.slots)}: give one for each")
     asked, answers = dict(zip(self.slots, values)), {}
-    questions, ends = self._questions(asked)
+    questions, how = self._questions(asked)
     for name, question in questions.items():
         with self.models.using(name) as model:
-            answer, = generate_answers(model, self.models.tokenizer, [question], ends=ends, **self.settings)
+            answer, = generate_answers(model, self.models.tokenizer, [question], **how, **self.settings)
         answers[name] = answer.strip()
     self.said.append((asked, answers))
     return answers
