@@ -65,9 +65,10 @@ def portable_config(
     tokenizer,  # as trained, with its pad token
 ) -> dict:  # what the adapter's says
     "Settings that give the trained tokenizer in transformers 4 as in 5; keys that needn't differ stay."
-    new = {k: v for k, v in config.items() if k != "auto_map"}
+    left_out = {"auto_map"}
+    if _by_version_5(config): left_out |= {"backend", "is_local", "local_files_only"}
+    new = {k: v for k, v in config.items() if k not in left_out}
     if _by_version_5(config):
-        new = {k: v for k, v in new.items() if k not in ("backend", "is_local", "local_files_only")}
         new["tokenizer_class"] = "PreTrainedTokenizerFast"
         if isinstance(new.get("extra_special_tokens"), list):
             new["additional_special_tokens"] = new.pop("extra_special_tokens")
@@ -185,8 +186,12 @@ def _switch_problems(
     ids = tokenizer("a")["input_ids"]
     trained = {"add_bos_token": ids[0] == tokenizer.bos_token_id, "add_eos_token": ids[-1] == tokenizer.eos_token_id}
     usual = {"add_bos_token": True, "add_eos_token": False}
-    wrong = [switch for switch in trained if bool(config.get(switch, usual[switch])) != trained[switch]]
-    return [f"transformers 4 goes by {switch}, and would {'leave out' if trained[switch] else 'add'} a token" for switch in wrong]
+    problems = []
+    for switch, puts in trained.items():
+        if bool(config.get(switch, usual[switch])) == puts: continue
+        does = "leave out" if puts else "add"
+        problems.append(f"transformers 4 goes by {switch}, and would {does} a token")
+    return problems
 
 # %% ../nbs/27_tokenizer_files.ipynb #d8799902
 def _file_problems(
