@@ -187,11 +187,15 @@ class Place:
             (out/"run.json").write_text(json.dumps({"experimentid": self.project.experiment_id}))
 
 
-def make_place(folder, base, **training):
+def demo_lines():
+    "Of the demo's messages, as many as are trained on and held out here."
+    return demo_data().read_text(encoding="utf-8").splitlines(keepends=True)[:ROWS + 1]
+
+
+def make_place(folder, base, lines=None, **training):
     "Made in a process of its own; settings are changed, or with None left out."
     settings = {key: value for key, value in (TRAINING | training).items() if value is not None}
-    lines = demo_data().read_text(encoding="utf-8").splitlines(keepends=True)
-    (folder/"messages.csv").write_text("".join(lines[:ROWS + 1]), encoding="utf-8")
+    (folder/"messages.csv").write_text("".join(lines or demo_lines()), encoding="utf-8")
     project = make_demo_project(folder/"project", base, folder/"messages.csv", training=settings, lora=LORA, split=12/ROWS)
     shutil.copytree(project.folder, folder/"template")
     return Place(folder, project)
@@ -395,13 +399,28 @@ def test_a_process_of_its_own_is_killed(place, right):
 # Runs that choose their end, or begin with an adapter: killed at random until one gets through
 
 EVERY_TWO = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "num_train_epochs": 4}
-CHOOSING = {  # what a run chooses -> (its settings, the step after which it ends)
-    "early stopping": (EVERY_TWO | {"early_stopping_patience": 2, "early_stopping_threshold": 10.0}, 6),
-    "the best by loss": (EVERY_TWO | {"load_best_model_at_end": True, "learning_rate": 0.5, "lr_scheduler_type": "constant"}, 12),
-    "the best by answers": (EVERY_TWO | {"load_best_model_at_end": True, "metric_for_best_model": "exact_match", "exact_match_rows": 2,
-                                         "num_train_epochs": 2}, 6),
-    "max_seconds": ({"max_seconds": 60, "num_train_epochs": 4}, 8),
-    "a parent": ({"parent_adapter": "PARENT"}, 6),
+ONE_ANSWER = ["message,intent\n", *(f"where is it {i},yes\n" for i in range(12))]  # learnt in some steps, word for word
+
+
+@dataclass(frozen=True)
+class Choice:
+    "A run that chooses its end, or begins with an adapter."
+    settings: dict  # PARENT and CHECKED are a folder and a file of the test's own
+    steps: int  # after which it ends
+    lines: list | None = None  # of its file; default: the demo's
+    spread: float = 0.02  # of the base model's random weights: with more, it learns faster
+
+
+CHOOSING = {
+    "early stopping": Choice(EVERY_TWO | {"early_stopping_patience": 2, "early_stopping_threshold": 10.0}, 6),
+    "the best by loss": Choice(
+        EVERY_TWO | {"load_best_model_at_end": True, "learning_rate": 0.5, "lr_scheduler_type": "constant"}, 12),
+    "the best by answers": Choice(
+        EVERY_TWO | {"load_best_model_at_end": True, "metric_for_best_model": "exact_match", "exact_match_rows": 2,
+                     "validation": "CHECKED", "learning_rate": 0.01, "lr_scheduler_type": "constant"}, 12, ONE_ANSWER, 0.3),
+    "max_seconds": Choice({"max_seconds": 60, "num_train_epochs": 4}, 8),
+    "a parent": Choice({"parent_adapter": "PARENT"}, 6),
+    "a parent, and max_seconds": Choice({"parent_adapter": "PARENT", "max_seconds": 60, "num_train_epochs": 4}, 8),
 }
 MOMENTS = (  # of a job, and how often it comes by at most
     (checkpoints, "check_finite", 4), (trainer, "append_metrics", 4), (checkpoint_files, "_write_share", 3), (checkpoints, "_evaluate_apart", 4),
@@ -428,17 +447,29 @@ def paced(at=None):
         die_at(at)
 
 
+def check_the_choice(project):
+    "The checkpoint with the most right answers is neither the first nor the last, and its adapter is the one that is there."
+    lines = [json.loads(line) for line in (project.train_out_dir/"metrics.jsonl").read_text().splitlines()]
+    *each, last = [line for line in lines if "eval_exact_match" in line]
+    best = max(each, key=lambda line: line["eval_exact_match"])  # the first of several
+    assert each[0]["eval_exact_match"] < best["eval_exact_match"] and best["step"] < each[-1]["step"], each
+    assert last["eval_loss"] == pytest.approx(best["eval_loss"]) != each[-1]["eval_loss"]
+
+
 @pytest.fixture(scope="module", params=CHOOSING)
 def choosing(request, right, tmp_path_factory):
     "A project, what its job leaves that nothing happens to, and a choice of moments that is always the same."
-    folder = tmp_path_factory.mktemp("choosing").resolve()
-    settings, steps = CHOOSING[request.param]
-    base = in_fork(lambda: tiny.save_tiny(folder/"tiny", kind="qwen"))
+    folder, choice = tmp_path_factory.mktemp("choosing").resolve(), CHOOSING[request.param]
+    base = in_fork(lambda: tiny.save_tiny(folder/"tiny", kind="qwen", initializer_range=choice.spread))
     in_fork(lambda: make_parent(folder/"parent", base))
-    settings = {key: str(folder/"parent") if value == "PARENT" else value for key, value in settings.items()}
-    place = in_fork(lambda: make_place(folder, base, **settings))
+    (folder/"checked.csv").write_text("".join(ONE_ANSWER[:3]))
+    names = {"PARENT": str(folder/"parent"), "CHECKED": str(folder/"checked.csv")}
+    settings = {key: names.get(value, value) for key, value in choice.settings.items()}
+    place = in_fork(lambda: make_place(folder, base, choice.lines, **settings))
     done = ended(place, start(place, paced))
-    assert (done.status, len(done.steps)) == (0, steps), done.printed
+    assert (done.status, len(done.steps)) == (0, choice.steps), done.printed
+    if settings.get("metric_for_best_model"):
+        check_the_choice(place.project)
     return place, state(place.project), random.Random(request.param)
 
 

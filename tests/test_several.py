@@ -633,6 +633,37 @@ def test_one_is_killed(place, right, rank):
     fine(ends(place, rank, kill_self, ["Signal 9 (SIGKILL)"]))
 
 
+STOPPING = {
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "early_stopping_patience": 2,
+    "early_stopping_threshold": 10.0,  # which nothing is better by: the run ends after three evaluations
+}
+
+
+def weights_of(place):
+    return (place.project.out_dir / "adapter_model.safetensors").read_bytes()
+
+
+def test_stops_early_and_is_killed(place, right):
+    "Two processes; one of them is killed, then the other: the same end, and the same bytes, as without."
+    place.renew()
+    whole = run(place, 2, **STOPPING)
+    assert whole.status == 0, whole.printed
+    bytes_of_whole = weights_of(place)
+    place.renew()
+    for step, rank in ((4, 1), (5, 0)):
+        died = run(place, 2, at_step(step, rank, kill_self), **STOPPING)
+        assert died.status and "Signal 9 (SIGKILL)" in died.printed, died.printed
+    again = run(place, 2, **STOPPING)
+    assert again.status == 0, again.printed
+    assert max(step for step, *_ in again.losses) == 6 < STEPS
+    assert again.losses == whole.losses
+    assert weights_of(place) == bytes_of_whole
+
+
 def test_one_fails(place, right):
     fine(ends(place, 1, fail, ["RuntimeError: the third law of thermodynamics"]))
 
