@@ -12,8 +12,8 @@ from fastcore.basics import patch
 
 # %% ../../nbs/ui/02_stills.ipynb #a919635d
 _STYLE = """<style>
-.jp-OutputArea-child:has(.ftnb-still):has(+ .jp-OutputArea-child .jupyter-widgets > :not(script)) {display: none}
-.jp-OutputArea-child:has(.ftnb-still):not(:has(+ .jp-OutputArea-child .jupyter-widgets > :not(script))) + .jp-OutputArea-child:has(> .jupyter-widgets) {display: none}
+.jp-OutputArea-child:has(.ftnb-still):has(+ .jp-OutputArea-child .jupyter-widgets>:not(script)) {display: none}
+.jp-OutputArea-child:has(.ftnb-still):not(:has(+ .jp-OutputArea-child .jupyter-widgets>:not(script))) + .jp-OutputArea-child:has(> .jupyter-widgets) {display: none}
 </style>"""
 
 # %% ../../nbs/ui/02_stills.ipynb #53cbf95d
