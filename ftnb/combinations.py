@@ -74,10 +74,13 @@ def _unmet_best(
 # %% ../nbs/58_combinations.ipynb #a85f37c3
 def _unmet_switches(
     args,  # TRL's `SFTConfig`
+    config: dict,  # what it was made of
 ) -> dict:  # key -> why it has no effect
     "Settings of what is switched off."
-    unmet = {}
-    if not args.use_liger_kernel: unmet["liger_kernel_config"] = "its kernels aren't used (use_liger_kernel)"
+    from importlib.util import find_spec
+    unmet, forbidden = {}, config.get("use_liger_kernel") is False
+    if forbidden or args.use_cpu or not find_spec("liger_kernel"):
+        unmet["liger_kernel_config"] = "Liger's kernels aren't used (use_liger_kernel)"
     if not args.gradient_checkpointing: unmet["gradient_checkpointing_kwargs"] = "gradient_checkpointing is off"
     if not args.report_to: unmet["run_name"] = "there is no tracker (report_to)"
     if "trackio" not in args.report_to: unmet["project"] = "it is for trackio (report_to)"
@@ -91,7 +94,7 @@ def _needs_another(
 ) -> dict:  # key -> why it has no effect
     "Keys of a config that act beside another one only, which isn't set so."
     unmet = _unmet_length(args) | _unmet_steps(args, config)
-    unmet |= _unmet_best(args, patience) | _unmet_switches(args)
+    unmet |= _unmet_best(args, patience) | _unmet_switches(args, config)
     return {key: why for key, why in unmet.items() if key in config}
 
 # %% ../nbs/58_combinations.ipynb #ad429ed9

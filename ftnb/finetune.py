@@ -97,7 +97,8 @@ def save_trained(
     comparison = guards.best_effort("base against adapter", lambda: compare(model), {}, notes)
     return runrecord.SavedAdapter(
         folder, expected, probe, metrics=run.metrics, used=saving.used_settings(model, job.records.lora),
-        unshared=run.unshared, comparison=comparison, notes=notes, identity=identity, ended=run.ended)
+        unshared=run.unshared, comparison=comparison, notes=notes, identity=identity, ended=run.ended,
+        liger=run.liger)
 
 # %% ../nbs/89_finetune.ipynb #facd596d
 def train_and_save(

@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['LEAST_ON_GPU', 'token_bytes', 'tokens_per_pass', 'weigh_prompts', 'packed_passes', 'return_memory', 'counted_tokens',
-           'out_of_memory', 'tell_all', 'run_step', 'in_passes', 'sharing_obstacle', 'settle_budget']
+           'out_of_memory', 'tell_all', 'run_step', 'in_passes', 'fast_layers', 'sharing_obstacle', 'settle_budget']
 
 # %% ../nbs/60_passes.ipynb #60cc5918
 import contextlib, ctypes
 from collections import defaultdict
 from dataclasses import dataclass, field
 
+from .gpu_layers import kernel_obstacle, liger_layers, liger_problem
 from .metrics import RunState
 from .packing import KeptPrefix, causal_model, keeps_prefix, packed_loss
 from .prefix import LEAST, common_prefix, pack_rows, tree_passes
 from .ranks import KnownToAll, failed_anywhere, free_memory, from_first, label_tokens, mean_over_all
 from .ranks import process_rank, raise_together
 from .settings import TrainingSettings
-from .sharing import shares_exactly
+from .sharing import compute_dtype, shares_exactly
 
 # %% ../nbs/60_passes.ipynb #da368336
 def token_bytes(
@@ -440,6 +441,57 @@ def in_passes(
     InPasses.prompt_weight = prompt_weight
     return InPasses
 
+# %% ../nbs/60_passes.ipynb #6423c477
+def _mixed(
+    settings: TrainingSettings,  # from `settle_training`
+) -> str | None:  # "bf16" or "fp16"
+    "The autocast that training runs under."
+    return next((name for name in ("bf16", "fp16") if settings.config.get(name)), None)
+
+# %% ../nbs/60_passes.ipynb #cd7b3f0c
+def _wants_kernels(
+    model,  # a causal language model of transformers
+    settings: TrainingSettings,  # from `settle_training`
+    device: str,  # where it is: "cpu" or "cuda"
+) -> bool:
+    "Whether Liger's kernels are to be tried."
+    asked = settings.config.get("use_liger_kernel")
+    if device == "cpu" or asked is False: return False
+    return bool(asked) or not liger_problem(model.config.model_type)
+
+# %% ../nbs/60_passes.ipynb #fd2c32f6
+def _kernel_obstacle(
+    model,  # a causal language model of transformers
+    train,  # `Dataset` with `input_ids` and `labels`
+    settings: TrainingSettings,  # from `settle_training`
+    most: int = 128,  # tokens of a row
+) -> str:  # a sentence, or ""
+    "Try Liger's kernels on a few tokens."
+    import torch
+    mixed, switches = _mixed(settings), settings.config.get("liger_kernel_config")
+    rows = [train[i]["input_ids"][:most] for i in sorted({0, len(train) - 1})]
+    rounding = torch.finfo(compute_dtype(model, mixed)).eps
+    return kernel_obstacle(model, rows, rounding, mixed, switches)
+
+# %% ../nbs/60_passes.ipynb #5c7f31ea
+@contextlib.contextmanager
+def fast_layers(
+    model,  # a `PeftModel`
+    train,  # `Dataset` with `input_ids` and `labels`
+    settings: TrainingSettings,  # from `settle_training`
+):  # gives whether there are any
+    "Within this, a model on a GPU has Liger's kernels, where they give the same and aren't forbidden."
+    inner = causal_model(model)
+    if not _wants_kernels(inner, settings, inner.get_input_embeddings().weight.device.type):
+        yield False
+        return
+    why = from_first(lambda: _kernel_obstacle(inner, train, settings))
+    said = f"Liger's kernels aren't used: {why}" if why else "Liger's kernels are used"
+    if not process_rank(): print(said, flush=True)
+    if why: yield False
+    else:
+        with liger_layers(inner, settings.config.get("liger_kernel_config")): yield True
+
 # %% ../nbs/60_passes.ipynb #ea84c765
 def sharing_obstacle(
     model,  # a `PeftModel`
@@ -448,9 +500,8 @@ def sharing_obstacle(
 ) -> str:  # why rows are trained in padded batches; "" where they share
     "Settle whether rows share their prefix; raises where that was demanded and can't be."
     if settings.shared_prefix is False: return "shared_prefix is false"
-    mixed = next((name for name in ("bf16", "fp16") if settings.config.get(name)), None)
     first_and_last = [train[i] for i in sorted({0, len(train) - 1})]
-    check = shares_exactly(model, first_and_last, mixed, settings.config)
+    check = shares_exactly(model, first_and_last, _mixed(settings), settings.config)
     if check: return ""
     why = check.reason or "the numerical check failed"
     if settings.shared_prefix is True:

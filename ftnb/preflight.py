@@ -330,7 +330,6 @@ def _check_fit(
     if settings is None or base is None: return
     problems = _fit_problems(given, base, plan, rows)
     log.add("error", "settings", *in_argument("training_arguments_config", problems))
-    log.add("warning", "settings", *training_settings.kernel_notes(settings, base.config))
 
 # %% ../nbs/81_preflight.ipynb #391af868
 def _count_trees(

@@ -75,6 +75,7 @@ class SavedAdapter:
     notes: list = field(default_factory=list)  # what failed on the way and withheld nothing, in words
     identity: dict | None = None  # from `job_identity`, as it was before training; None: as it is now
     ended: str = ""  # why training ended before its last step
+    liger: bool = False  # were Liger's kernels used?
 
 # %% ../nbs/66_runrecord.ipynb #7708ebe0
 _PLACES = ("out_dir", "train_out_dir", "adapter_name", "auto_add_adapter", "hf_token", "training_arguments_config",
@@ -262,6 +263,7 @@ def used_settings(
     ours = {"max_length": rows.limit, "completion_only_loss": job.settings.completion_only, "shared_prefix": shared}
     if job.settings.assistant_only: ours["assistant_only_loss"] = True
     if job.settings.chat_template: ours["chat_template"] = True
+    if saved.liger or "use_liger_kernel" in job.settings.config: ours["use_liger_kernel"] = saved.liger
     if job.settings.checkpointing: ours["gradient_checkpointing_reason"] = job.settings.checkpointing
     if job.settings.prompt_loss_weight: ours["prompt_loss_weight"] = job.settings.prompt_loss_weight
     ours |= choosing.read_choice(job.records.training).as_dict()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAVE_SECONDS', 'EXACT_MATCH_ROWS', 'NO_NEWS', 'Ends', 'TrainingSettings', 'steps_of', 'settle_training',
-           'model_problems', 'kernel_notes', 'held_out_problems', 'warmup_notes']
+           'model_problems', 'held_out_problems', 'warmup_notes']
 
 # %% ../nbs/59_settings.ipynb #2122e0ea
 from dataclasses import dataclass, replace
@@ -16,6 +16,7 @@ from .chat_templates import Loss
 from .combinations import tried_problems, try_config, unread_notes, unread_settings
 from .consts import TRAINING_DATA_TEXT_FIELD
 from .fields import idle_notes, in_argument, library_defaults
+from .gpu_layers import kernel_problems, liger_problem
 from .models import Precision
 from .optimizers import FOLLOW_LOSS, layer_problems
 from .problems import Problem, raise_problems
@@ -61,17 +62,6 @@ def _usable_trackers(
             "metrics.jsonl is written all the same")
     return installed, [Problem("report_to", text)]
 
-# %% ../nbs/59_settings.ipynb #0847025c
-def _liger_obstacle(
-    device: str,  # "cpu" or "cuda:N"
-) -> str:  # "" where they can be had
-    "Why Liger's kernels can't be used here."
-    from importlib.util import find_spec
-    obstacles = []
-    if not find_spec("liger_kernel"): obstacles.append("liger-kernel isn't installed (pip install liger-kernel)")
-    if device == "cpu": obstacles.append("it needs a GPU")
-    return " and ".join(obstacles)
-
 # %% ../nbs/59_settings.ipynb #edeb1c24
 def _missing_speed(
     config: dict,  # training arguments
@@ -80,12 +70,12 @@ def _missing_speed(
     "What would make a GPU quicker or larger, and can't be had here."
     from transformers.utils import is_torch_tf32_available
     cpu, missing = device == "cpu", {}
-    if config.get("use_liger_kernel"): missing["use_liger_kernel"] = _liger_obstacle(device)
+    if config.get("use_liger_kernel") and cpu: missing["use_liger_kernel"] = "its kernels are for a GPU"
     if config.get("tf32") and (cpu or not is_torch_tf32_available()):
         missing["tf32"] = "it needs a GPU of the Ampere generation or newer"
     if config.get("activation_offloading") and cpu:
         missing["activation_offloading"] = "it moves what a GPU holds"
-    return {key: why for key, why in missing.items() if why}
+    return missing
 
 # %% ../nbs/59_settings.ipynb #9d2a79e2
 @dataclass(frozen=True)
@@ -303,10 +293,8 @@ def _loss_problems(
     if padded and settings.shared_prefix is True:
         key = "shared_prefix"
         problems.append(Problem(key, f"{key} is true, but the prefix can't be shared: {'; '.join(padded)}; use auto"))
-    if (args.liger_kernel_config or {}).get("fused_linear_cross_entropy"):
-        key = "liger_kernel_config"
-        problems.append(Problem(key, f"{key}: fused_linear_cross_entropy replaces the model's loss; leave it out"))
-    return problems
+    key = "liger_kernel_config"
+    return problems + [Problem(key, f"{key}: {why}") for why in kernel_problems(args.liger_kernel_config)]
 
 # %% ../nbs/59_settings.ipynb #ce98b8dc
 def _own_problems(
@@ -480,6 +468,17 @@ def _router_problems(
     return [Problem(key, f"{key} is {coefficient:g}{source}, and {obstacle}; "
                     f"set {key} to 0, and the experts' balance is left out of the loss")]
 
+# %% ../nbs/59_settings.ipynb #04d0fe29
+def _liger_problems(
+    settings: TrainingSettings,  # of the run
+    config,  # of the model, from transformers
+) -> list:  # of `Problem`
+    "Why Liger's kernels, which were asked for, can't be used on this model."
+    key = "use_liger_kernel"
+    if not settings.config.get(key): return []
+    why = liger_problem(config.model_type)
+    return [Problem(key, f"{key} is true, and {why}; leave it out")] if why else []
+
 # %% ../nbs/59_settings.ipynb #38c994aa
 def model_problems(
     settings: TrainingSettings,  # of the run
@@ -488,21 +487,10 @@ def model_problems(
 ) -> list:  # of `Problem`
     "What the settings ask of this model, and it can't do."
     problems, key = _router_problems(settings, config, model), "optim_target_modules"
+    problems += _liger_problems(settings, config)
     targets = settings.config.get(key)
     if not targets or model is None or key in settings.unread: return problems
     return problems + layer_problems(targets, model)
-
-# %% ../nbs/59_settings.ipynb #11c5f62d
-def kernel_notes(
-    settings: TrainingSettings,  # of the run
-    config,  # of the model, from transformers
-) -> list:  # of `Problem`
-    "Kernels that Liger doesn't have for this model; it says so in its own log alone."
-    if not settings.config.get("use_liger_kernel"): return []
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as known
-    if config.model_type in known: return []
-    text = f"use_liger_kernel True has no effect: liger-kernel has no kernels for {config.model_type}"
-    return [Problem("use_liger_kernel", text)]
 
 # %% ../nbs/59_settings.ipynb #982d3e80
 def held_out_problems(

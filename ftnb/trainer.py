@@ -16,7 +16,7 @@ from .guards import RunStopped, best_effort, one_line, stop_on_signals, tracker_
 from .manifest import run_identity
 from .metrics import RunState, RunTotals, append_metrics
 from .packing import packing_attention
-from .passes import in_passes, run_step, settle_budget, tell_all
+from .passes import fast_layers, in_passes, run_step, settle_budget, tell_all
 from .plan import RunPlan
 from .prefix import PrefixSampler
 from .progress import progress_bar, wants_bar
@@ -208,9 +208,10 @@ def _on_one_gpu(
 def _trl_config(
     config: dict,  # keyword arguments of TRL's SFTConfig, as of one process
 ):  # TRL's SFTConfig
-    "The trainer's arguments. Trackers are callbacks of our own."
+    "The trainer's arguments. Trackers are callbacks of our own, and Liger's kernels are in the model already."
     from trl import SFTConfig
-    config = settings_for_all(config, process_count()) | {"report_to": "none"}
+    ours = {"report_to": "none", "use_liger_kernel": False}
+    config = settings_for_all(config, process_count()) | ours
     return _on_one_gpu(SFTConfig(**config))
 
 # %% ../nbs/63_trainer.ipynb #e91e4245
@@ -304,6 +305,7 @@ class TrainedRun:
     metrics: dict  # final numbers: losses, steps, rows, tokens given and computed, seconds
     unshared: str = ""  # why rows were trained in padded batches; "" where they shared their prefix
     ended: str = ""  # why training ended before its last step; "" where it didn't
+    liger: bool = False  # were Liger's kernels used?
 
 # %% ../nbs/63_trainer.ipynb #54db0334
 def _final_metrics(
@@ -387,11 +389,12 @@ def train_adapter(
     "Train with TRL's SFTTrainer, from the newest checkpoint if there is one; evaluate before and after."
     if not len(train): raise ValueError("there is no row to train on")
     _limit_threads()
-    budget, unshared = settle_budget(model, train, settings)
     if bar is None: bar = wants_bar()
-    trainer = make_trainer(model, tokenizer, train, test, settings, budget, bar, ask, callbacks)
-    trainer.run.row_numbers = row_numbers
-    identity = run_identity(_asked_settings(settings, unshared), model, train, test, identity)
-    checkpoint = begin_or_resume(trainer, identity)
-    metrics = _train_and_evaluate(trainer, checkpoint, shared=not unshared)
-    return TrainedRun(model, metrics, unshared, trainer.run.ended)
+    with fast_layers(model, train, settings) as liger:
+        budget, unshared = settle_budget(model, train, settings)
+        trainer = make_trainer(model, tokenizer, train, test, settings, budget, bar, ask, callbacks)
+        trainer.run.row_numbers = row_numbers
+        identity = run_identity(_asked_settings(settings, unshared), model, train, test, identity)
+        checkpoint = begin_or_resume(trainer, identity)
+        metrics = _train_and_evaluate(trainer, checkpoint, shared=not unshared)
+    return TrainedRun(model, metrics, unshared, trainer.run.ended, liger)

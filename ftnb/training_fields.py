@@ -45,7 +45,7 @@ _USED = decide(
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm", "weight_decay",
     "optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon",
     "bf16", "fp16", "tf32", "use_cpu", "seed", "data_seed", "full_determinism",
-    "completion_only_loss", "assistant_only_loss", "router_aux_loss_coef", "liger_kernel_config", "train_sampling_strategy",
+    "completion_only_loss", "assistant_only_loss", "router_aux_loss_coef", "train_sampling_strategy", "use_liger_kernel", "liger_kernel_config",
     "gradient_checkpointing", "gradient_checkpointing_kwargs",
     "activation_checkpointing", "activation_checkpointing_kwargs",
     "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
