@@ -18,6 +18,7 @@ from axe_playwright_python.sync_playwright import Axe
 from lab import PICTURE_OF_RUN, Notebook, chromium, end_all, find_chromium, held, jobs, jupyter_lab, until
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from pictures import animation, part, png
+from playwright.sync_api import TimeoutError
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser, pytest.mark.skipif(find_chromium() is None, reason="no Chromium")]
@@ -327,13 +328,24 @@ def resume_and_close_the_tab(notebook, shots):
         notebook.saved()
         notebook.close()
     until("the run goes on without its tab", lambda: not jobs() or last_step(notebook) > before + 40)
-    notebook.open("form.ipynb")
-    notebook.button("Train here").wait_for()
+    open_with_widgets(notebook, "form.ipynb")
     notebook.until("the form, opened again, says that the run is done", lambda: notebook.widgets_say(r"^trained$"))
     notebook.until("the picture says so, too", lambda: notebook.step() == ("finished", STEPS))
     notebook.until("Stop is off", lambda: not notebook.can("Stop"))
     assert not jobs() and not notebook.can("Resume")
     shots.append(shot_of_run(notebook))
+
+
+def open_with_widgets(notebook, name):
+    "ipywidgets gives the kernel four seconds to tell its widgets; on a busy machine that is too few, and the page is loaded again."
+    def opened():
+        notebook.open(name)
+        try:
+            notebook.button("Train here").wait_for(timeout=30_000)
+        except TimeoutError:
+            return False
+        return True
+    until("the form's widgets are on the page again", opened)
 
 
 def adapter_rows(notebook):
