@@ -227,6 +227,21 @@ def test_memory_runs_out(tmp_path, tiny_base, capsys):
     assert abs(usual.metrics["train_loss"] - scarce.metrics["train_loss"]) < 1e-2
 
 
+@pytest.mark.gpu
+def test_liger(tell):
+    "Liger's kernels give what they replace, in each format, where they are installed; the model is as before."
+    pytest.importorskip("liger_kernel")
+    import torch
+    from ftnb.gpu_layers import kernel_obstacle, liger_problem
+    rows = [row["input_ids"] for row in tree(2, 0)[:2]]
+    for kind in KINDS:
+        for dtype in EPS:
+            model = tiny_model(kind, "cuda").to(getattr(torch, dtype)).get_base_model()
+            why = liger_problem(kind) or kernel_obstacle(model, rows, torch.finfo(getattr(torch, dtype)).eps)
+            tell(f"Liger: {kind}, {dtype}", "used" if not why else "not used", why)
+            assert not why or kind not in ("llama", "qwen2", "mistral"), why
+
+
 def bf16_product():
     "FLOP a second of a matrix product, in bf16."
     from ftnb.demo.bench import matmul_gflops
