@@ -13,7 +13,8 @@ from dataclasses import asdict, astuple, dataclass, field
 from .guards import step_rows, weights_finite, what_helps
 from .manifest import drop_old_checkpoints, seal_checkpoint
 from .metrics import RunTotals
-from .ranks import raise_together, spread_like, take_state, whole_state, whole_weights
+from .ranks import raise_together
+from .shards import spread_like, take_state, whole_state, whole_weights
 from .storage import clear_folder, open_plain, set_aside, storage_error
 
 # %% ../nbs/54_checkpoint_files.ipynb #92f55f82
