@@ -20,8 +20,9 @@ from .passes import fast_layers, in_passes, run_step, settle_budget, tell_all
 from .plan import RunPlan
 from .prefix import PrefixSampler
 from .progress import progress_bar, wants_bar
-from .ranks import batch_size, dealing, process_count, settings_for_all, sum_over_all, taken_memory, usable_cores
+from .ranks import batch_size, process_count, settings_for_all, sum_over_all, taken_memory, usable_cores
 from .settings import TrainingSettings
+from .shards import dealing
 from .stopping import early_stopping, time_budget
 from .storage import storage_error
 
