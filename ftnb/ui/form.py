@@ -42,6 +42,7 @@ class Form:
         self.draft = draft.new_draft(draft.read_project(db), **fields)
         self.check, self.process = None, None  # the last check of the job, the last process started
         self.box, self.watched = None, None  # the widgets, the monitor of the run
+        self.lock = threading.RLock()  # who types and presses, and the thread that keeps the widgets up to date, one at a time
         self.still = stills.Still(lambda: self._still_html())
 
     @property
@@ -247,15 +248,16 @@ def _texts_html(
 @patch
 def _show_problems(self: Form):
     "Bring remarks, texts and buttons up to date."
-    self.args, problems = self.judge()
-    problems = self._found_beside("error") | problems
-    oddities = self._found_beside("warning") | draft.unusual(self.values)
-    self.fields.show_remarks(problems, oddities)
-    other = [text for name, text in problems.items() if name not in self.fields.notes]
-    unreadable = controls.badge(self.draft.project.problem, "warning")
-    self.general.value = controls.badges(other) + unreadable
-    self.texts.value = _texts_html(self.as_text())
-    self._set_buttons()
+    with self.lock:
+        self.args, problems = self.judge()
+        problems = self._found_beside("error") | problems
+        oddities = self._found_beside("warning") | draft.unusual(self.values)
+        self.fields.show_remarks(problems, oddities)
+        other = [text for name, text in problems.items() if name not in self.fields.notes]
+        unreadable = controls.badge(self.draft.project.problem, "warning")
+        self.general.value = controls.badges(other) + unreadable
+        self.texts.value = _texts_html(self.as_text())
+        self._set_buttons()
 
 # %% ../../nbs/ui/18_form.ipynb #f39c0be2
 @patch
@@ -361,7 +363,7 @@ def _log_html(
 @patch
 def _show_usage(self: Form):
     "Say how the adapter is used, once the run is trained."
-    place = self.values["out_dir"] if self.status.state == "trained" else None
+    with self.lock: place = self.values["out_dir"] if self.status.state == "trained" else None
     if place == self.used: return
     self.used, ways = place, usage.usage_html(place)
     self.usage.value = controls.heading_html("Use it") + ways if ways else ""
@@ -398,14 +400,17 @@ def _show_run(
 @patch
 def _follow(self: Form):
     "Look at the run in these folders."
-    folder, before = self.values["train_out_dir"], self.status
-    self.status = processes.run_status(folder, self.values["out_dir"])
-    is_on = self.status.state in ("starting", "running")
-    self.running = is_on and processes.running_process(folder) is not None
+    with self.lock:
+        folder, before = self.values["train_out_dir"], self.status
+        process = processes.running_process(folder)  # first: what one has written that is gone is all of it
+        self.status = processes.run_status(folder, self.values["out_dir"])
+        self.running = process is not None and self.status.state in ("starting", "running")
     self._show_run(folder)
-    moves = self.running and self.status != before
-    if moves or self.status.state != before.state: self._say_status()
-    self._set_buttons()
+    with self.lock:
+        if folder != self.values["train_out_dir"]: return  # another run was chosen meanwhile
+        moves = self.running and self.status != before
+        if moves or self.status.state != before.state: self._say_status()
+        self._set_buttons()
     self._show_usage()
 
 # %% ../../nbs/ui/18_form.ipynb #dcd8f9fc
@@ -428,12 +433,13 @@ def _list_runs(self: Form):
     project = self.draft.project
     if not project.folder.is_dir(): return
     options = _run_options(past_runs.runs(project.folder, project.url if project.engine is not None else None))
-    here, places = self.values["train_out_dir"], [place for _, place in options]
-    self.listing = True
-    try:
-        if tuple(options) != tuple(self.chosen_run.options): self.chosen_run.options = options
-        self.chosen_run.value = here if here in places else ""
-    finally: self.listing = False
+    places = [place for _, place in options]
+    with self.lock:
+        here, self.listing = self.values["train_out_dir"], True
+        try:
+            if tuple(options) != tuple(self.chosen_run.options): self.chosen_run.options = options
+            self.chosen_run.value = here if here in places else ""
+        finally: self.listing = False
 
 # %% ../../nbs/ui/18_form.ipynb #642bc93a
 @patch
@@ -442,29 +448,31 @@ def _choose_run(
     folder: str,  # train_out_dir; "": a new run
 ):
     "Show another run."
-    if self.listing: return
-    try:
-        if folder: self.load(folder)
-        else: self.draft.values = draft.renewed(self.values)
-        self._fill()
-        self.state.value = ""
-    except ValueError as e: self.state.value = controls.badges(problems_of(e))
-    self.status = processes.RunStatus()
-    if self.ready.is_set(): self._show_problems()
+    with self.lock:
+        if self.listing: return
+        try:
+            if folder: self.load(folder)
+            else: self.draft.values = draft.renewed(self.values)
+            self._fill()
+            self.state.value = ""
+        except ValueError as e: self.state.value = controls.badges(problems_of(e))
+        self.status = processes.RunStatus()
+        if self.ready.is_set(): self._show_problems()
 
 # %% ../../nbs/ui/18_form.ipynb #e3940be8
 @patch
 def _set_buttons(self: Form):
     "Which buttons can be pressed."
-    trained = os.path.exists(os.path.join(self.values["out_dir"], "run.json"))
-    begun = os.path.isdir(self.values["train_out_dir"]) and not trained
-    right = self.args is not None and self.draft.project.engine is not None
-    free = right and not self.running
-    steps = self.running and self.status.state == "running"
-    able = dict(check=right and not self.checking, give_up=self.checking, train=free,
-                stop=self.running, finish=steps, resume=begun and free)
-    for name, button in self.buttons.items():
-        if button.disabled == able[name]: button.disabled = not able[name]
+    with self.lock:
+        trained = os.path.exists(os.path.join(self.values["out_dir"], "run.json"))
+        begun = os.path.isdir(self.values["train_out_dir"]) and not trained
+        right = self.args is not None and self.draft.project.engine is not None
+        free = right and not self.running
+        steps = self.running and self.status.state == "running"
+        able = dict(check=right and not self.checking, give_up=self.checking, train=free,
+                    stop=self.running, finish=steps, resume=begun and free)
+        for name, button in self.buttons.items():
+            if button.disabled == able[name]: button.disabled = not able[name]
 
 # %% ../../nbs/ui/18_form.ipynb #3064e8ef
 @patch
@@ -495,12 +503,13 @@ def _press(
     name: str,  # of the button
 ):
     "Do what a button says, and say what came of it."
-    try:
-        said = self._do(name)
-        self.running = processes.running_process(self.values["train_out_dir"]) is not None
-        self.state.value = escape(said)
-    except Exception as e: self.state.value = controls.badges(problems_of(e))
-    self._show_problems()
+    with self.lock:
+        try:
+            said = self._do(name)
+            self.running = processes.running_process(self.values["train_out_dir"]) is not None
+            self.state.value = escape(said)
+        except Exception as e: self.state.value = controls.badges(problems_of(e))
+        self._show_problems()
     self.changed.set()
 
 # %% ../../nbs/ui/18_form.ipynb #0abaabd2
