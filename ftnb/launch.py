@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['STOP_SECONDS', 'NODE_RANK', 'MASTER_IP', 'MASTER_PORT', 'JOIN_SECONDS', 'JOIN_SECONDS_NAME', 'is_launched',
-           'processes_per_node', 'wanted', 'Rendezvous', 'RankFailure', 'root_failure', 'raise_failure', 'run_ranks',
+           'processes_per_node', 'wanted', 'RankFailure', 'root_failure', 'raise_failure', 'Rendezvous', 'run_ranks',
            'workers_api', 'worker_code', 'node_resources', 'start_worker', 'worker_statuses', 'await_nodes', 'watched',
            'end_workers', 'started_workers', 'all_failures', 'raise_end', 'launch', 'run_without_token', 'run_job']
 
 # %% ../nbs/82_launch.ipynb #0d8b438e
-import contextlib, json, os, sys, time
-from dataclasses import asdict, dataclass, field, replace
+import contextlib, json, os, signal, sys, threading, time
+from dataclasses import asdict, dataclass, replace
 
 import ftnb.guards as guards
 import ftnb.consts as consts
@@ -27,7 +27,8 @@ def is_launched(
     env: "Mapping | None" = None,  # environment; default: this process's own
 ) -> bool:  # then it runs its rank, and starts nothing
     "Is this process one that a launcher has started?"
-    return {"LOCAL_RANK", "WORLD_SIZE"} <= {*(os.environ if env is None else env)}
+    if env is None: env = os.environ
+    return "LOCAL_RANK" in env and "WORLD_SIZE" in env
 
 # %% ../nbs/82_launch.ipynb #5e922b62
 def processes_per_node() -> int:  # 1 or more
@@ -42,6 +43,70 @@ def wanted(
 ) -> bool:  # then `launch` runs the job
     "Does a job need more processes than this one?"
     return not is_launched(env) and (args.dist_num > 1 or processes_per_node() > 1)
+
+# %% ../nbs/82_launch.ipynb #8a6d7925
+@dataclass(frozen=True)
+class RankFailure:
+    "How a rank ended that didn't end well."
+    node: int
+    rank: int  # among all ranks
+    failure: ranks.Failure
+
+    @property
+    def echo(self) -> bool:  # then another rank's failure says more
+        "Does it only tell that another rank is gone?"
+        if self.failure.checked: return False
+        return ranks.is_echo(str(self.failure))
+
+# %% ../nbs/82_launch.ipynb #a5c8c43f
+def root_failure(
+    failures: list,  # of `RankFailure`, one or more
+) -> RankFailure:  # that of the rank which failed by itself
+    "The failure that the others follow from: the first, echoes left out."
+    return min(failures, key=lambda ended: (ended.echo, ended.failure.time))
+
+# %% ../nbs/82_launch.ipynb #530cd653
+def raise_failure(
+    failures: list,  # of `RankFailure`; none: all went well
+    node: int = 0,  # this one, whose log has the ranks' own words
+):
+    "Raise what ended a run, as the run of a single process would."
+    if not failures: return
+    root = root_failure(failures)
+    failure, place, trace = root.failure, "", ""
+    if failure.kind == guards.RunStopped.__name__: raise guards.RunStopped(failure.text)
+    raise_problems(failure.problems, failure.heading)
+    if root.node != node:
+        place = f" on node {root.node}"
+        if failure.trace: trace = f"\n{failure.trace}"
+    raise RuntimeError(f"rank {root.rank}{place} failed, which ended the run: {failure}{trace}")
+
+# %% ../nbs/82_launch.ipynb #c0d1c190
+def _words_of_ranks(
+    folder: "str | Path",  # that was given to torch's launcher
+) -> dict:  # number on this node -> `ranks.Failure`, of those that left word
+    "What the ranks of this node raised."
+    from pathlib import Path
+    words = {}
+    for file in sorted(Path(folder).rglob(ranks.FAILURE_FILE)):
+        words[int(file.parent.name)] = ranks.read_failure(json.loads(file.read_text(encoding="utf-8")))
+    return words
+
+# %% ../nbs/82_launch.ipynb #bf050cdf
+def _rank_failure(
+    node: int,  # this one
+    rank: int,  # among all ranks
+    ended: "ProcessFailure",  # of torch's launcher
+    words: dict,  # from `_words_of_ranks`
+) -> RankFailure:
+    "How a rank of this node failed."
+    failure = words.get(ended.local_rank)
+    if failure is None:
+        text = f"it ended with exit status {ended.exitcode}, and its log says why"
+        if ended.exitcode < 0: text = ended.message
+        if ended.exitcode == -signal.SIGKILL: text += " (memory may have run out)"
+        failure = ranks.Failure(text, time=ended.timestamp)
+    return RankFailure(node, rank, failure)
 
 # %% ../nbs/82_launch.ipynb #f4da158b
 @dataclass(frozen=True)
@@ -59,10 +124,11 @@ def _rank_settings(
     processes: int,  # of this node
 ) -> dict:  # environment of its ranks
     "The interface that ranks talk over, and the threads that each may use; what the environment says already stays."
-    interface, threads = ranks.interface_to(at.address), max(1, ranks.usable_cores() // processes)
-    settings = {"GLOO_SOCKET_IFNAME": interface, "OMP_NUM_THREADS": str(threads)}
-    if at.nodes > 1: settings["NCCL_SOCKET_IFNAME"] = interface  # on one machine NCCL knows best
-    return {name: value for name, value in settings.items() if value and name not in os.environ}
+    interface = ranks.interface_to(at.address)
+    settings = {"OMP_NUM_THREADS": str(max(1, ranks.usable_cores() // processes))}
+    if interface: settings["GLOO_SOCKET_IFNAME"] = interface
+    if interface and at.nodes > 1: settings["NCCL_SOCKET_IFNAME"] = interface  # on one machine NCCL knows best
+    return {name: value for name, value in settings.items() if name not in os.environ}
 
 # %% ../nbs/82_launch.ipynb #e9de4e78
 def _open_store(
@@ -75,66 +141,8 @@ def _open_store(
     timeout = timedelta(seconds=seconds)
     return TCPStore(at.address, at.port, is_master=at.node == 0, timeout=timeout, wait_for_workers=False, multi_tenant=True)
 
-# %% ../nbs/82_launch.ipynb #8a6d7925
-@dataclass(frozen=True)
-class RankFailure:
-    "How a rank ended that didn't end well."
-    node: int
-    rank: int  # among all ranks
-    error: str  # class and message, or the signal
-    trace: str = field(default="", repr=False)
-    time: float = field(default=0.0, repr=False)  # seconds since 1970
-
-    @property
-    def echo(self) -> bool:  # then another rank's failure says more
-        "Does it only tell that another rank is gone?"
-        return ranks.is_echo(self.error)
-
-# %% ../nbs/82_launch.ipynb #a5c8c43f
-def root_failure(
-    failures: list,  # of `RankFailure`, one or more
-) -> RankFailure:  # that of the rank which failed by itself
-    "The failure that the others follow from: the first, echoes left out."
-    return min(failures, key=lambda f: (f.echo, f.time))
-
-# %% ../nbs/82_launch.ipynb #530cd653
-def raise_failure(
-    failures: list,  # of `RankFailure`; none: all went well
-    node: int = 0,  # this one, whose log has the ranks' own words
-):
-    "Raise what ended a run, as the run of a single process would."
-    if not failures: return
-    root = root_failure(failures)
-    kind, _, said = root.error.partition(": ")
-    if kind == "RunStopped": raise guards.RunStopped(said)
-    elsewhere = root.node != node
-    place = f" on node {root.node}" if elsewhere else ""
-    trace = f"\n{root.trace}" if elsewhere and root.trace else ""
-    raise RuntimeError(f"rank {root.rank}{place} failed, which ended the run: {root.error}{trace}")
-
-# %% ../nbs/82_launch.ipynb #c0d1c190
-def _raised_by(
-    file: "str | Path",  # a rank's error file
-) -> tuple:  # (error, trace, time)
-    "What a rank raised."
-    with open(file, encoding="utf-8") as f: message = json.load(f)["message"]
-    return message["message"], message["extraInfo"]["py_callstack"], os.stat(file).st_mtime
-
-# %% ../nbs/82_launch.ipynb #bf050cdf
-def _rank_failures(
-    error: "ChildFailedError",  # of torch's launcher
-    node: int,  # this one
-) -> list:  # of `RankFailure`
-    "How each rank of this node failed."
-    found = []
-    for rank, failure in error.failures.items():
-        trace, when = "", failure.timestamp
-        if os.path.isfile(failure.error_file): words, trace, when = _raised_by(failure.error_file)
-        elif failure.exitcode < 0: words = failure.message
-        else: words = f"it ended with exit status {failure.exitcode}, and its log says why"
-        if failure.exitcode == -9: words += " (memory may have run out)"
-        found.append(RankFailure(node, rank, words, trace, when))
-    return found
+# %% ../nbs/82_launch.ipynb #cc5083a5
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # that torch's launcher passes on to the ranks
 
 # %% ../nbs/82_launch.ipynb #a6411fd7
 @contextlib.contextmanager
@@ -142,17 +150,16 @@ def _listening(
     said: str,  # what is raised on SIGTERM
 ):
     "Within this SIGTERM raises `RunStopped`; afterwards every signal does what it did."
-    import signal, threading
-    if threading.current_thread() is not threading.main_thread():  # it alone may listen
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    taken = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # by torch's launcher, which keeps them
-    before = {n: signal.getsignal(n) for n in taken}
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
     def stop(number, frame): raise guards.RunStopped(said)
     signal.signal(signal.SIGTERM, stop)
     try: yield
     finally:
-        for n, was in before.items(): signal.signal(n, signal.SIG_DFL if was is None else was)
+        for number, action in before.items():
+            signal.signal(number, signal.SIG_DFL if action is None else action)
 
 # %% ../nbs/82_launch.ipynb #bedfff07
 STOP_SECONDS = 600  # that ranks have for a checkpoint after a signal
@@ -174,17 +181,15 @@ def _launch_config(
 
 # %% ../nbs/82_launch.ipynb #41e6e392
 def _stopped_ranks(
-    folder: str,  # with error files
+    words: dict,  # from `_words_of_ranks`
     node: int,  # this one
     by: str,  # name of the signal
 ) -> list:  # of `RankFailure`
     "What the ranks of this node said when they were stopped."
-    from pathlib import Path
-    files = sorted(Path(folder).rglob("error.json"))
-    if files: return [RankFailure(node, int(f.parent.name), *_raised_by(f)) for f in files]
-    words = (f"RunStopped: stopped by {by}, and no rank had a word to say; run the job again with the same arguments: "
-             "it goes on from its last checkpoint, where there is one")
-    return [RankFailure(node, 0, words, time=time.time())]
+    if words: return [RankFailure(node, rank, failure) for rank, failure in words.items()]
+    text = (f"stopped by {by}, and no rank had a word to say; run the job again with the same arguments: "
+            "it goes on from its last checkpoint, where there is one")
+    return [RankFailure(node, 0, ranks.Failure(text, guards.RunStopped.__name__, time=time.time()))]
 
 # %% ../nbs/82_launch.ipynb #77e407c2
 def run_ranks(
@@ -199,23 +204,16 @@ def run_ranks(
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
-    signals = {"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT"}
+    signals = {"TORCHELASTIC_SIGNALS_TO_HANDLE": ",".join(number.name for number in _SIGNALS)}
     environment = patch_environment(**signals | _rank_settings(at, processes) | (env or {}))
     folders = tempfile.TemporaryDirectory(prefix="ftnb-ranks-")
     with folders as folder, _listening("stopped by SIGTERM"), environment:
         try: elastic_launch(_launch_config(at, processes, folder), sys.executable)("-u", *command)
-        except ChildFailedError as e: return _rank_failures(e, at.node)
-        except SignalException as e: return _stopped_ranks(folder, at.node, e.sigval.name)
+        except ChildFailedError as e:
+            words = _words_of_ranks(folder)
+            return [_rank_failure(at.node, rank, ended, words) for rank, ended in e.failures.items()]
+        except SignalException as e: return _stopped_ranks(_words_of_ranks(folder), at.node, e.sigval.name)
     return []
-
-# %% ../nbs/82_launch.ipynb #f6ee7e8f
-def workers_api():  # a module, or what stands for it; None where this isn't Cloudera ML
-    "Cloudera's module for workers."
-    from importlib import import_module
-    for name in ("cml.workers_v1", "cdsw"):
-        with contextlib.suppress(ImportError): return import_module(name)
-    python = os.environ.get(consts.RUNTIME_PYTHON)
-    return _RuntimeWorkers(python, os.environ.get(consts.RUNTIME_PATH, "")) if python else None
 
 # %% ../nbs/82_launch.ipynb #74477b33
 _ASK_WORKERS = """import sys
@@ -238,14 +236,26 @@ class _RuntimeWorkers:
         import subprocess
         env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
         if self.path: env["PYTHONPATH"] = self.path
-        done = subprocess.run([self.python, "-c", _ASK_WORKERS], input=json.dumps([name, ids, settings]), env=env,
-                              text=True, capture_output=True)
-        if done.returncode: raise RuntimeError((done.stderr.strip().splitlines() or ["no answer"])[-1])
-        return json.loads(done.stdout.strip().splitlines()[-1])
+        question = json.dumps([name, ids, settings])
+        done = subprocess.run([self.python, "-c", _ASK_WORKERS], input=question, env=env, text=True, capture_output=True)
+        said = done.stderr if done.returncode else done.stdout
+        last = (said.strip().splitlines() or ["no answer"])[-1]
+        if done.returncode: raise RuntimeError(last)
+        return json.loads(last)
 
     def launch_workers(self, **settings): return self._ask("launch_workers", **settings)
     def list_workers(self): return self._ask("list_workers")
     def stop_workers(self, *ids): return self._ask("stop_workers", *ids)
+
+# %% ../nbs/82_launch.ipynb #f6ee7e8f
+def workers_api():  # a module, or what stands for it; None where this isn't Cloudera ML
+    "Cloudera's module for workers."
+    from importlib import import_module
+    for name in ("cml.workers_v1", "cdsw"):
+        with contextlib.suppress(ImportError): return import_module(name)
+    python = os.environ.get(consts.RUNTIME_PYTHON)
+    if not python: return None
+    return _RuntimeWorkers(python, os.environ.get(consts.RUNTIME_PATH, ""))
 
 # %% ../nbs/82_launch.ipynb #c99ee876
 NODE_RANK, MASTER_IP, MASTER_PORT = "CML_FTS_JOB_NODE_RANK", "CML_FTS_JOB_MASTER_IP", "MASTER_PORT"  # in a worker's environment
@@ -268,15 +278,17 @@ def _worker_env(
     at: Rendezvous,  # as the first node has it
     node: int,  # the worker's, 1 or more
 ) -> dict:  # environment
-    "All that a worker is told. What this job alone was told of the hub and the network goes along."
-    own = {k: v for k, v in os.environ.items() if k.startswith(("HF_", "NCCL_", "GLOO_", "FTNB_"))}
+    "All that a worker is told."
+    of_libraries = ("HF_", "NCCL_", "GLOO_", "FTNB_")
+    settings = {k: v for k, v in os.environ.items() if k.startswith(of_libraries)}
     place = {NODE_RANK: str(node), MASTER_IP: at.address, MASTER_PORT: str(at.port)}
-    return own | _rank_env(args) | {consts.STUDIO_DB: studio.studio_url()} | place
+    return settings | _rank_env(args) | {consts.STUDIO_DB: studio.studio_url()} | place
 
 # %% ../nbs/82_launch.ipynb #63cbf0ee
 def worker_code() -> str:  # Python, without secrets
     "What a worker runs."
-    begin, script = f"import os, sys; os.chdir({os.getcwd()!r}); ", os.environ.get(consts.JOB_SCRIPT)
+    begin = f"import os, sys; os.chdir({os.getcwd()!r}); "
+    script = os.environ.get(consts.JOB_SCRIPT)
     if script: return f"{begin}exec(compile(open({script!r}, encoding='utf-8').read(), {script!r}, 'exec'))"
     home = os.path.dirname(package.package_folder())
     return f"{begin}sys.path.insert(0, {home!r}); import ftnb.finetune; ftnb.finetune.run_command()"
@@ -285,14 +297,16 @@ def worker_code() -> str:  # Python, without secrets
 def node_resources(
     args: jobargs.JobArgs,  # of the job
 ) -> dict:  # arguments of `launch_workers`
-    "What each node has: as the job says, else as much as this one. The label of a kind of GPU only where one is given."
-    found = {"cpu": args.dist_cpu or int(os.environ.get("CDSW_CPU_MILLICORES") or 0) / 1000,
-             "memory": args.dist_mem or int(os.environ.get("CDSW_MEMORY_MB") or 0) / 1024}
+    "What each node has."
     raise_problems(nodes.missing_resources(args))
-    if args.dist_gpu is None: import torch
-    gpus = torch.cuda.device_count() if args.dist_gpu is None else args.dist_gpu
-    label = {} if args.gpu_label_id in (None, -1) else {"accelerator_label_id": args.gpu_label_id}
-    return found | {"nvidia_gpu": gpus} | label
+    found = {"cpu": args.dist_cpu or int(os.environ["CDSW_CPU_MILLICORES"]) / 1000,
+             "memory": args.dist_mem or int(os.environ["CDSW_MEMORY_MB"]) / 1024,
+             "nvidia_gpu": args.dist_gpu}
+    if args.dist_gpu is None:
+        import torch
+        found["nvidia_gpu"] = torch.cuda.device_count()
+    if args.gpu_label_id not in (None, -1): found["accelerator_label_id"] = args.gpu_label_id
+    return found
 
 # %% ../nbs/82_launch.ipynb #d79d2402
 def start_worker(
@@ -303,11 +317,13 @@ def start_worker(
 ) -> str:  # the worker's id
     "Start a node."
     failed = f"node {node} of {at.nodes} can't be started"
-    try: answer = api.launch_workers(n=1, code=worker_code(), env=_worker_env(args, at, node), **node_resources(args))
+    resources, env = node_resources(args), _worker_env(args, at, node)
+    try: answer = api.launch_workers(n=1, code=worker_code(), env=env, **resources)
     except Exception as e: raise RuntimeError(f"{failed}: {type(e).__name__}: {e}") from None
-    found = answer[0] if isinstance(answer, (list, tuple)) and answer else answer
-    if isinstance(found, dict) and found.get("id"): return found["id"]
-    said = found.get("message") or found.get("error") if isinstance(found, dict) else found
+    if isinstance(answer, (list, tuple)) and answer: answer = answer[0]
+    if not isinstance(answer, dict): answer = {"message": answer}
+    if answer.get("id"): return answer["id"]
+    said = answer.get("message") or answer.get("error")
     raise RuntimeError(f"{failed}; Cloudera's workers API says: {printable(str(said))}")
 
 # %% ../nbs/82_launch.ipynb #a5a2c1ba
@@ -316,9 +332,10 @@ def worker_statuses(
     workers: dict,  # node -> the worker's id
 ) -> dict:  # node -> status, in small letters; of those that are known
     "How Cloudera says that workers are; nothing where it can't be asked just now."
-    try: found = {o["id"]: str(o.get("status", "")).lower().removeprefix("engine_") for o in api.list_workers()}
+    try: told = {worker["id"]: str(worker.get("status", "")) for worker in api.list_workers()}
     except Exception: return {}
-    return {node: found[id] for node, id in workers.items() if id in found}
+    known = {node: told[id] for node, id in workers.items() if id in told}
+    return {node: status.lower().removeprefix("engine_") for node, status in known.items()}
 
 # %% ../nbs/82_launch.ipynb #ee70bb30
 _DEAD = {"failed", "timedout", "stopped", "killed"}
@@ -344,6 +361,16 @@ def _missing_nodes(
         raise RuntimeError(f"{_describe_worker(node, workers, statuses)} ended before it joined the run; its log says why")
     return ", ".join(_describe_worker(node, workers, statuses) for node in missing)
 
+# %% ../nbs/82_launch.ipynb #3f44606b
+def _pause(
+    store,  # from `_open_store`
+    keys: list,  # that may be written meanwhile
+    seconds: float,  # at most
+):
+    "Wait for all keys, for a while."
+    limit = time.monotonic() + seconds
+    while not store.check(keys) and time.monotonic() < limit: time.sleep(0.1)
+
 # %% ../nbs/82_launch.ipynb #25be928b
 def await_nodes(
     store,  # from `_open_store`
@@ -366,16 +393,6 @@ def await_nodes(
                                f"{at.address}:{at.port} isn't reached from there. "
                                f"{JOIN_SECONDS_NAME} in the environment gives more time")
         _pause(store, [f"here/{n}" for n in missing], min(look, seconds))
-
-# %% ../nbs/82_launch.ipynb #3f44606b
-def _pause(
-    store,  # from `_open_store`
-    keys: list,  # that may be written meanwhile
-    seconds: float,  # at most
-):
-    "Wait for all keys, for a while."
-    limit = time.monotonic() + seconds
-    while not store.check(keys) and time.monotonic() < limit: time.sleep(0.1)
 
 # %% ../nbs/82_launch.ipynb #ba3debce
 def _end_ranks(
@@ -425,9 +442,9 @@ def end_workers(
     while True:
         statuses = worker_statuses(api, workers)
         left = [id for node, id in workers.items() if statuses.get(node) not in _DEAD | {"succeeded"}]
-        if not left or time.monotonic() >= limit: break
+        if not left: return
+        if time.monotonic() >= limit: break
         time.sleep(min(1, seconds))
-    if not left: return  # without an id it would stop all workers of the session
     try: api.stop_workers(*left)
     except Exception as e: print(f"workers {', '.join(left)} can't be stopped: {type(e).__name__}: {e}", flush=True)
 
@@ -450,6 +467,29 @@ def started_workers(
     finally:
         if workers: end_workers(api, workers, patience)
 
+# %% ../nbs/82_launch.ipynb #9d96d47f
+def _job_command() -> list:  # arguments of Python
+    "What a rank runs: the job's script, by its path, which finds the same `ftnb`."
+    return [package.job_script()]
+
+# %% ../nbs/82_launch.ipynb #55e147f2
+def _leave_word(
+    store,  # from `_open_store`
+    node: int,  # 1 or more
+    failures: list,  # of `RankFailure`, on that node
+):
+    "Say how the ranks of a node ended."
+    store.set(f"ended/{node}", json.dumps([asdict(failure) for failure in failures]))
+
+# %% ../nbs/82_launch.ipynb #0f7e2be7
+def _read_word(
+    store,  # from `_open_store`
+    node: int,  # one that has left its word
+) -> list:  # of `RankFailure`
+    "How the ranks of a node ended."
+    words = json.loads(store.get(f"ended/{node}"))
+    return [RankFailure(node, word["rank"], ranks.read_failure(word["failure"])) for word in words]
+
 # %% ../nbs/82_launch.ipynb #91c66ce1
 def _further_node(
     args: jobargs.JobArgs,  # of the job
@@ -464,14 +504,8 @@ def _further_node(
         raise RuntimeError(f"node {at.node} can't reach the first node at {place}: {type(e).__name__}: {e}") from None
     store.set(f"here/{at.node}", socket.gethostname())
     failures = run_ranks(_job_command(), at, processes_per_node(), _rank_env(args))
-    with contextlib.suppress(Exception):  # the first node may be gone
-        store.set(f"ended/{at.node}", json.dumps([asdict(f) for f in failures]))
+    with contextlib.suppress(Exception): _leave_word(store, at.node, failures)  # the first node may be gone
     raise_failure(failures, at.node)
-
-# %% ../nbs/82_launch.ipynb #9d96d47f
-def _job_command() -> list:  # arguments of Python
-    "What a rank runs: the job's script, by its path, which finds the same `ftnb`."
-    return [package.job_script()]
 
 # %% ../nbs/82_launch.ipynb #c4f20306
 def all_failures(
@@ -485,8 +519,7 @@ def all_failures(
     limit, others = time.monotonic() + seconds, []
     while time.monotonic() < limit and all(failure.echo for failure in others):
         ended = [node for node in workers if store.check([f"ended/{node}"])]
-        words = [json.loads(store.get(f"ended/{node}")) for node in ended]
-        others = [RankFailure(**failure) for failure in sum(words, [])]
+        others = sum((_read_word(store, node) for node in ended), [])
         if len(ended) == len(workers): break
         time.sleep(0.2)
     return failures + others
@@ -499,11 +532,13 @@ def _raise_silent(
     statuses: dict,  # node -> status
 ):
     "Raise what is known of nodes that left no word; do nothing where all have."
-    first = failures[0]
-    for node in [] if lost else sorted(set(workers) - {failure.node for failure in failures}):
-        worker = _describe_worker(node, workers, statuses)
-        lost = [*lost, f"{worker} was lost during the run; rank {first.rank} says: {first.error}"]
-    if lost: raise RuntimeError("\n".join(lost))
+    first, sentences = failures[0], list(lost)
+    silent = set(workers) - {failure.node for failure in failures}
+    if not lost:
+        for node in sorted(silent):
+            worker = _describe_worker(node, workers, statuses)
+            sentences.append(f"{worker} was lost during the run; rank {first.rank} says: {first.failure}")
+    if sentences: raise RuntimeError("\n".join(sentences))
 
 # %% ../nbs/82_launch.ipynb #68ca71cb
 def raise_end(
@@ -518,7 +553,7 @@ def raise_end(
     if not failures:  # the first node writes and registers the result: it is there
         for sentence in lost: print(f"{sentence}; the run was done by then", flush=True)
         return
-    if lost: failures = [RankFailure(0, 0, "another process is gone")]
+    if lost: failures = [RankFailure(0, 0, ranks.Failure("another process is gone"))]
     failures = all_failures(failures, store, workers, seconds)
     if root_failure(failures).echo: _raise_silent(failures, lost, workers, worker_statuses(api, workers))
     raise_failure(failures)
@@ -559,7 +594,7 @@ def launch(
         if args.dist_num > 1:
             raise_problems(nodes.processes_problems(args, None))
             return _first_node(args, workers_api(), seconds)
-        store = _open_store(Rendezvous())  # kept open, so that nobody else gets its port
+        store = _open_store(Rendezvous())
         at = Rendezvous(port=store.port, run=args.experimentid)
         raise_failure(run_ranks(_job_command(), at, processes_per_node(), _rank_env(args)))
 
