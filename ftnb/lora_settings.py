@@ -12,7 +12,8 @@ import os
 import re
 
 from .problems import Problem, nearest
-from .fields import Number, ValueRule, decide, field_problems, idle_notes, in_argument, library_defaults, one_of, value_problems
+from .fields import decide, field_problems, idle_notes, in_argument, library_defaults
+from .value_rules import Number, ValueRule, one_of, value_problems
 
 # %% ../nbs/35_lora_settings.ipynb #450ea050
 _NOT_HERE = {

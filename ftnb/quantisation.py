@@ -8,8 +8,8 @@ __all__ = ['FITS_NAMES', 'BNB_FIELDS', 'BNB_VALUES', 'stored_quantisation', 'qua
 
 # %% ../nbs/30_quantisation.ipynb #abb15f38
 import ftnb.fields as fields
-from .fields import FLAG, Number, ValueRule, one_of
 from .problems import Problem
+from .value_rules import FLAG, Number, ValueRule, one_of, value_problems
 
 # %% ../nbs/30_quantisation.ipynb #7623fb53
 def stored_quantisation(
@@ -162,7 +162,7 @@ def bnb_problems(
     dumped = fields.decide("used", "", "quant_method", "_load_in_4bit", "_load_in_8bit")  # a dump of the whole holds them
     given = {key: value for key, value in bnb.items() if value is not None}
     problems = fields.field_problems(bnb, BNB_FIELDS | dumped, fields.library_defaults(BitsAndBytesConfig))
-    problems += fields.value_problems(given, BNB_VALUES)
+    problems += value_problems(given, BNB_VALUES)
     problems += _unmet(bnb)
     return problems or _library_problems(bnb)
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import ftnb.choosing as choosing
 import ftnb.fields as fields
-from .fields import FLAG, FieldRule, Number, ValueRule, decide, library_defaults, one_of
+from .fields import FieldRule, decide, library_defaults
 from .problems import Problem, nearest
 from .sharing import ANOTHER_LOSS
+from .value_rules import FLAG, Number, ValueRule, one_of
 
 # %% ../nbs/60_training_fields.ipynb #b12dc012
 RENAMED = {  # old name -> name in TRL's SFTConfig
