@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from .gpu_layers import kernel_obstacle, liger_layers, liger_problem
 from .metrics import RunState
 from .packing import KeptPrefix, causal_model, keeps_prefix, packed_loss
-from .prefix import LEAST, common_prefix, pack_rows, tree_passes
+from .prefix import LEAST, common_prefix, moved, pack_rows, tree_passes
 from .ranks import KnownToAll, failed_anywhere, free_memory, from_first, label_tokens, mean_over_all
 from .ranks import process_rank, raise_together
 from .settings import TrainingSettings
@@ -72,14 +72,14 @@ def packed_passes(
     budget: int,  # computed tokens of a pass; a longer row has one of its own
     keep: bool = False,  # is what several passes share computed once, in a pass before them?
     prompt_weight: float = 0.0,  # what a prompt's token counts in the loss
-) -> list:  # of `PackedBatch`
+    on_gpu: bool = False,  # will they be computed on a GPU?
+) -> list:  # of `PackedBatch`, on the CPU
     "A padded batch as flat passes."
     ids, labels = (inputs[name].cpu().numpy() for name in ("input_ids", "labels"))
     lengths = inputs["attention_mask"].sum(1).tolist()
     rows = [{"input_ids": ids[i, :n], "labels": labels[i, :n]} for i, n in enumerate(lengths)]
     if prompt_weight: rows = weigh_prompts(rows, prompt_weight)
-    least = LEAST if inputs["input_ids"].device.type == "cpu" else LEAST_ON_GPU
-    return tree_passes(rows, budget, keep, least)
+    return tree_passes(rows, budget, keep, LEAST_ON_GPU if on_gpu else LEAST)
 
 # %% ../nbs/63_passes.ipynb #c117df6a
 def _even_passes(
@@ -154,7 +154,9 @@ def _flat_passes(
     "Forward, and backward while training, of this process's rows in flat passes."
     rows, _ = trainer.share(inputs)
     prompt_weight = trainer.prompt_weight if train else 0.0
-    passes = _even_passes(trainer, packed_passes(rows, trainer.run.budget, keeps_prefix(model), prompt_weight))
+    on_gpu = trainer.accelerator.device.type != "cpu"
+    passes = packed_passes(rows, trainer.run.budget, keeps_prefix(model), prompt_weight, on_gpu)
+    passes = _even_passes(trainer, passes)
     computed = sum(batch.tokens_computed for batch in passes)
     factor = trainer.accelerator.num_processes if train and num_items is not None else 1
     if num_items is None: num_items = sum(batch.num_items for batch in passes)
@@ -407,6 +409,7 @@ class _InPasses:
     prompt_weight = 0.0  # what a prompt's token counts in a step's loss
 
     def padded_pass(self, model, part, num_items, train):
+        part = {name: moved(tensor, self.accelerator.device) for name, tensor in part.items()}
         if train: return super().training_step(model, part, num_items)
         return super().prediction_step(model, part, True)[0]
 
@@ -416,15 +419,15 @@ class _InPasses:
 
     def _get_num_items_in_batch(self, batch_samples, device):
         if not self.prompt_weight: return super()._get_num_items_in_batch(batch_samples, device)
-        return sum(counted_tokens(batch, self.prompt_weight) for batch in batch_samples).to(device)
+        return sum(counted_tokens(batch, self.prompt_weight) for batch in batch_samples)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         import torch
         with torch.no_grad(): loss, _ = run_step(self, model, inputs, train=False)
         mine, _ = self.share(inputs)
         loss = mean_over_all(self.accelerator, loss, mine["labels"])
-        tokens = label_tokens(inputs["labels"])
-        self.held_out = self.held_out + torch.stack([loss.double() * tokens, tokens.double()])
+        tokens = moved(label_tokens(inputs["labels"]).double(), loss.device)
+        self.held_out = self.held_out + torch.stack([loss.double() * tokens, tokens])
         return loss, None, None
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):

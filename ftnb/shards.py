@@ -80,6 +80,14 @@ def _read_whole(
         return loader
     accelerator.prepare_data_loader = prepare
 
+# %% ../nbs/50_shards.ipynb #8ee2834e
+def _leave_on_cpu(
+    accelerator,  # of a trainer that is alone
+):
+    "Have batches stay where they are made."
+    usual = accelerator.prepare_data_loader
+    accelerator.prepare_data_loader = lambda loader, *args, **kwargs: usual(loader, device_placement=False)
+
 # %% ../nbs/50_shards.ipynb #3424b1e9
 def _shard_on_cpu(
     trainer,  # one of several processes, under FSDP
@@ -97,7 +105,8 @@ class _Dealing:
     "What of a trainer reads whole batches, and works on this process's share."
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
-        if self.accelerator.num_processes > 1: _read_whole(self.accelerator)
+        prepare = _read_whole if self.accelerator.num_processes > 1 else _leave_on_cpu
+        prepare(self.accelerator)
         if shards_model(): _shard_on_cpu(self)
 
     def share(self, inputs):
@@ -110,10 +119,11 @@ class _Counting:
     def get_total_train_batch_size(self, args):
         return self._train_batch_size * args.gradient_accumulation_steps  # the batch is of all processes already
 
-    def _get_num_items_in_batch(self, *args, **kwargs):
-        found = super()._get_num_items_in_batch(*args, **kwargs)
-        if found is None or self.accelerator.num_processes == 1: return found
-        return found / self.accelerator.num_processes  # each has counted all
+    def _get_num_items_in_batch(self, batch_samples, device):
+        processes = self.accelerator.num_processes
+        if processes == 1: return super()._get_num_items_in_batch(batch_samples, "cpu")  # goes over with each pass
+        found = super()._get_num_items_in_batch(batch_samples, device)
+        return found if found is None else found / processes  # each has counted all
 
     def evaluation_loop(self, *args, **kwargs):
         if self.accelerator.num_processes > 1:

@@ -264,7 +264,7 @@ def llama():
 def step_as_tree(model, batch):
     from ftnb.packing import packed_loss
     from ftnb.passes import packed_passes
-    passes = packed_passes(batch, 16_384)
+    passes = packed_passes(batch, 16_384, on_gpu=True)
     items = sum(p.num_items for p in passes)
     for p in passes:
         packed_loss(model, p, items).backward()
