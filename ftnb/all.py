@@ -51,7 +51,8 @@ from .trainer import train_adapter
 # %% ../nbs/99_all.ipynb #6d2f8b45
 from .runrecord import read_run
 from .curves import read_metrics, run_state
-from .plots import compare_runs, plot_run
+from .comparing import compare_runs
+from .plots import plot_run
 from .report import write_report
 from .ui.monitoring import Monitor, monitor
 from .ui.past_runs import Runs, runs

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
+import ftnb.comparing as comparing
 import ftnb.consts as consts
 import ftnb.curves as curves
 import ftnb.jobargs as jobargs
-import ftnb.plots as plots
 import ftnb.progress as progress
 import ftnb.registry as registry
 import ftnb.runrecord as runrecord
@@ -392,4 +392,4 @@ def compare(
         label = f"{run.name}: {words}" if words else run.name
         if label in labels: label += f" ({run.record.experimentid[:8]})"
         labels[label] = run.train_out_dir
-    return plots.compare_runs(labels)
+    return comparing.compare_runs(labels)
