@@ -57,10 +57,10 @@ def _classes(
     right = comparison.questions.references
     known = {}
     for name in sorted(right): known.setdefault(comparable(name, name)[1], name)
-    if not right or len(known) > max(2, len(right) // 2):
-        raise_problems([Problem("rows", f"{len(right)} rows have {len(known)} different right answers: a table of confusions "
-                                "takes classes that come again, two rows a class at least on average")], "There are no classes")
-    return known
+    if right and len(known) <= max(2, len(right) // 2): return known
+    text = (f"{len(right)} rows have {len(known)} different right answers: a table of confusions "
+            "takes classes that come again, two rows a class at least on average")
+    raise_problems([Problem("rows", text)], "There are no classes")
 
 # %% ../nbs/80_reading.ipynb #734db6e0
 def _model_name(
@@ -70,7 +70,8 @@ def _model_name(
     "Which model is meant."
     name = model or list(comparison.models)[-1]
     if name in comparison.models: return name
-    raise_problems([Problem("model", f"there is no model {name!r}; there are {', '.join(comparison.models)}")], "Nothing to count")
+    text = f"there is no model {name!r}; there are {', '.join(comparison.models)}"
+    raise_problems([Problem("model", text)], "Nothing to count")
 
 # %% ../nbs/80_reading.ipynb #67057539
 def confusion(
@@ -94,9 +95,10 @@ def __str__(self: Confusion):
     lines = [f"{self.model}: {len(self.classes)} classes, {sum(self.counts.values())} rows"]
     for right, said, n in self.mistaken()[:20]:
         lines.append(f"{n:>4} of {self.rows(right):>3}  {right} -> {said}")
+    if len(lines) == 1: lines.append("no confusions")
     hidden = len(self.mistaken()) - 20
     if hidden > 0: lines.append(f"and {hidden} more")
-    return "\n".join(lines if len(lines) > 1 else [*lines, "no confusions"])
+    return "\n".join(lines)
 
 # %% ../nbs/80_reading.ipynb #e9f20a56
 @patch
@@ -115,19 +117,39 @@ def _shade(
 
 # %% ../nbs/80_reading.ipynb #479a45bf
 @patch
+def _class_row(
+    self: Confusion,
+    right: str,  # a class
+    said: list,  # what was answered, a column each
+) -> str:  # HTML
+    "A line of the table."
+    cells = []
+    for answer in said:
+        n = self.counts.get((right, answer), 0)
+        cells.append((str(n or ""), _shade(n, self.rows(right), answer == right)))
+    return html_row([right, *cells])
+
+# %% ../nbs/80_reading.ipynb #62df4837
+@patch
+def _list_html(self: Confusion) -> str:
+    "The confusions alone, the most frequent first."
+    lines = [html_row(["right", "said", "rows"], "th")]
+    for right, said, n in self.mistaken()[:30]:
+        share = f"{n} of {self.rows(right)}"
+        lines.append(html_row([right, said, (share, "text-align:right")]))
+    return f"<table>{''.join(lines)}</table>"
+
+# %% ../nbs/80_reading.ipynb #ca7a78c1
+@patch
 def _repr_html_(
     self: Confusion,  # shown by Jupyter
 ) -> str:  # HTML
     "The table of classes; of many, the confusions alone."
-    if len(self.classes) > MOST_CLASSES:
-        rows = [html_row([right, said, (f"{n} of {self.rows(right)}", "text-align:right")]) for right, said, n in self.mistaken()[:30]]
-        return f"<table>{html_row(['right', 'said', 'rows'], 'th')}{''.join(rows)}</table>"
-    said = [*self.classes, *([OTHER] if any(s == OTHER for _, s in self.counts) else [])]
+    if len(self.classes) > MOST_CLASSES: return self._list_html()
+    has_others = any(said == OTHER for _, said in self.counts)
+    said = [*self.classes, OTHER] if has_others else list(self.classes)
     lines = [html_row(["right \u2193 said \u2192", *said], "th")]
-    for right in self.classes:
-        numbers = [(self.counts.get((right, s), 0), s == right) for s in said]
-        cells = [(str(n or ""), _shade(n, self.rows(right), same)) for n, same in numbers]
-        lines.append(html_row([right, *cells]))
+    lines += [self._class_row(right, said) for right in self.classes]
     return f"<table>{''.join(lines)}</table>"
 
 # %% ../nbs/80_reading.ipynb #8c628796
@@ -152,10 +174,24 @@ def worse(
     found = []
     for i, (before, after) in enumerate(zip(base.scores, now.scores)):
         if after >= before: continue
-        found.append(WorseRow(i, asked.shown[i], asked.references[i], base.answers[i].strip(), now.answers[i].strip()))
+        answers = base.answers[i].strip(), now.answers[i].strip()
+        found.append(WorseRow(i, asked.shown[i], asked.references[i], *answers))
     return found
 
 # %% ../nbs/80_reading.ipynb #bb708681
+def _log_probability(
+    model: "PreTrainedModel|PeftModel",  # in evaluation mode
+    asked: list,  # token ids of a prompt
+    said: list,  # token ids that follow it
+) -> "torch.Tensor":  # one number, in 64 bits
+    "How likely tokens are after a prompt: the sum of their log probabilities."
+    import torch
+    row = torch.tensor([asked + said], device=model.device)
+    logits = model(input_ids=row).logits[0, len(asked) - 1:-1]
+    chosen = row[0, len(asked):, None]
+    return torch.log_softmax(logits.double(), -1).gather(1, chosen).sum()
+
+# %% ../nbs/80_reading.ipynb #bef0abf9
 def answer_probabilities(
     model: "PreTrainedModel|PeftModel",  # a causal language model
     tokenizer: "PreTrainedTokenizerBase",  # its tokenizer
@@ -163,15 +199,13 @@ def answer_probabilities(
     answers: list,  # texts, as the model gave them
 ) -> list:  # of float, 0 to 1
     "The probability that a model gives each answer, and its end, after its prompt."
-    import torch
     found = []
     with evaluation_mode(model):
         for prompt, answer in zip(prompts, answers, strict=True):
             asked = tokenizer(prompt)["input_ids"]
-            said = tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-            logits = model(input_ids=torch.tensor([asked + said], device=model.device)).logits[0, len(asked) - 1:-1]
-            chosen = torch.log_softmax(logits.double(), -1).gather(1, torch.tensor(said, device=model.device)[:, None])
-            found.append(chosen.sum().exp().item())
+            said = tokenizer(answer, add_special_tokens=False)["input_ids"]
+            ended = said + [tokenizer.eos_token_id]
+            found.append(_log_probability(model, asked, ended).exp().item())
     return found
 
 # %% ../nbs/80_reading.ipynb #e5270ceb
@@ -182,7 +216,7 @@ class Calibration:
 
     @property
     def error(self) -> float:
-        "Expected calibration error: how far probability and share are apart, on average over rows (https://arxiv.org/abs/1706.04599)."
+        "Expected calibration error, over the rows (https://arxiv.org/abs/1706.04599)."
         rows = sum(n for *_, n in self.groups)
         return sum(n * abs(p - share) for p, share, n in self.groups) / rows
 
@@ -194,6 +228,15 @@ class Calibration:
         return "\n".join([*lines, f"calibration error {self.error:.3f}"])
 
 # %% ../nbs/80_reading.ipynb #0f958da2
+def _group(
+    pairs: list,  # (probability, score) of answers, one or more
+) -> tuple:  # (mean probability, share right, rows)
+    "What a group of answers comes to."
+    sure, right = zip(*pairs)
+    rows = len(pairs)
+    return sum(sure) / rows, sum(right) / rows, rows
+
+# %% ../nbs/80_reading.ipynb #d7de6df7
 def calibrate(
     probabilities: list,  # of answers, 0 to 1
     scores: list,  # 1 where an answer is right, else 0
@@ -201,15 +244,12 @@ def calibrate(
 ) -> Calibration:  # shows as a table
     "Hold what a model thinks of its answers against how many are right."
     if len(probabilities) != len(scores) or not scores:
-        raise ValueError(f"there are {len(probabilities)} probabilities and {len(scores)} scores: give as many of both, and one at least")
-    pairs = sorted(zip(probabilities, scores), key=lambda pair: pair[0])  # among equals, wrong answers don't come first
+        counts = f"{len(probabilities)} probabilities and {len(scores)} scores"
+        raise ValueError(f"there are {counts}: give as many of both, and one at least")
+    pairs = sorted(zip(probabilities, scores), key=lambda pair: pair[0])  # equals stay as they came
     parts = max(1, min(groups, len(pairs) // 10))
     edges = [len(pairs) * i // parts for i in range(parts + 1)]
-    found = []
-    for a, b in zip(edges, edges[1:]):
-        sure, right = zip(*pairs[a:b])
-        found.append((sum(sure) / (b - a), sum(right) / (b - a), b - a))
-    return Calibration(tuple(found))
+    return Calibration(tuple(_group(pairs[a:b]) for a, b in zip(edges, edges[1:])))
 
 # %% ../nbs/80_reading.ipynb #dd1faef4
 @patch
