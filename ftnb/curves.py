@@ -106,12 +106,16 @@ def scaled(
     unit: float,  # that is shown
 ) -> Curve:  # a copy
     "The curve in another unit."
-    def extreme(point): return (point[0] / unit, point[1])
-    spans = [_Span(s.first, s.count, s.total / unit, extreme(s.low), extreme(s.high)) for s in self.spans]
+    spans = []
+    for span in self.spans:
+        low, high = span.low[0] / unit, span.high[0] / unit
+        ends = (low, span.low[1]), (high, span.high[1])
+        spans.append(_Span(span.first, span.count, span.total / unit, *ends))
     return Curve(spans, self.size)
 
 # %% ../nbs/81_curves.ipynb #2e59ff8c
-_NO_CURVES = ("step", "time", "epoch", "max_steps", "rows", "tokens_given", "tokens_computed", "total_flos", "train_loss")
+_NO_CURVES = ("step", "time", "epoch", "max_steps", "rows", "tokens_given", "tokens_computed",
+              "total_flos", "train_loss")
 
 # %% ../nbs/81_curves.ipynb #5f1c88d0
 def _makes_curve(
@@ -212,11 +216,27 @@ def _go_back(
     "Forget what came after a step."
     for curve in self.curves.values(): curve.rewind(step + 1)
     self.times.clear()
-    ends = [k for k in self.last if k == "state" or k.startswith("train_")]  # the run goes on, so it hasn't ended
-    for name in ends: del self.last[name]
+    for name in list(self.last):  # the run goes on, so it hasn't ended
+        if name == "state" or name.startswith("train_"): del self.last[name]
     self.messages.append((step, f"went on from step {step} (it had been at {self.step})"))
 
 # %% ../nbs/81_curves.ipynb #3e05572d
+_MOST_CURVES = 40  # of a run
+
+# %% ../nbs/81_curves.ipynb #b9ef7208
+@patch
+def _add_values(
+    self: RunMetrics,
+    entry: dict,  # a line
+):
+    "Take in the points of a line."
+    for name, value in entry.items():
+        if not _makes_curve(name) or isinstance(value, str): continue
+        is_new = name not in self.curves
+        if is_new and len(self.curves) >= _MOST_CURVES: continue
+        self._add(name, entry["step"], value)
+
+# %% ../nbs/81_curves.ipynb #1f9ae64a
 @patch
 def take(
     self: RunMetrics,
@@ -226,9 +246,7 @@ def take(
     step = entry["step"]
     if step < self.step: self._go_back(step)
     self._add_rates(entry)
-    for name, value in entry.items():
-        if not _makes_curve(name) or isinstance(value, str): continue
-        if name in self.curves or len(self.curves) < 40: self._add(name, step, value)
+    self._add_values(entry)
     message = entry.get("message")
     if isinstance(message, str): self.messages.append((step, message[:500]))
     self.begun = self.begun or entry.get("time", 0.0)
@@ -242,6 +260,33 @@ _LONGEST_LINE = 1 << 16  # bytes; anything longer isn't a line of metrics
 
 # %% ../nbs/81_curves.ipynb #9b07685c
 @patch
+def _take_bytes(
+    self: RunMetrics,
+    line: bytes,  # as the file has it
+) -> bool:  # False: it is still being written
+    "Take in a line, as it was read."
+    entry = _parse_line(line)
+    has_end = line.endswith(b"\n") or len(line) >= _LONGEST_LINE
+    if entry is None and not has_end: return False
+    self.offset += len(line)
+    self.tail = (self.tail + line)[-64:]
+    if entry: self.take(entry)
+    elif line.strip(): self.unread += 1
+    return True
+
+# %% ../nbs/81_curves.ipynb #d72c6a52
+@patch
+def _find_place(
+    self: RunMetrics,
+    file,  # open for reading, in bytes
+):
+    "Go to where the last look ended, or to the beginning where the file is another one."
+    file.seek(self.offset - len(self.tail))
+    if file.read(len(self.tail)) != self.tail: self.__init__(self.path)
+    file.seek(self.offset)
+
+# %% ../nbs/81_curves.ipynb #c4e75b40
+@patch
 def look(
     self: RunMetrics,
 ) -> bool:  # was there anything new?
@@ -249,18 +294,10 @@ def look(
     try: file = open(self.path, "rb")
     except OSError: return False  # not there yet, or out of reach for a moment
     with file:
-        file.seek(self.offset - len(self.tail))
-        if file.read(len(self.tail)) != self.tail: self.__init__(self.path)
+        self._find_place(file)
         before = self.offset
-        file.seek(before)
         while line := file.readline(_LONGEST_LINE):
-            entry = _parse_line(line)
-            unfinished = not line.endswith(b"\n") and len(line) < _LONGEST_LINE
-            if entry is None and unfinished: break  # still being written
-            self.offset += len(line)
-            self.tail = (self.tail + line)[-64:]
-            if entry: self.take(entry)
-            elif line.strip(): self.unread += 1
+            if not self._take_bytes(line): break
     return self.offset != before
 
 # %% ../nbs/81_curves.ipynb #78543ff7
@@ -334,15 +371,25 @@ def seconds_left(
     return median(each) * max(most - metrics.step, 0)
 
 # %% ../nbs/81_curves.ipynb #3a2bd519
+def _steps_done(
+    metrics: RunMetrics,  # from `read_metrics`
+) -> str:
+    "At which step a run is, of how many."
+    most = metrics.last.get("max_steps")
+    if not most: return f"step {metrics.step:,}"
+    return f"step {metrics.step:,} of {most:,} ({metrics.step / most:.0%})"
+
+# %% ../nbs/81_curves.ipynb #120fc0b3
 def run_progress(
     metrics: RunMetrics,  # from `read_metrics`, with a line or more
 ) -> str:  # a line
     "How far a run is, in words."
-    state, most, left = run_state(metrics), metrics.last.get("max_steps"), seconds_left(metrics)
-    steps = f"step {metrics.step:,}"
-    words = [f"{steps} of {most:,} ({metrics.step / most:.0%})" if most else steps]
+    state, left = run_state(metrics), seconds_left(metrics)
+    words = [_steps_done(metrics)]
     if state == "silent": words.append(f"no line for {progress.short_time(quiet_seconds(metrics))}")
-    if "time" in metrics.last: words.append(progress.short_time(metrics.last["time"] - metrics.begun))
+    if "time" in metrics.last:
+        seconds = metrics.last["time"] - metrics.begun
+        words.append(progress.short_time(seconds))
     if state == "running" and left: words.append(f"about {progress.short_time(left)} left")
     return " · ".join(words)
 
@@ -376,8 +423,8 @@ def loss_ends(
     metrics: RunMetrics,  # from `read_metrics`
 ) -> list:  # of words; empty where no loss was logged
     "Where a run's losses began and ended."
-    held_out, train = metrics.curve("eval_loss").means(), running_mean(metrics.curve("loss").means())
-    kinds = {"held out": held_out, "training": train}
+    train = running_mean(metrics.curve("loss").means())
+    kinds = {"held out": metrics.curve("eval_loss").means(), "training": train}
     return [f"{kind} {line[0][1]:.3g} → {line[-1][1]:.3g}" for kind, line in kinds.items() if line]
 
 # %% ../nbs/81_curves.ipynb #974da38c
@@ -407,7 +454,7 @@ _NOT_ENTERED = (".", "checkpoint-", "__pycache__", "node_modules", "site-package
 def folders_below(
     folder: "str | Path",  # the first of them
 ):  # pairs of a `Path` and the names of its files, in their order
-    "Every folder that may be a run's; checkpoints, hidden folders and those of packages aren't entered."
+    "Every folder that may be a run's."
     for place, below, files in os.walk(folder):
         below[:] = sorted(name for name in below if not name.startswith(_NOT_ENTERED))
         yield Path(place), files
