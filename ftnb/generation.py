@@ -52,11 +52,11 @@ def _answer_batch(
     ended: "Callable",  # number of a prompt, its answer's token ids -> whether it is complete
 ) -> list:  # of lists of token ids: the answers
     "Walk through a batch of prompts and on through its answers."
-    import copy
+    import copy, torch
     if max_new_tokens < 1: return [[] for _ in prompts]
     rows = [list(p) for p in prompts]
     cache = copy.deepcopy(cache)
-    cache.batch_repeat_interleave(len(rows))
+    cache.reorder_cache(torch.zeros(len(rows), dtype=torch.long))  # its one row, for each prompt
     at = min(map(len, rows))  # tokens of each row that the model has seen
     new = [row[cache.get_seq_length():at] for row in rows]
     unfinished = set(range(len(rows)))

@@ -16,8 +16,8 @@ from .metrics import RunState
 from .packing import KeptPrefix, causal_model, keeps_prefix, packed_loss
 from .prefix import LEAST, common_prefix, moved, pack_rows, tree_passes
 from .ranks import KnownToAll, failed_anywhere, free_memory, from_first, label_tokens, mean_over_all
-from .ranks import process_rank, raise_together
-from .settings import TrainingSettings
+from .ranks import process_rank, raise_together, shards_model
+from .settings import SHARDED_KERNELS, TrainingSettings
 from .sharing import compute_dtype, shares_exactly
 
 # %% ../nbs/63_passes.ipynb #da368336
@@ -469,8 +469,9 @@ def _kernel_obstacle(
     settings: TrainingSettings,  # from `settle_training`
     most: int = 128,  # tokens of a row
 ) -> str:  # a sentence, or ""
-    "Try Liger's kernels on a few tokens."
+    "Try Liger's kernels on a few tokens; not on a model that FSDP will spread."
     import torch
+    if shards_model(): return SHARDED_KERNELS
     mixed, switches = _mixed(settings), settings.config.get("liger_kernel_config")
     rows = [train[i]["input_ids"][:most] for i in sorted({0, len(train) - 1})]
     rounding = torch.finfo(compute_dtype(model, mixed)).eps
@@ -485,7 +486,9 @@ def fast_layers(
 ):  # gives whether there are any
     "Within this, a model on a GPU has Liger's kernels, where they give the same and aren't forbidden."
     inner = causal_model(model)
-    if not _wants_kernels(inner, settings, inner.get_input_embeddings().weight.device.type):
+    device = inner.get_input_embeddings().weight.device.type
+    if shards_model() and not settings.config["use_cpu"]: device = "cuda"  # where the parts will go
+    if not _wants_kernels(inner, settings, device):
         yield False
         return
     why = from_first(lambda: _kernel_obstacle(inner, train, settings))
