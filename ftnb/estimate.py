@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import ftnb.adapters as adapters
+import ftnb.checkpoints as checkpoints
 import ftnb.matching as matching
 import ftnb.models as models
 import ftnb.packing as packing
@@ -214,6 +215,7 @@ class StepLayout:
     keeps: bool = False  # is what passes share computed once a step?
     processes: int = 1  # that share the rows; each has a tree of its own
     on_gpu: bool = False  # where a branch has to save more
+    seed: int = 0  # of the order of the rows
 
     def computed(
         self,
@@ -227,17 +229,15 @@ class StepLayout:
                    for own in shares if own)
 
 # %% ../nbs/72_estimate.ipynb #cec657ff
-def _epoch_order(
+def _first_order(
     rows: list,  # token ids of each row
-    size: int,  # rows of a step
+    layout: StepLayout,  # of the steps
     grouped: bool,  # are rows that share a long prefix dealt into the same step?
 ) -> list:  # numbers of rows, each once
-    "An order like that of an epoch."
-    import random
-    if grouped: return prefix.grouped_order(prefix.group_rows(rows), size, 0)
-    order = list(range(len(rows)))
-    random.Random(0).shuffle(order)
-    return order
+    "The order of a run's first epoch."
+    from torch.utils.data import RandomSampler
+    sampler = prefix.PrefixSampler(rows, layout.rows) if grouped else RandomSampler(rows)
+    return list(checkpoints.seeded_order(sampler, layout.seed))
 
 # %% ../nbs/72_estimate.ipynb #e2b2757b
 @dataclass(frozen=True)
@@ -266,7 +266,7 @@ def epoch_tokens(
     "Lay out steps as the trainer does, and count."
     from math import ceil
     size = layout.rows
-    order = _epoch_order(rows, size, grouped)[:STEPS_COUNTED * size]
+    order = _first_order(rows, layout, grouped)[:STEPS_COUNTED * size]
     steps = [[rows[i] for i in order[at:at + size]] for at in range(0, len(order), size)]
     share = sum(map(layout.computed, steps)) / sum(len(rows[i]) for i in order)
     lengths = counts.lengths if counts else [len(row) for row in rows]
@@ -318,6 +318,14 @@ def _logit_bytes(
     if plan.shares: tokens = min(tokens, packing.chunk_positions(vocabulary, free, on_gpu))
     return 3 * 4 * vocabulary * tokens
 
+# %% ../nbs/72_estimate.ipynb #33674611
+def _order_seed(
+    settings: TrainingSettings,  # of the run
+) -> int:
+    "What the order of the rows follows from."
+    seed = settings.config.get("data_seed")
+    return settings.config["seed"] if seed is None else seed
+
 # %% ../nbs/72_estimate.ipynb #5f0d985e
 def run_layout(
     job: Job,  # from `check_job`
@@ -331,7 +339,8 @@ def run_layout(
     left = max(0, free - fixed_memory(plan, job).fixed)
     budget = pass_budget(plan.model, precision, settings, counts.prefix, left) if plan.shares else 0
     keeps = processes == 1 and not on_gpu and not precision.gradient_checkpointing
-    return StepLayout(settings.rows_per_step * processes, budget, keeps, processes, on_gpu)
+    size, seed = settings.rows_per_step * processes, _order_seed(settings)
+    return StepLayout(size, budget, keeps, processes, on_gpu, seed)
 
 # %% ../nbs/72_estimate.ipynb #1abf2adb
 def plan_run(
@@ -625,7 +634,8 @@ def estimate_time(
     if probed is None: return f"memory ran out on a pass of {len(chosen)} rows; training takes smaller ones"
     processes, on_gpu = ranks.process_count(), precision.device != "cpu"
     size, keeps = settings.rows_per_step * processes, packing.keeps_prefix(model)
-    return _time_sentence(job, rows, probed, StepLayout(size, budget, keeps, processes, on_gpu))
+    layout = StepLayout(size, budget, keeps, processes, on_gpu, _order_seed(settings))
+    return _time_sentence(job, rows, probed, layout)
 
 # %% ../nbs/72_estimate.ipynb #ef142942
 def _few_layers(

@@ -1,8 +1,9 @@
-"""The same jobs by two checkouts: `python tests/same_adapters.py BEFORE AFTER [WORDS OF A JOB ...]`.
+"""The same jobs by two checkouts: `python tests/same_adapters.py BEFORE AFTER [WORDS ...]`.
 
 Each tiny job is run as a Studio runs it, from a database and files that are made here, by each checkout's own
 `ftnb/finetune.py`. What it leaves must be the same, byte for byte. What it prints is shown where it differs, without
-times. With `--keep FOLDER` what a commit gave is kept there, and not computed again unless `--update` is given.
+times. WORDS choose jobs: each stands for those that have it in their name (`killed`, "4 bits"), several for any of
+these; without one all jobs run. With `--keep FOLDER` what a commit gave is kept there, and not computed again unless `--update` is given.
 """
 import argparse
 import csv
@@ -315,15 +316,29 @@ def differences(before, after):
     return found, list(words)
 
 
+def unknown_words(words):
+    "Those that are in no job's name."
+    return [word for word in words if not any(word in job.name for job in JOBS)]
+
+
+def chosen_jobs(words):
+    "The jobs that have any of these words in their name; all of them where there is no word."
+    if not words:
+        return JOBS
+    return [job for job in JOBS if any(word in job.name for word in words)]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
-    parser.add_argument("words", nargs="*")
+    parser.add_argument("words", nargs="*", help="parts of a job's name; several mean any of these jobs; default: all")
     parser.add_argument("--keep", type=Path)
     parser.add_argument("--update", action="store_true")
     given = parser.parse_args()
-    jobs = [job for job in JOBS if " ".join(given.words) in job.name]
+    if unknown := unknown_words(given.words):
+        parser.error(f"no job has {', '.join(map(repr, unknown))} in its name; there are {'; '.join(j.name for j in JOBS)}")
+    jobs = chosen_jobs(given.words)
     different = worded = 0
     with tempfile.TemporaryDirectory(prefix="same-adapters-") as work:
         work = given.keep.resolve() if given.keep else Path(work).resolve()
