@@ -7,7 +7,7 @@ __all__ = ['ROWS_COUNTED', 'STEPS_COUNTED', 'SMALL_PASS', 'plan_model', 'ModelPl
            'MemoryNeed', 'fixed_memory', 'pass_budget', 'StepPlan', 'computed_tokens', 'StepLayout', 'EpochTokens',
            'epoch_tokens', 'rows_to_count', 'plan_steps', 'run_layout', 'plan_run', 'Checkpointing',
            'choose_checkpointing', 'with_checkpointing', 'disk_needs', 'GroupingGain', 'grouping_gain', 'grouping_note',
-           'largest_pass', 'probe_pass', 'run_seconds', 'estimate_time', 'shallow_token_seconds']
+           'largest_pass', 'probe_pass', 'run_seconds', 'estimate_time', 'tell_time', 'shallow_token_seconds']
 
 # %% ../nbs/72_estimate.ipynb #80ec9fb0
 from contextlib import contextmanager
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import ftnb.adapters as adapters
 import ftnb.checkpoints as checkpoints
+import ftnb.guards as guards
 import ftnb.matching as matching
 import ftnb.models as models
 import ftnb.packing as packing
@@ -636,6 +637,17 @@ def estimate_time(
     size, keeps = settings.rows_per_step * processes, packing.keeps_prefix(model)
     layout = StepLayout(size, budget, keeps, processes, on_gpu, _order_seed(settings))
     return _time_sentence(job, rows, probed, layout)
+
+# %% ../nbs/72_estimate.ipynb #4c5b1b68
+def tell_time(
+    job: Job,  # from `check_job`
+    rows: JobRows,  # from `prepare_rows`
+    model,  # a `PeftModel`, not trained yet
+):
+    "Print how long a run will take."
+    if ranks.process_rank() or ranks.shards_model(): return
+    def told(): print(f"time: {estimate_time(job, rows, model)}", flush=True)
+    guards.best_effort("the estimated time", told)
 
 # %% ../nbs/72_estimate.ipynb #ef142942
 def _few_layers(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FINE', 'AnswerTable', 'answer_table', 'html_row', 'Comparison', 'LoadedModels', 'load_models', 'compare',
-           'make_scorer', 'describe_scores']
+           'make_scorer', 'describe_scores', 'BaseScores']
 
 # %% ../nbs/79_evaluate.ipynb #7b1c9f7e
 import json, os
@@ -498,3 +498,19 @@ def describe_scores(
         said = ", ".join(f"{column} {figure}" for column, figure in zip(columns, figures))
         print(f"{name + ':':<9}{said}", flush=True)
     return found.as_dict()
+
+# %% ../nbs/79_evaluate.ipynb #c0121b2e
+@dataclass(frozen=True)
+class BaseScores:
+    "What a base model answered, to compare a trained one with."
+    questions: Questions | None = None  # from `make_scorer`, as the next one
+    score: "Callable | None" = field(default=None, repr=False)  # gives a model's `Scores`
+    scores: Scores | None = None  # of the base; None: nobody was asked
+
+    def compare(
+        self,
+        model,  # with the trained adapter
+    ) -> dict:  # JSON-able, as `Comparison.as_dict`; empty where nobody was asked
+        "Ask a trained model the same, and print both side by side."
+        if self.scores is None: return {}
+        return describe_scores(self.questions, self.scores, self.score(model))

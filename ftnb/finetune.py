@@ -47,10 +47,10 @@ def build_model(
     base = models.load_base_model(job.source, job.loading, job.token)
     name, precision = job.records.model.name or job.source, job.precision
     print(f"model: {name} on {precision.device}, {models.held_as(precision)}", flush=True)
-    print("before LoRA: {:,} parameters, {:,} trainable".format(*adapters.get_model_parameters(base)), flush=True)
+    print(f"before LoRA: {adapters.describe_parameters(base)}", flush=True)
     model = adapters.apply_lora(base, job.records.lora, job.settings.config["seed"])
     if job.parent: parents.begin_with(model, job.parent)
-    print("with LoRA:   {:,} parameters, {:,} trainable".format(*adapters.get_model_parameters(model)), flush=True)
+    print(f"with LoRA:   {adapters.describe_parameters(model)}", flush=True)
     return model
 
 # %% ../nbs/95_finetune.ipynb #8dd5ee08
@@ -59,20 +59,16 @@ def score_base(
     tokenizer,  # with a pad token
     rows: runrecord.JobRows,  # from `prepare_rows`
     model,  # from `build_model`, untrained
-):  # a function of the trained model: base against adapter, {} where nothing was asked
-    "Ask the base; what it gives asks the trained model, and compares."
-    def no_comparison(trained): return {}
-    if ranks.process_rank() or ranks.shards_model(): return no_comparison
+) -> evaluate.BaseScores:  # to compare the trained model with
+    "Ask the base."
+    if ranks.process_rank() or ranks.shards_model(): return evaluate.BaseScores()
     loss = job.settings.loss
-    def scorer():
-        return evaluate.make_scorer(rows.held_out, tokenizer, job.template, loss.completion, rows.limit, assistant_only=loss.assistant)
-    questions, score = guards.best_effort("base against adapter", scorer, (None, None))
-    if score is None: return no_comparison
     untrained = model.disable_adapter() if job.parent else adapters.as_base(model)
-    with untrained: before = guards.best_effort("the base's score", lambda: score(model))
-    if before is None: return no_comparison
-    def compare(trained): return evaluate.describe_scores(questions, before, score(trained))
-    return compare
+    def ask():
+        questions, score = evaluate.make_scorer(
+            rows.held_out, tokenizer, job.template, loss.completion, rows.limit, assistant_only=loss.assistant)
+        with untrained: return evaluate.BaseScores(questions, score, score(model))
+    return guards.best_effort("base against adapter", ask, evaluate.BaseScores())
 
 # %% ../nbs/95_finetune.ipynb #02c3e509
 def save_trained(
@@ -80,25 +76,19 @@ def save_trained(
     tokenizer,  # with a pad token
     rows: runrecord.JobRows,  # from `prepare_rows`
     run: trainer.TrainedRun,  # from `trainer.train_adapter`
-    compare,  # from `score_base`
-    identity: dict | None,  # from `runrecord.job_identity`
-) -> runrecord.SavedAdapter | None:  # None on any process but the first
+    of_base: evaluate.BaseScores,  # from `score_base`
+    identity: dict,  # from `runrecord.job_identity`, before the training
+) -> runrecord.SavedAdapter:
     "Write the adapter beside its place, and find out what describes it."
-    model, probe, notes = saving.as_loaded(run.model), rows.train.dataset[0]["input_ids"], []
-    def logits(): return saving.probe_logits(model, probe)
-    if ranks.process_rank():
-        if ranks.shards_model(): logits()  # of which each process has a part
-        return None
+    model, first_rows, notes = saving.as_loaded(run.model), rows.train.dataset[:1000]["input_ids"], []
     def not_written(e): guards.say_failed("the tokenizer beside the adapter", e, notes)
-    first_rows = rows.train.dataset[:1000]["input_ids"]
-    folder = saving.save_adapter(model, tokenizer, job.args.out_dir, job.source, first_rows, job.token, not_written)
-    if ranks.shards_model(): expected = logits()
-    else: expected = guards.best_effort("the logits to prove the adapter by", logits, None, notes)
-    comparison = guards.best_effort("base against adapter", lambda: compare(model), {}, notes)
+    folder = saving.save_adapter(
+        model, tokenizer, job.args.out_dir, job.source, first_rows, job.token, not_written)
+    expected = runrecord.trained_logits(model, first_rows[0], notes)
+    comparison = guards.best_effort("base against adapter", lambda: of_base.compare(model), {}, notes)
     return runrecord.SavedAdapter(
-        folder, expected, probe, metrics=run.metrics, used=saving.used_settings(model, job.records.lora),
-        unshared=run.unshared, comparison=comparison, notes=notes, identity=identity, ended=run.ended,
-        liger=run.liger)
+        folder, expected, first_rows[0], used=saving.used_settings(model, job.records.lora), comparison=comparison, notes=notes,
+        identity=identity, metrics=run.metrics, unshared=run.unshared, ended=run.ended, liger=run.liger)
 
 # %% ../nbs/95_finetune.ipynb #facd596d
 def train_and_save(
@@ -110,14 +100,16 @@ def train_and_save(
     callbacks: tuple = (),  # further `TrainerCallback`s of transformers
 ) -> runrecord.SavedAdapter | None:  # beside `out_dir`, the model is freed on return; None on any process but the first
     "Build, train, and write the adapter to a folder beside its place."
-    model, first = build_model(job), not ranks.process_rank()
-    compare = score_base(job, tokenizer, rows, model)
-    def estimated(): print(f"time: {estimate.estimate_time(job, rows, model)}", flush=True)
-    if first and not ranks.shards_model(): guards.best_effort("the estimated time", estimated)
-    identity = runrecord.job_identity(job, rows) if first else None
-    run = trainer.train_adapter(model, tokenizer, rows.train.dataset, rows.test.dataset, job.settings, bar, identity, rows.numbers,
-                                asking.asker(asked, tokenizer), callbacks)
-    return save_trained(job, tokenizer, rows, run, compare, identity)
+    model = build_model(job)
+    of_base = score_base(job, tokenizer, rows, model)
+    estimate.tell_time(job, rows, model)
+    identity = None if ranks.process_rank() else runrecord.job_identity(job, rows)
+    ask = asking.asker(asked, tokenizer)
+    run = trainer.train_adapter(
+        model, tokenizer, rows.train.dataset, rows.test.dataset, job.settings, bar, identity, rows.numbers, ask, callbacks)
+    if not ranks.process_rank(): return save_trained(job, tokenizer, rows, run, of_base, identity)
+    if ranks.shards_model():  # the first process asks for its logits, and each has a part of the model
+        saving.probe_logits(saving.as_loaded(run.model), rows.train.dataset[0]["input_ids"])
 
 # %% ../nbs/95_finetune.ipynb #03e46596
 def prove(
@@ -142,18 +134,12 @@ def publish(
 ) -> runrecord.RunRecord:
     "Prove the adapter and put it in its place."
     out = job.args.out_dir
-    try:
+    with saving.kept_until_published(saved.folder, out):
         proof = prove(job, saved)
         run = replace(runrecord.describe_run(job, rows, saved), proof=proof, **watch.took())
         runrecord.write_run(run, saved.folder)
         guards.best_effort("README.md", lambda: model_card.write_card(saved.folder, run))
         saving.publish_folder(saved.folder, out)
-    except BaseException as e:  # Ctrl-C too
-        if not os.path.isdir(saved.folder): raise  # it is in its place
-        said = f"The adapter is not in {out}; what was trained is kept in {saving.keep_unpublished(saved.folder, out)}"
-        if isinstance(e, Exception): raise RuntimeError(f"{e}\n{said}") from e
-        print(said, flush=True)
-        raise
     return run
 
 # %% ../nbs/95_finetune.ipynb #3ce14847

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['plain_matrices', 'plain_settings', 'save_adapter', 'used_settings', 'NotProven', 'as_loaded', 'probe_logits',
-           'prove_adapter', 'publish_folder', 'keep_unpublished', 'clear_leftovers']
+           'prove_adapter', 'publish_folder', 'keep_unpublished', 'kept_until_published', 'clear_leftovers']
 
 # %% ../nbs/37_saving.ipynb #a285f57c
 import contextlib
@@ -306,6 +306,21 @@ def keep_unpublished(
             return place
     os.rename(folder, place)
     return place
+
+# %% ../nbs/37_saving.ipynb #0deb8e7c
+@contextlib.contextmanager
+def kept_until_published(
+    folder: str,  # of a trained adapter
+    out_dir: str,  # its place
+):
+    "Where what is done within fails, the adapter is kept beside its place, and the error says where."
+    try: yield
+    except BaseException as e:  # Ctrl-C too
+        if not os.path.isdir(folder): raise  # it is in its place
+        said = f"The adapter is not in {out_dir}; what was trained is kept in {keep_unpublished(folder, out_dir)}"
+        if isinstance(e, Exception): raise RuntimeError(f"{e}\n{said}") from e
+        print(said, flush=True)
+        raise
 
 # %% ../nbs/37_saving.ipynb #735aa4e5
 def clear_leftovers(
