@@ -134,7 +134,7 @@ def on_config(config):
     shutil.copytree(NBS/"images", PAGES/"images")
     shutil.copy(Path(__file__).parent/"extra.css", PAGES)
     guides = [Path(shutil.copy(p, PAGES)) for p in sorted((Path(__file__).parent/"guides").glob("*.md"))]  # its links are the site's
-    tutorials = [p for p in notebooks if p.parent.name == "tutorials"]
+    tutorials = sorted((p for p in notebooks if p.parent.name == "tutorials"), key=number)
     measured = [p for p in notebooks if p.parent.name == "benchmarks"]
     (PAGES/"api").mkdir()
     config.docs_dir = str(PAGES)
