@@ -54,14 +54,15 @@ def vocabulary_problems(
     tokenizer,  # of the base model, with a pad token
     vocab_size: int,  # rows of the model's embedding
     rows: list = (),  # token ids of each row
-) -> list:  # a sentence, or nothing
+) -> list:  # of `Problem`
     "Whether every token that a run uses has an embedding."
     ends = [tokenizer.eos_token_id or 0, tokenizer.pad_token_id or 0]
     top = max([*ends, *map(max, rows)])
     if top < vocab_size: return []
     token = tokenizer.convert_ids_to_tokens(top)
-    return [f"the token {token!r} has the id {top}, and the model only {vocab_size} embeddings: "
-            "tokenizer and model don't belong together"]
+    text = (f"the token {token!r} has the id {top}, and the model only {vocab_size} embeddings: "
+            "tokenizer and model don't belong together")
+    return [Problem("base_model_id", text)]
 
 # %% ../nbs/36_adapters.ipynb #6d6204c4
 def _full_settings(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ChatRow', 'render_rows', 'tokenize_conversations', 'tokenize_dataset', 'ChatQuestion', 'asked_ids',
-           'ask_conversation', 'turn_end', 'chat_notes', 'template_unused', 'row_notes']
+           'ask_conversation', 'turn_end', 'chat_notes', 'row_notes']
 
 # %% ../nbs/26_chat_rows.ipynb #9e60f9d7
 from bisect import bisect_left
@@ -16,7 +16,7 @@ import ftnb.chat_templates as chat_templates
 from .boundaries import encode_with_offsets
 from .chat_templates import ChatTemplate, Loss, RenderedConversation
 from .conversations import Conversation, conversations
-from .problems import Problem, raise_problems
+from .problems import Problem, problems_with, raise_problems
 from .prompts import PromptTemplate, conversation_warnings, format_rows
 from .special_tokens import Dropped, Forged, PlainTokenizer, encode_piece, encode_plain, forged_reason
 from .tokenizer import call_tokenizer
@@ -334,16 +334,16 @@ def chat_notes(
     template: PromptTemplate,  # of conversations
     loss: Loss,  # where it is
     n: int = 20,  # rows to look at
-) -> list:  # sentences
+) -> list:  # of `Problem`
     "What to know of a chat template and these conversations."
     chat, plain = chat_templates.open_chat_template(tokenizer), PlainTokenizer(tokenizer)
     first = dataset.select(range(min(n, len(dataset))))
     good = [found for found in conversations(first, template) if isinstance(found, Conversation)]
     notes = [note for talk in good for note in _conversation_notes(chat, plain, talk, loss)]
-    return list(dict.fromkeys(notes))
+    return problems_with("prompt_id", *dict.fromkeys(notes))
 
 # %% ../nbs/26_chat_rows.ipynb #1a4e088f
-def template_unused(
+def _template_unused(
     tokenizer,  # of the base model
     template: PromptTemplate,  # of a job
 ) -> str:  # a sentence, or ""
@@ -360,10 +360,8 @@ def row_notes(
     dataset,  # a `Dataset`
     template: PromptTemplate,  # from `settle_template`
     loss: Loss,  # where it is
-) -> list:  # sentences
+) -> list:  # of `Problem`
     "What to know of rows and the chat template, whether it is used or not."
     if template.chat: return chat_notes(tokenizer, dataset, template, loss)
-    notes = list(conversation_warnings(dataset, template))
-    unused = template_unused(tokenizer, template)
-    if unused: notes.append(unused)
-    return notes
+    unused = _template_unused(tokenizer, template)
+    return conversation_warnings(dataset, template) + problems_with("prompt_id", unused)

@@ -291,7 +291,8 @@ def _with_one(
     label = _label(record.name or one.name, found.splits)
     whole = _beside(found, label, other, split)
     if one.key == "more_data":
-        whole = replace(whole, notes=(*found.notes, *(f"{label}: {note}" for note in other.notes)))
+        notes = [Problem(one.key, f"{label}: {note}") for note in other.notes]
+        whole = replace(whole, notes=(*found.notes, *notes))
     return whole, replace(one, split=label)
 
 # %% ../nbs/18_choosing.ipynb #d3c619e8

@@ -15,7 +15,7 @@ from .consts import DATASET_TYPES
 from .csv_files import csv_table
 from .files import Faults, Place, most_bytes, not_regular, text_table
 from .json_files import json_file_table, json_table, jsonl_table
-from .problems import nearest
+from .problems import Problem, nearest, problems_with
 
 # %% ../nbs/14_corpus.ipynb #88d0deca
 def library_error(
@@ -351,18 +351,19 @@ class Corpus:
     splits: "datasets.DatasetDict"
     unread: dict = field(default_factory=dict)  # split -> {row from 0: why it can't be read}
     empty: dict = field(default_factory=dict)  # column of CSV files -> empty fields that count as missing
-    notes: tuple = ()  # sentences: what was decided for its owner
+    notes: tuple = ()  # of `Problem`: what was decided for its owner
 
 # %% ../nbs/14_corpus.ipynb #8c475e70
 def corpus_notes(
     corpus: Corpus,  # from `read_corpus`
     columns: "Iterable[str]",  # that are used
-) -> list:  # sentences
+) -> list:  # of `Problem`
     "What the owner of a data set should know of it."
-    found = [f"{{{name}}} has {corpus.empty[name]:,} empty fields, which count as missing values, since its other fields are all "
-             "numbers, dates, or true and false; where they are meant as empty texts, write the rows as JSON Lines, with \"\""
-             for name in columns if name in corpus.empty]
-    return [*corpus.notes, *found]
+    why = ("which count as missing values, since its other fields are all numbers, dates, or true and false; "
+           'where they are meant as empty texts, write the rows as JSON Lines, with ""')
+    counted = [name for name in columns if name in corpus.empty]
+    found = [f"{{{name}}} has {corpus.empty[name]:,} empty fields, {why}" for name in counted]
+    return [*corpus.notes, *problems_with("dataset_id", *found)]
 
 # %% ../nbs/14_corpus.ipynb #bf6c1e3e
 def _joined(
@@ -477,7 +478,7 @@ def _only_split(
     (only, rows), = found.splits.items()
     note = f"the data set's only split is {only!r}, and its rows are trained on; to say so yourself, write {place}[{only}]"
     return replace(found, splits=datasets.DatasetDict(train=rows), unread={"train": found.unread.get(only, {})},
-                   notes=(*found.notes, note))
+                   notes=(*found.notes, Problem("dataset_id", note)))
 
 # %% ../nbs/14_corpus.ipynb #3356b256
 def _with_train(
@@ -538,6 +539,6 @@ def load_dataset_into_memory(
     corpus = read_corpus(dataset, token)
     lost = [f"split {split}: {why}" for split, rows in corpus.unread.items() for why in rows.values()]
     said = [f"{len(lost):,} rows can't be read, and are without values:", *lost[:10]] if lost else []
-    for note in corpus.notes: warnings.warn(note, stacklevel=2)
+    for note in corpus.notes: warnings.warn(note.text, stacklevel=2)
     if said: warnings.warn("\n- ".join(said), stacklevel=2)
     return corpus.splits

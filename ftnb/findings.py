@@ -135,12 +135,11 @@ class FindingLog:
         self,
         level: str,  # "ok", "warning" or "error"
         about: str,  # what was looked at
-        *found: "Problem | str",  # a line each
-        where: str = "",  # the key or field that plain sentences are about; "" for the whole
+        *found: "Problem | str",  # a line each; a plain sentence is about the whole
     ):
         "Write down what was found."
         for problem in found:
-            said = problem if isinstance(problem, Problem) else Problem(where, problem)
+            said = problem if isinstance(problem, Problem) else Problem("", problem)
             line = " ".join(part.strip() for part in said.text.splitlines())
             text = printable(jobargs.without_secrets(line, self.args.token or ""))
             self.findings.append(Finding(level, about, Problem(said.where, text)))
@@ -158,6 +157,21 @@ def attempt(
     except Exception as e:
         self.cause = self.cause or e
         self.add("error", about, *problems_of(e))
+
+# %% ../nbs/83_findings.ipynb #eea665d9
+@patch
+def passes(
+    self: FindingLog,
+    level: str,  # of what it finds: "warning" or "error"
+    about: str,  # what is looked at
+    check: "Callable",  # a function that gives a list of `Problem`
+    *args,  # its arguments
+) -> bool:  # has it found nothing?
+    "Call a check that gives problems, and write them down."
+    found = self.attempt(about, check, *args)
+    if found is None: return False
+    self.add(level, about, *found)
+    return not found
 
 # %% ../nbs/83_findings.ipynb #9e976bd8
 @patch

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from .metrics import RunState
 from .models import made_in, unsound_weight
+from .sharing import compute_dtypes
 from .weights import read_config
 
 # %% ../nbs/54_guards.ipynb #b4835850
@@ -55,10 +56,8 @@ def _computes_in_fp16(
 ) -> bool:
     "Does a layer, or the autocast around it, compute in fp16?"
     import torch
-    if getattr(args, "fp16", False): return True
-    formats = {weight.dtype for weight in model.parameters()}
-    formats |= {getattr(layer, "compute_dtype", None) for layer in model.modules()}  # of 4-bit layers
-    return torch.float16 in formats
+    mixed = "fp16" if getattr(args, "fp16", False) else None
+    return torch.float16 in compute_dtypes(model, mixed)
 
 # %% ../nbs/54_guards.ipynb #ceb25c27
 def unsound_base(

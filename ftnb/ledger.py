@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 from fastcore.basics import patch
 
+from .problems import problems_with
 from .special_tokens import Dropped
 
 # %% ../nbs/39_ledger.ipynb #e08c9b5f
@@ -148,7 +149,7 @@ DUPLICATE, OVERLAP = "it says the same as an earlier row", "it is held out too" 
 # %% ../nbs/39_ledger.ipynb #c48f5324
 def twin_notes(
     ledger: RowLedger,  # from `row_ledger`
-) -> list:  # sentences
+) -> list:  # of `Problem`
     "What rows stand twice."
     reasons, found = ledger.reasons, []
     if ledger.overlap:
@@ -158,7 +159,7 @@ def twin_notes(
     if ledger.duplicates:
         done = "left out" if DUPLICATE in reasons else "drop_duplicates leaves them out"
         found.append(f"rows to train on that say the same as an earlier one: {ledger.duplicates:,}; {done}")
-    return found
+    return problems_with("dataset_id", *found)
 
 # %% ../nbs/39_ledger.ipynb #6bd66b5a
 def _drop_lines(
@@ -180,13 +181,15 @@ def _drop_lines(
 def ledger_notes(
     ledger: RowLedger,  # from `row_ledger`
     n: int = 10,  # lines at most for rows that were dropped
-) -> list:  # a line for each reason of the first drops, and for each split that isn't used
+) -> list:  # a `Problem` for each reason of the first drops, and for each split that isn't used
     "What a person should know of the ledger, beside its counts and the rows that stand twice."
     lines, named = _drop_lines(ledger.dropped, n)
     more = len(ledger.dropped) - named
     if more > 0: lines.append(f"and {more:,} more, all in the job's ledger.json")
     if ledger.repeated: lines.append(f"rows that come again in an epoch, by their weight: {ledger.repeated:,}")
-    return lines + [f"not used: split {name!r} with {rows:,} rows" for name, rows in ledger.splits_not_used.items()]
+    unused = ledger.splits_not_used.items()
+    lines += [f"not used: split {name!r} with {rows:,} rows" for name, rows in unused]
+    return problems_with("dataset_id", *lines)
 
 # %% ../nbs/39_ledger.ipynb #1f441341
 def describe_ledger(
@@ -195,4 +198,4 @@ def describe_ledger(
 ) -> str:  # a line of counts, and what `ledger_notes` says
     "The ledger in words."
     notes = ledger_notes(ledger, n) + twin_notes(ledger)
-    return "\n  ".join([f"rows: {ledger.summary}", *notes])
+    return "\n  ".join([f"rows: {ledger.summary}", *map(str, notes)])

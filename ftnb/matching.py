@@ -13,6 +13,15 @@ from contextlib import contextmanager
 import ftnb.quantisation as quantisation
 import ftnb.targets as targets
 import ftnb.weights as weights
+from .problems import Problem, problems_with
+
+# %% ../nbs/33_matching.ipynb #d14ffbb3
+def _about(
+    source: str,  # hub name or folder
+    text: str,  # what is wrong, or to know
+) -> Problem:
+    "What there is to say of a base model."
+    return Problem("base_model_id", f"{source}: {text}")
 
 # %% ../nbs/33_matching.ipynb #87938bf4
 def _asked_code(
@@ -41,13 +50,13 @@ def _kind_problem(
 def _code_problems(
     source: str,  # hub name or folder
     config: dict,  # from `weights.read_config`
-) -> list:  # sentences
+) -> list:  # of `Problem`
     "What a base model brings that would be run."
     unknown = _kind_problem(config)
-    problems = [f"{source}: its model_type {config.get('model_type')!r} {unknown}"] if unknown else []
+    problems = [_about(source, f"its model_type {config.get('model_type')!r} {unknown}")] if unknown else []
     for key, value in _asked_code(config):
         asks = f"its config.json asks for code from the hub ({key} {value!r})"
-        problems.append(f"{source}: {asks}, which is never run; take the line out")
+        problems.append(_about(source, f"{asks}, which is never run; take the line out"))
     return problems
 
 # %% ../nbs/33_matching.ipynb #cb2bbac1
@@ -219,18 +228,18 @@ def _match_problems(
     source: str,  # hub name or folder
     info: dict,  # what transformers reports of loading it
     stored: dict,  # from `quantisation.stored_quantisation`
-) -> list:  # sentences
+) -> list:  # of `Problem`
     "What is wrong where names and shapes of a model and its files don't fit."
     problems, missing = [], set(info["missing_keys"])
     if missing:
         why = _missing_because(missing, set(info["unexpected_keys"]))
-        problems.append(f"{source}: its files have no {_some(missing)}, which would be filled at random{why}")
+        problems.append(_about(source, f"its files have no {_some(missing)}, which would be filled at random{why}"))
     shapes = _wrong_shapes(info, stored)
     if shapes:
         name, got, want = shapes[0]
         more = f" (and {len(shapes) - 1:,} more are like it)" if shapes[1:] else ""
-        problems.append(f"{source}: {name!r} has the shape {tuple(got)} in its file and {tuple(want)} by config.json{more}; "
-                        "the two don't belong together")
+        both = f"{tuple(got)} in its file and {tuple(want)} by config.json{more}"
+        problems.append(_about(source, f"{name!r} has the shape {both}; the two don't belong together"))
     return problems
 
 # %% ../nbs/33_matching.ipynb #c33be923
@@ -238,13 +247,16 @@ def _match_warnings(
     source: str,  # hub name or folder
     model,  # as shapes
     info: dict,  # what transformers reports of loading it
-) -> list:  # sentences
+) -> list:  # of `Problem`
     "What of the files is left out, or is no matter for text."
     found, text = [], targets.text_part(model)
     unknown = info["unexpected_keys"]
     if unknown and not info["missing_keys"]:
-        found.append(f"{source}: its files hold {_some(unknown)}, which the model has no place for: left out, as transformers does")
-    if text: found.append(f"{source}: a {model.config.model_type} sees as well; its text layers are trained ({text}), on text alone")
+        no_place = "which the model has no place for: left out, as transformers does"
+        found.append(_about(source, f"its files hold {_some(unknown)}, {no_place}"))
+    if text:
+        sees = f"a {model.config.model_type} sees as well; its text layers are trained ({text}), on text alone"
+        found.append(_about(source, sees))
     return found
 
 # %% ../nbs/33_matching.ipynb #bb66361e
@@ -280,14 +292,16 @@ def type_findings(
     source: str,  # hub name or folder
     headers: dict,  # name -> (type, shape), from `weights.read_headers`
     odd: dict,  # name -> type, from `odd_types`
-) -> tuple:  # (sentences that stop a job, sentences that don't)
+) -> tuple:  # two lists of `Problem`: what stops a job, what doesn't
     "What weights come to that aren't stored as plain numbers."
     if not odd: return [], []
-    held = f"{source}: its files hold {_some(odd)} as {', '.join(sorted(set(odd.values())))}"
+    held = f"its files hold {_some(odd)} as {', '.join(sorted(set(odd.values())))}"
     if _as_they_stand(headers, odd):
-        return [], [f"{held}, floats of 8 bits: they are taken as they stand, and are no more precise than that"]
-    return [f"{held}, and its config.json has no quantization_config that says what these numbers stand for: "
-            "name the model that it was made from, or save this one with its quantization_config"], []
+        precise = "they are taken as they stand, and are no more precise than that"
+        return [], [_about(source, f"{held}, floats of 8 bits: {precise}")]
+    unsaid = "and its config.json has no quantization_config that says what these numbers stand for"
+    right = "name the model that it was made from, or save this one with its quantization_config"
+    return [_about(source, f"{held}, {unsaid}: {right}")], []
 
 # %% ../nbs/33_matching.ipynb #e44cb19f
 def _unmerged(
@@ -313,14 +327,16 @@ def _unmatched_problems(
     source: str,  # hub name or folder
     config,  # of the base model, from transformers' `AutoConfig`
     e: Exception,  # that `match_weights` raised
-) -> list:  # sentences
+) -> list:  # of `Problem`
     "Why a model can't be put together with its files at all."
     names = [] if quantisation.stored_quantisation(config.to_dict()) else _unmerged(e)
-    if names: return [f"{source}: {_some(names)} can't be put together from its files: a part is missing, or has another shape"]
+    if names:
+        why = "can't be put together from its files: a part is missing, or has another shape"
+        return [_about(source, f"{_some(names)} {why}")]
     try:
         with _quiet(): shape_model(config)
     except NotImplementedError: return []
-    except Exception as wrong: return [f"{source}: no model can be built from its config.json: {_named(wrong)}"]
+    except Exception as wrong: return [_about(source, f"no model can be built from its config.json: {_named(wrong)}")]
     return []  # it can be built; what its weights are can't be told without reading them
 
 # %% ../nbs/33_matching.ipynb #269c2dba
@@ -328,7 +344,7 @@ def _findings(
     source: str,  # hub name or folder
     config,  # of the base model, from transformers' `AutoConfig`
     headers: dict,  # name -> (type, shape), from `weights.read_headers`
-) -> tuple:  # (sentences that stop a job, sentences that don't)
+) -> tuple:  # two lists of `Problem`: what stops a job, what doesn't
     "Whether a language model and its files fit."
     try: model, info = match_weights(config, headers)
     except Exception as e: return _unmatched_problems(source, config, e), []
@@ -343,38 +359,40 @@ def fit_problems(
     source: str,  # hub name or folder
     headers: dict,  # name -> (type, shape), from `weights.read_headers`
     token: str | None = None,  # for gated models
-) -> tuple:  # (sentences that stop a job, sentences that don't)
+) -> tuple:  # two lists of `Problem`: what stops a job, what doesn't
     "Whether a model's settings and its files fit, and are a language model's."
     from transformers import AutoConfig
     try: config = AutoConfig.from_pretrained(source, token=token, trust_remote_code=False)
     except OSError: return [], []  # whoever loads it next says it
-    except Exception as e: return [f"{source}: its config.json can't be used: {_named(e)}"], []
+    except Exception as e: return [_about(source, f"its config.json can't be used: {_named(e)}")], []
     if auto_class(config): return _findings(source, config, headers)
     writes = "isn't a model that writes text token by token"
-    return [f"{source}: a {config.model_type} {writes}; name a causal language model"], []
+    return [_about(source, f"a {config.model_type} {writes}; name a causal language model")], []
 
 # %% ../nbs/33_matching.ipynb #79431717
-def _adapter_problem(
+def _adapter_problems(
     source: str,  # hub name or folder
     token: str | None = None,  # for gated models
-) -> str:  # a sentence, or ""
+) -> list:  # of `Problem`
     "Whether what should be a base model is an adapter."
     from transformers.utils import find_adapter_config_file
-    if not find_adapter_config_file(source, token=token): return ""
-    return f"{source} is an adapter, with an adapter_config.json: name its base model, or a folder with the two merged"
+    if not find_adapter_config_file(source, token=token): return []
+    right = "name its base model, or a folder with the two merged"
+    return [_about(source, f"it is an adapter, with an adapter_config.json: {right}")]
 
 # %% ../nbs/33_matching.ipynb #f1f1684a
 def _check_files(
     source: str,  # hub name or folder
     config: dict,  # from `weights.read_config`
     token: str | None = None,  # for gated models
-) -> tuple:  # (sentences that stop a job, sentences that don't)
+) -> tuple:  # two lists of `Problem`: what stops a job, what doesn't
     "Hold a base model's files against its settings."
     if os.path.isdir(source): headers, unread = weights.read_headers(source, config)
     else: headers, unread = weights.hub_headers(source, token)
     packed = quantisation.stored_problem(source, config)
-    problems = [*_code_problems(source, config), *([packed] if packed else []), *unread]
-    problems += weights.count_problems(config, len(headers or ()), f"{source}: config.json")
+    counts = weights.count_problems(config, len(headers or ()), f"{source}: config.json")
+    problems = _code_problems(source, config)
+    problems += problems_with("base_model_id", packed, *unread, *counts)
     if problems or headers is None: return problems, []
     return fit_problems(source, headers, token)
 
@@ -382,22 +400,22 @@ def _check_files(
 def check_base_model(
     source: str,  # hub name or folder
     token: str | None = None,  # for gated models
-) -> tuple:  # (sentences that stop a job, sentences that don't)
+) -> tuple:  # two lists of `Problem`: what stops a job, what doesn't
     "Look at a base model's files, without reading a weight."
-    problems = weights.folder_problems(source) if os.path.isdir(source) else []
-    if problems: return problems, []
+    unread = weights.folder_problems(source) if os.path.isdir(source) else []
+    if unread: return problems_with("base_model_id", *unread), []
     try:
-        adapter = _adapter_problem(source, token)
-        if adapter: return [adapter], []
+        problems = _adapter_problems(source, token)
+        if problems: return problems, []
         config = weights.read_config(source, token)
     except OSError: return [], []  # the loader says why nothing is there
-    except ValueError as e: return [str(e)], []
+    except ValueError as e: return [Problem("base_model_id", str(e))], []
     return _check_files(source, config, token) if config else ([], [])
 
 # %% ../nbs/33_matching.ipynb #08827b02
 def base_model_problems(
     source: str,  # hub name or folder
     token: str | None = None,  # for gated models
-) -> list:  # sentences
+) -> list:  # of `Problem`
     "What is wrong with a base model's files: code, pickles, another model, weights that aren't whole or don't fit."
     return check_base_model(source, token)[0]

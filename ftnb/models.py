@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['bf16_speedup', 'Precision', 'local_device', 'held_as', 'made_in', 'choose_precision', 'base_config', 'without_report',
-           'load_base_model', 'unsound_weight', 'load_tokenizer', 'tokenizer_file', 'load_base_files', 'own_ends']
+           'load_base_model', 'unsound_weight', 'load_tokenizer', 'tokenizer_file', 'trial_problems', 'load_base_files']
 
 # %% ../nbs/34_models.ipynb #0fdc5eff
 import os
@@ -15,8 +15,8 @@ import ftnb.matching as matching
 import ftnb.quantisation as quantisation
 import ftnb.tokenizer_trial as tokenizer_trial
 import ftnb.weights as weights
-from .problems import Problem, raise_problems
-from .tokenizer import configure_tokenizer_padding
+from .problems import Problem, problems_with, raise_problems
+from .tokenizer import configure_tokenizer_padding, end_notes
 
 # %% ../nbs/34_models.ipynb #a0e0d4b3
 def _product_seconds(
@@ -342,25 +342,18 @@ def tokenizer_file(
     mild = {f"_raise_exceptions_for_{error}": False for error in errors}
     return cached_file(source, "tokenizer.json", token=token, **mild)
 
-# %% ../nbs/34_models.ipynb #be69568d
-def load_base_files(
+# %% ../nbs/34_models.ipynb #d09cbcc4
+def trial_problems(
     source: str,  # name on the hub, or folder
     token: str | None = None,  # for gated models
-) -> tuple:  # (tokenizer with a pad token, config of the model, notes)
-    "Load what is small of a base model."
-    import warnings
-    from transformers import AutoConfig
-    problem = tokenizer_trial.tokenizer_trial(tokenizer_file(source, token))
-    if problem: raise ValueError(problem)
-    tokenizer = load_tokenizer(source, token)
-    config = AutoConfig.from_pretrained(source, token=token, trust_remote_code=False)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always", UserWarning)
-        configure_tokenizer_padding(tokenizer, embeddings=config.get_text_config().vocab_size)
-    return tokenizer, config, tuple(str(warning.message) for warning in said)
+    texts: tuple = (),  # of the job's own, to try it on too
+) -> list:  # of `Problem`
+    "Whether a base model's tokenizer can be used at all."
+    problem = tokenizer_trial.tokenizer_trial(tokenizer_file(source, token), texts)
+    return problems_with("base_model_id", problem)
 
 # %% ../nbs/34_models.ipynb #b775d020
-def own_ends(
+def _own_ends(
     source: str,  # name on the hub, or folder
     config,  # of the model, from transformers' `AutoConfig`
     token: str | None = None,  # for gated models
@@ -371,3 +364,20 @@ def own_ends(
     except (OSError, ValueError): named = getattr(config.get_text_config(), "eos_token_id", None)
     found = named if isinstance(named, list) else [named]
     return [i for i in found if isinstance(i, int)]
+
+# %% ../nbs/34_models.ipynb #be69568d
+def load_base_files(
+    source: str,  # name on the hub, or folder
+    token: str | None = None,  # for gated models
+) -> tuple:  # (tokenizer with a pad token, config of the model, notes: list of `Problem`)
+    "Load what is small of a base model."
+    import warnings
+    from transformers import AutoConfig
+    raise_problems(trial_problems(source, token), "The tokenizer can't be used")
+    tokenizer = load_tokenizer(source, token)
+    config = AutoConfig.from_pretrained(source, token=token, trust_remote_code=False)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
+        configure_tokenizer_padding(tokenizer, embeddings=config.get_text_config().vocab_size)
+    notes = problems_with("base_model_id", *(str(warning.message) for warning in said))
+    return tokenizer, config, notes + end_notes(tokenizer, _own_ends(source, config, token))

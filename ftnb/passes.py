@@ -15,10 +15,11 @@ from .gpu_layers import kernel_obstacle, liger_layers, liger_problem
 from .metrics import RunState
 from .packing import KeptPrefix, causal_model, keeps_prefix, packed_loss
 from .prefix import LEAST, common_prefix, moved, pack_rows, tree_passes
+from .problems import raise_problems
 from .ranks import KnownToAll, failed_anywhere, free_memory, from_first, label_tokens, mean_over_all
 from .ranks import process_rank, raise_together, shards_model
 from .settings import SHARDED_KERNELS, TrainingSettings
-from .sharing import compute_dtype, shares_exactly
+from .sharing import compute_dtype, demand_problems, shares_exactly
 
 # %% ../nbs/63_passes.ipynb #da368336
 def token_bytes(
@@ -510,8 +511,7 @@ def sharing_obstacle(
     check = shares_exactly(model, first_and_last, _mixed(settings), settings.config)
     if check: return ""
     why = check.reason or "the numerical check failed"
-    if settings.shared_prefix is True:
-        raise ValueError(f"shared_prefix is true, but the prefix can't be shared: {why}; use auto")
+    raise_problems(demand_problems(settings.shared_prefix, [why]), "The rows can't be trained")
     return why
 
 # %% ../nbs/63_passes.ipynb #0a9c30f1

@@ -35,7 +35,6 @@ import ftnb.storage as storage
 import ftnb.studio as studio
 import ftnb.tokenizer as tokenizers
 import ftnb.tokenizer_files as tokenizer_files
-import ftnb.tokenizer_trial as tokenizer_trial
 import ftnb.tokens as tokens
 from .fields import in_argument
 from .findings import FindingLog, Preflight
@@ -43,7 +42,7 @@ from .fingerprint import BaseFiles, base_fingerprint
 from .inputs import Inputs
 from .ledger import OVERLAP, RowLedger, ledger_notes, twin_notes
 from .problems import Problem
-from .sharing import sharing_obstacles
+from .sharing import demand_problems, sharing_obstacles
 
 # %% ../nbs/85_preflight.ipynb #9038feaa
 def _base_is_whole(
@@ -52,8 +51,8 @@ def _base_is_whole(
 ) -> bool:
     "Whether the base model's files are what its settings describe."
     problems, notes = log.attempt("model", matching.check_base_model, source, log.args.token) or ((), ())
-    log.add("warning", "model", *notes, where="base_model_id")
-    log.add("error", "model", *problems, where="base_model_id")
+    log.add("warning", "model", *notes)
+    log.add("error", "model", *problems)
     return not problems
 
 # %% ../nbs/85_preflight.ipynb #8f20533f
@@ -62,13 +61,10 @@ def _load_base(
     source: str,  # what the base model is loaded from
 ) -> "tuple | None":  # (tokenizer, config of the model)
     "Tokenizer and settings, and what there is to say of them."
-    token = log.args.token
-    files = log.attempt("model", models.load_base_files, source, token)
+    files = log.attempt("model", models.load_base_files, source, log.args.token)
     if files is None: return None
     tokenizer, config, notes = files
-    ends = log.attempt("model", models.own_ends, source, config, token)
-    end_note = tokenizers.end_note(tokenizer, ends or [])
-    log.add("warning", "model", *notes, *filter(None, [end_note]), where="base_model_id")
+    log.add("warning", "model", *notes)
     return tokenizer, config
 
 # %% ../nbs/85_preflight.ipynb #50716857
@@ -105,14 +101,14 @@ def _check_sharing(
     settings: training_settings.TrainingSettings,  # of the run
 ) -> bool:
     "Whether the tokens that rows share are computed once."
-    asked = settings.shared_prefix
-    why = "shared_prefix is false"
-    if asked is not False: why = "; ".join(sharing_obstacles(model, settings.config))
-    if why and asked is True:
-        text = f"shared_prefix is true, but the prefix can't be shared: {why}; use auto"
-        log.add("error", "model", Problem("shared_prefix", text))
-    elif why: log.add("warning", "model", f"rows are trained in padded batches: {why}", where="shared_prefix")
-    return not why
+    reasons = ["shared_prefix is false"]
+    if settings.shared_prefix is not False: reasons = sharing_obstacles(model, settings.config)
+    problems = demand_problems(settings.shared_prefix, reasons)
+    log.add("error", "model", *problems)
+    if reasons and not problems:
+        text = f"rows are trained in padded batches: {'; '.join(reasons)}"
+        log.add("warning", "model", Problem("shared_prefix", text))
+    return not reasons
 
 # %% ../nbs/85_preflight.ipynb #df2f9dfd
 def _check_plan(
@@ -148,11 +144,13 @@ def _as_job(
 # %% ../nbs/85_preflight.ipynb #b62e3fb7
 def _check_parent(
     log: FindingLog,
+    given: Inputs,
     job: runrecord.Job | None,
-):
-    "Whether the adapter that a job goes on from belongs to its base model."
-    if job is None or job.parent is None: return
-    log.add("error", "parent", *parents.parent_problems(job.parent, job.source, job.base))
+) -> bool:  # False where the job won't go on from what it was told to
+    "Whether the adapter that a job goes on from is there, and belongs to its base model."
+    if given.parent is None: return not (given.records.training or {}).get("parent_adapter")
+    if job is None: return True
+    return log.passes("error", "parent", parents.parent_problems, job.parent, job.source, job.base)
 
 # %% ../nbs/85_preflight.ipynb #bcfa2766
 def _read_data(
@@ -192,10 +190,9 @@ def _try_tokenizer(
         read = ", ".join(f"{len(ds):,} read in split {name}" for name, ds in data.splits.items())
         log.add("ok", "rows", f"{read}; not looked at further")
         return False
-    file = models.tokenizer_file(job.source, job.token)
-    problem = log.attempt("tokens", tokenizer_trial.tokenizer_trial, file, job_rows.some_texts(data, job.template))
-    if problem: log.add("error", "tokens", problem)
-    return problem == ""
+    texts = log.attempt("rows", job_rows.some_texts, data, job.template)
+    if texts is None: return False
+    return log.passes("error", "tokens", models.trial_problems, job.source, job.token, texts)
 
 # %% ../nbs/85_preflight.ipynb #ce007880
 def _describe_tokens(
@@ -226,8 +223,7 @@ def _check_texts(
     template: prompts.PromptTemplate,
 ):
     "What there is to say about the data."
-    log.add("warning", "rows", *ledger_notes(rows.ledger), where="dataset_id")
-    log.add("warning", "rows", *corpus.corpus_notes(data, template.fields), where="dataset_id")
+    log.add("warning", "rows", *ledger_notes(rows.ledger), *corpus.corpus_notes(data, template.fields))
     log.add("ok", "rows", *prompts.empty_text_notes(data.splits["train"], template))
 
 # %% ../nbs/85_preflight.ipynb #acbdf9a9
@@ -239,10 +235,9 @@ def _check_turns(
 ):
     "What there is to say about prompts as the model sees them."
     train, template, args = data.splits["train"], job.template, log.args
-    notes = log.attempt("rows", chat_rows.row_notes, base.tokenizer, train, template, job.settings.loss)
-    log.add("warning", "rows", *notes or [], where="prompt_id")
+    log.passes("warning", "rows", chat_rows.row_notes, base.tokenizer, train, template, job.settings.loss)
     if not args.auto_add_adapter: return
-    log.add("warning", "adapter", *registry.chat_notes(args.adapter_name, template.chat), where="prompt_id")
+    log.add("warning", "adapter", *registry.chat_notes(args.adapter_name, template.chat))
 
 # %% ../nbs/85_preflight.ipynb #1621db65
 def _check_boundary(
@@ -253,9 +248,8 @@ def _check_boundary(
 ):
     "Where prompts end."
     joined = rows.train.joined + rows.test.joined
-    note = tokens.boundary_note(joined, len(rows.train) + len(rows.test), job.template)
-    notes = [*tokenizers.prompt_notes(base.tokenizer, job.template), *filter(None, [note])]
-    log.add("warning", "tokens", *notes, where="prompt_id")
+    log.add("warning", "tokens", *tokenizers.prompt_notes(base.tokenizer, job.template))
+    log.add("warning", "tokens", *tokens.boundary_notes(joined, len(rows.train) + len(rows.test), job.template))
 
 # %% ../nbs/85_preflight.ipynb #f3e4d189
 def _check_saving(
@@ -267,8 +261,7 @@ def _check_saving(
 ):
     "Whether the saved tokenizer gives the same tokens."
     ids = rows.train.dataset["input_ids"] if keep else ()
-    notes = log.attempt("tokens", tokenizer_files.check_saving, base.tokenizer, job.source, ids, job.token)
-    log.add("warning", "tokens", *notes or [], where="base_model_id")
+    log.passes("warning", "tokens", tokenizer_files.check_saving, base.tokenizer, job.source, ids, job.token)
 
 # %% ../nbs/85_preflight.ipynb #2c784b29
 def _check_rows(
@@ -298,10 +291,8 @@ def _check_checkpoints(
     rows: job_rows.JobRows | None,  # with their tokens
 ):
     "Whether the job can go on from what is in its folder."
-    if any((found.level, found.about) == ("error", "parent") for found in log.findings): return  # the run is another without it
     if job is None or rows is None or runrecord.finished_run(job, rows): return
-    problems = log.attempt("checkpoints", runrecord.checkpoint_problems, job, rows)
-    log.add("error", "checkpoints", *problems or [])
+    log.passes("error", "checkpoints", runrecord.checkpoint_problems, job, rows)
 
 # %% ../nbs/85_preflight.ipynb #467ef193
 def _fit_problems(
@@ -432,9 +423,7 @@ def _check_disk(
     import shutil
     if settings is None or base is None or plan is None: return
     needs = _disk_needs(log, settings, base, plan)
-    problems = log.attempt("disk", storage.disk_problems, needs)
-    log.add("error", "disk", *problems or [])
-    if problems != []: return
+    if not log.passes("error", "disk", storage.disk_problems, needs): return
     need, free = sum(needs.values()), shutil.disk_usage(storage.nearest_folder(log.args.out_dir)).free
     log.add("ok", "disk", f"{storage.in_units(need)} for checkpoints and adapter of {storage.in_units(free)} free")
 
@@ -460,9 +449,9 @@ def _check_rest(
     data, template = log.attempt("rows", _read_rows, log, given) or (None, given.template)
     given = replace(given, template=template)
     job = _as_job(given, log.args, base)
-    log.attempt("parent", _check_parent, log, job)
+    goes_on = log.attempt("parent", _check_parent, log, given, job)
     rows = log.attempt("rows", _check_rows, log, data, job, base, keep)
-    if keep: log.attempt("checkpoints", _check_checkpoints, log, job, rows)
+    if keep and goes_on: log.attempt("checkpoints", _check_checkpoints, log, job, rows)
     log.attempt("settings and model", _check_fit, log, given, base, plan, rows)
     job, steps, memory = log.attempt("memory", _check_memory, log, job, plan, rows) or (job, None, None)
     log.attempt("disk", _check_disk, log, given.settings, base, plan)

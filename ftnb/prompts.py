@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['MOST_TOLD', 'MOST_CHARACTERS', 'MOST_SLOTS', 'CONVERSATION_SLOTS', 'parse_template', 'PromptTemplate',
-           'read_template', 'template_problems', 'end_with_eos', 'format_row', 'value_spans', 'row_values',
-           'missing_values', 'unusable_values', 'unusable_rows', 'text_columns', 'empty_text_notes', 'are_turns',
-           'conversation_warnings', 'value_column', 'FormattedRows', 'format_rows', 'map_dataset_with_prompt_template']
+           'read_template', 'template_problems', 'template_notes', 'loss_problems', 'end_with_eos', 'format_row',
+           'value_spans', 'row_values', 'missing_values', 'unusable_values', 'unusable_rows', 'text_columns',
+           'empty_text_notes', 'are_turns', 'conversation_warnings', 'value_column', 'FormattedRows', 'format_rows',
+           'map_dataset_with_prompt_template']
 
 # %% ../nbs/15_prompts.ipynb #3e1a8381
 import re
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from .consts import TRAINING_DATA_TEXT_FIELD
-from .problems import Problem, nearest, raise_problems
+from .problems import Problem, nearest, problems_with, raise_problems
 from .values import Unreadable, column_texts, value_text
 
 # %% ../nbs/15_prompts.ipynb #05388a67
@@ -198,6 +199,37 @@ def template_problems(
     "What is wrong between a template and a data set."
     return _column_problems(template.fields, columns)
 
+# %% ../nbs/15_prompts.ipynb #f5aafa63
+def _asked_otherwise(
+    prompt,  # a Studio prompt
+) -> str:  # a sentence, or ""
+    "Whether the Studio asks with another text than the one that is trained."
+    def text(name): return getattr(prompt, name, None) or ""
+    trained, asks, adds = map(text, ("prompt_template", "input_template", "completion_template"))
+    complete = trained.strip() and asks and adds
+    if not complete or trained == asks + adds: return ""
+    return ("prompt_template isn't input_template and then completion_template: "
+            "the first is trained, and the Studio asks with the second; make them the same text")
+
+# %% ../nbs/15_prompts.ipynb #297d248a
+def template_notes(
+    prompt,  # a Studio prompt
+    template: PromptTemplate,  # of that
+) -> list:  # of `Problem`
+    "What is odd about a template."
+    same = "" if template.fields else "the prompt has no {column}, so every row is the same text"
+    return problems_with("prompt_id", _asked_otherwise(prompt), same)
+
+# %% ../nbs/15_prompts.ipynb #962ad5b0
+def loss_problems(
+    template: PromptTemplate,  # from `read_template`
+    completion_only: bool,  # was loss on completions alone asked for?
+) -> list:  # of `Problem`
+    "Whether a template has what a loss on completions needs."
+    if not completion_only or template.asks: return []
+    text = "completion_only_loss needs a prompt_template that ends in its completion_template"
+    return [Problem("prompt_id", text)]
+
 # %% ../nbs/15_prompts.ipynb #fa70bb3d
 def _text(
     value,  # a cell of the data set
@@ -359,7 +391,7 @@ def text_columns(
 def empty_text_notes(
     dataset,  # a `Dataset`
     template: PromptTemplate,  # from `read_template`
-) -> list:  # one sentence for each column with empty texts
+) -> list:  # a `Problem` for each column with empty texts
     "How often a value that the template uses is the empty text."
     import pyarrow.compute as pc
     notes = []
@@ -368,7 +400,7 @@ def empty_text_notes(
         batches = dataset.with_format("arrow").select_columns(field).iter(10_000)
         empty = sum(pc.sum(pc.equal(batch[field], "")).as_py() or 0 for batch in batches)
         if empty: notes.append(f"{{{field}}} is the empty text in {empty:,} of {len(dataset):,} rows")
-    return notes
+    return problems_with("dataset_id", *notes)
 
 # %% ../nbs/15_prompts.ipynb #cd4b6dea
 _TURNS = ({"role", "content"}, {"from", "value"})  # keys that a turn of a conversation has
@@ -413,15 +445,17 @@ def _conversation_kind(
 def conversation_warnings(
     dataset,  # a `Dataset`
     template: PromptTemplate,  # from `read_template`
-) -> list:  # one sentence for each column that holds conversations
+) -> list:  # a `Problem` for each column that holds conversations
     "Which slots put conversations into the text as JSON, or as Python's own text."
     some, found = dataset.select(range(min(20, len(dataset)))), []
     for field, texts in zip(template.fields, zip(*row_values(some, template.fields))):
         talk = next((text for text in texts if _conversation_kind(text)), None)
         if talk is None: continue
-        found.append(f"{{{field}}} holds conversations, and they are trained as {_conversation_kind(talk)} text, such as {talk[:60]!r}: "
-                     f"a prompt that is {{{field}}} and nothing else trains them as the model's own chat template writes them")
-    return found
+        trained = f"they are trained as {_conversation_kind(talk)} text, such as {talk[:60]!r}"
+        right = (f"a prompt that is {{{field}}} and nothing else trains them as the model's own "
+                 "chat template writes them")
+        found.append(f"{{{field}}} holds conversations, and {trained}: {right}")
+    return problems_with("prompt_id", *found)
 
 # %% ../nbs/15_prompts.ipynb #e0dd8c73
 def value_column(

@@ -327,19 +327,21 @@ def registration_problems(
 def held_out_notes(
     name: str,  # of the adapter
     training: dict,  # training arguments of its job
-) -> list:  # sentences
+) -> list:  # of `Problem`
     "What the Studio's evaluation doesn't know of a job's held-out rows."
     keys = [key for key in ("validation", "test") if training.get(key)]
     if not keys: return []
-    return [f"the Studio's evaluation of {name} knows nothing of {' and '.join(keys)}: it splits the data set itself, "
-            "so rows that were trained on may be evaluated"]
+    text = (f"the Studio's evaluation of {name} knows nothing of {' and '.join(keys)}: it splits the data set itself, "
+            "so rows that were trained on may be evaluated")
+    return [Problem("adapter_name", text)]
 
 # %% ../nbs/42_registry.ipynb #57c5a2de
 def chat_notes(
     name: str,  # of the adapter
     chat: str,  # of its prompt, as in `PromptTemplate`; "": its rows are plain text
-) -> list:  # sentences
+) -> list:  # of `Problem`
     "What the Studio's evaluation doesn't know of conversations."
     if not chat: return []
-    return [f"the Studio's evaluation of {name} fills its prompt in as text, without the chat template that it is trained with: "
-            "compare adapter and base with ftnb's compare instead"]
+    text = (f"the Studio's evaluation of {name} fills its prompt in as text, without the chat template "
+            "that it is trained with: compare adapter and base with ftnb's compare instead")
+    return [Problem("prompt_id", text)]

@@ -21,7 +21,7 @@ from .models import Precision
 from .optimizers import FOLLOW_LOSS, layer_problems
 from .problems import Problem, raise_problems
 from .ranks import shards_model
-from .sharing import packing_obstacles, router_coefficient
+from .sharing import demand_problems, packing_obstacles, router_coefficient
 from .training_fields import (GREATER_IS_BETTER, IGNORED, JOB_KEYS, KNOWN_FIELDS, NOT_FOR_TRL, current_names,
                                   training_problems)
 
@@ -294,10 +294,7 @@ def _loss_problems(
     settings: TrainingSettings,  # made of the same
 ) -> list:  # of `Problem`
     "What would compute the loss in another way than the job is told to."
-    problems, padded = [], packing_obstacles(settings.config)
-    if padded and settings.shared_prefix is True:
-        key = "shared_prefix"
-        problems.append(Problem(key, f"{key} is true, but the prefix can't be shared: {'; '.join(padded)}; use auto"))
+    problems = demand_problems(settings.shared_prefix, packing_obstacles(settings.config))
     key = "liger_kernel_config"
     return problems + [Problem(key, f"{key}: {why}") for why in kernel_problems(args.liger_kernel_config)]
 

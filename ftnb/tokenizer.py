@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['find_padding_token_candidate', 'configure_tokenizer_padding', 'SharedId', 'shared_ids', 'call_tokenizer',
-           'missing_eos', 'outer_tokens', 'strip_doubled', 'encode_prompts', 'prompt_notes', 'asked_otherwise',
-           'end_note']
+           'missing_eos', 'outer_tokens', 'strip_doubled', 'encode_prompts', 'prompt_notes', 'end_notes']
 
 # %% ../nbs/20_tokenizer.ipynb #5ab0074f
 from dataclasses import dataclass
 
+from .problems import Problem, problems_with
 from .prompts import PromptTemplate
 from .tokenizer_trial import panics_as_errors
 
@@ -200,7 +200,7 @@ _EOS_BEHIND = ("the tokenizer puts {!r} after every text: programs that give the
 def prompt_notes(
     tokenizer,  # of the base model
     template: PromptTemplate,  # of the prompts
-) -> list:  # sentences
+) -> list:  # of `Problem`
     "What a template has that the tokenizer brings too."
     head, tail = outer_tokens(tokenizer)
     first = tokenizer.decode(head, skip_special_tokens=False)
@@ -209,28 +209,17 @@ def prompt_notes(
     notes = []
     if head and start.startswith(first): notes.append(_BOS_TWICE.format(first))
     if tail: notes.append(_EOS_BEHIND.format(last))
-    return notes
-
-# %% ../nbs/20_tokenizer.ipynb #345e5336
-def asked_otherwise(
-    prompt,  # a Studio prompt
-) -> str:  # a sentence, or ""
-    "Whether the Studio asks with another text than the one that is trained."
-    def text(name): return getattr(prompt, name, None) or ""
-    trained, asks, adds = map(text, ("prompt_template", "input_template", "completion_template"))
-    complete = trained.strip() and asks and adds
-    if not complete or trained == asks + adds: return ""
-    return ("prompt_template isn't input_template and then completion_template: "
-            "the first is trained, and the Studio asks with the second; make them the same text")
+    return problems_with("prompt_id", *notes)
 
 # %% ../nbs/20_tokenizer.ipynb #8ef2b61a
-def end_note(
+def end_notes(
     tokenizer,  # of the base model
     ends: list,  # ids of the tokens that end a text by the model's own settings
-) -> str:  # a sentence, or ""
+) -> list:  # of `Problem`
     "Whether programs stop where rows end."
-    if not ends or tokenizer.eos_token_id in ends: return ""
+    if not ends or tokenizer.eos_token_id in ends: return []
     named = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(list(ends))))
-    return (f"rows end in the tokenizer's EOS, {tokenizer.eos_token!r}, and the model's own settings "
-            f"(generation_config.json, config.json) end a text at {named}: programs that go by them go on after the answer; "
-            f"give them eos_token_id={tokenizer.eos_token_id}")
+    text = (f"rows end in the tokenizer's EOS, {tokenizer.eos_token!r}, and the model's own settings "
+            f"(generation_config.json, config.json) end a text at {named}: programs that go by them "
+            f"go on after the answer; give them eos_token_id={tokenizer.eos_token_id}")
+    return [Problem("base_model_id", text)]

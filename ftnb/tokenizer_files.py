@@ -9,6 +9,8 @@ __all__ = ['TOKENIZER_FILES', 'TEMPLATE_FOLDER', 'ROLES', 'SWITCHED', 'PROBES', 
 # %% ../nbs/27_tokenizer_files.ipynb #5b73c545
 import json, os, shutil
 
+from .problems import Problem
+
 # %% ../nbs/27_tokenizer_files.ipynb #ef2ca1fe
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -264,12 +266,14 @@ def check_saving(
     source: str,  # hub name or folder of the base
     rows=(),  # token ids of the rows to train on
     token: str | None = None,  # for gated models
-) -> list:  # a sentence where the adapter's tokenizer won't be the base's
+) -> list:  # a `Problem` where the adapter's tokenizer won't be the base's
     "Raise where the tokenizer beside the adapter wouldn't give the ids that are trained."
     import tempfile
     base = os.path.abspath(source) if os.path.isdir(source) else source
     with tempfile.TemporaryDirectory() as folder:
         _write_json(os.path.join(folder, "adapter_config.json"), {"peft_type": "LORA", "base_model_name_or_path": base})
         why = save_tokenizer(tokenizer, folder, source, rows, token)
-    return [f"the base's tokenizer files, as other programs read them, don't give the ids that are trained ({why[0]}): "
-            "use the tokenizer that lies beside the adapter"] if why else []
+    if not why: return []
+    text = ("the base's tokenizer files, as other programs read them, don't give the ids that are trained "
+            f"({why[0]}): use the tokenizer that lies beside the adapter")
+    return [Problem("base_model_id", text)]

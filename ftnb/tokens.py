@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['make_labels', 'length_limit', 'most_characters', 'too_many_characters', 'tokenizer_problems', 'TokenizedRows',
-           'gather_rows', 'tokenize_rows', 'boundary_note']
+           'gather_rows', 'tokenize_rows', 'boundary_notes']
 
 # %% ../nbs/24_tokens.ipynb #f9d62a44
 from dataclasses import dataclass, field, replace
@@ -435,18 +435,19 @@ def tokenize_rows(
     return replace(rows, dropped=dropped | rows.dropped)
 
 # %% ../nbs/24_tokens.ipynb #edee6025
-def boundary_note(
+def boundary_notes(
     joined: int,  # rows put together of prompt and completion, from `TokenizedRows`
     total: int,  # rows
     template: PromptTemplate,  # of the prompts
-) -> str:  # a sentence, or ""
+) -> list:  # of `Problem`
     "What became of rows whose completion would have changed the tokens of their prompt."
-    if not joined: return ""
+    if not joined: return []
     note = (f"in {joined:,} of {total:,} rows a token would join the end of the prompt to the completion: "
             "they are trained as they will be asked, the tokens of the prompt, then those of the completion")
     pieces = template.pieces[:template.completion]
     prompt = "".join(literal if name is None else literal + "x" for literal, name in pieces)
     space = prompt[len(prompt.rstrip()):]
-    if not space: return note
-    return (f"{note}; models learn and answer better where the {space!r} at the prompt's end stands "
-            "at the start of completion_template instead")
+    if space:
+        note += (f"; models learn and answer better where the {space!r} at the prompt's end stands "
+                 "at the start of completion_template instead")
+    return [Problem("prompt_id", note)]

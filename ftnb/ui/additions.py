@@ -15,7 +15,7 @@ import ftnb.corpus as corpus
 import ftnb.inputs as inputs
 import ftnb.prompts as prompts
 import ftnb.studio as studio
-from ..problems import problems_of
+from ..problems import problems_of, raise_problems
 
 # %% ../../nbs/ui/08_additions.ipynb #fd11b975
 def add_model(
@@ -28,8 +28,8 @@ def add_model(
     name = name.strip() or Path(source).name
     if source and os.path.isdir(folder):
         row = dict(type="project", location=folder)
-        problem = inputs.place_problem("models", studio.ModelRecord(id=name, **row))
-        if problem: raise ValueError(str(problem))
+        problems = inputs.location_problems("model", studio.ModelRecord(id=name, **row))
+        raise_problems(problems, "The model can't be added")
     elif re.fullmatch(choosing.HUB_NAME, source): row = dict(type="huggingface", huggingface_model_name=source)
     else:
         right = "neither a folder with a model nor a name on the hub, such as HuggingFaceTB/SmolLM2-135M"
