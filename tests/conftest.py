@@ -30,3 +30,21 @@ def chosen(request):
         items = [item for item in request.session.items if item.module is request.module and hasattr(item, "callspec")]
         return [*dict.fromkeys(item.callspec.params[name] for item in items if name in item.callspec.params)]
     return values
+
+
+TABLE = []  # of three texts: what, of what, a figure
+
+
+@pytest.fixture(scope="session")
+def tell():
+    "Put a line into the table at the end."
+    return lambda *cells: TABLE.append(tuple(map(str, cells)))
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not TABLE:
+        return
+    terminalreporter.section("figures")
+    widths = [max(len(row[i]) for row in TABLE) for i in range(3)]
+    for row in TABLE:
+        terminalreporter.write_line("  ".join(cell.ljust(width) for cell, width in zip(row, widths)))

@@ -1,11 +1,10 @@
-"""Trees of rows on a GPU: exact, end to end, with memory running out, and against TRL's way. One command, a few minutes on one card:
+"""Trees of rows on a GPU: exact, end to end, with memory running out; their speed is `test_speed.py`. One command, a few minutes on one card:
 
     pytest tests/gpu
 
 The tests of exactness run on a CPU, too; all others need a GPU and are skipped without one.
 """
 import random
-import time
 from statistics import median
 
 import pytest
@@ -240,81 +239,3 @@ def test_liger(tell):
             why = liger_problem(kind) or kernel_obstacle(model, rows, torch.finfo(getattr(torch, dtype)).eps)
             tell(f"Liger: {kind}, {dtype}", "used" if not why else "not used", why)
             assert not why or kind not in ("llama", "qwen2", "mistral"), why
-
-
-def bf16_product():
-    "FLOP a second of a matrix product, in bf16."
-    from ftnb.demo.bench import matmul_gflops
-    return matmul_gflops() * 1e9
-
-
-@pytest.fixture(scope="module")
-def llama():
-    "1.24 billion parameters, random, with LoRA on q and v."
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
-    config = LlamaConfig(vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-                         num_key_value_heads=8, max_position_embeddings=4096, tie_word_embeddings=True, attn_implementation="sdpa")
-    with torch.device("cuda"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
-    return get_peft_model(model, LoraConfig(r=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")).train()
-
-
-def step_as_tree(model, batch):
-    from ftnb.packing import packed_loss
-    from ftnb.passes import packed_passes
-    passes = packed_passes(batch, 16_384, on_gpu=True)
-    items = sum(p.num_items for p in passes)
-    for p in passes:
-        packed_loss(model, p, items).backward()
-    return sum(p.tokens_computed for p in passes), sum(len(p.positions) for p in passes)
-
-
-def step_as_trl(model, batch):
-    "Rows side by side, padded, as TRL's trainer runs them unpacked."
-    model(**batch).loss.backward()
-    return batch["input_ids"].numel(), batch["input_ids"].numel()
-
-
-def measured(model, step, batch, repeats=4):
-    "(seconds of a step, bytes at most, tokens, positions scored)"
-    import torch
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    taken = []
-    for _ in range(repeats + 1):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        tokens, positions = step(model, batch)
-        model.zero_grad()
-        torch.cuda.synchronize()
-        taken.append(time.perf_counter() - start)
-    return sorted(taken[1:])[repeats // 2], torch.cuda.max_memory_allocated(), tokens, positions
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("rows, prefix, own, times, of_peak", [
-    (64, 1000, (60, 200), 10, 0.45), (64, 235, (16, 32), 4.5, 0), (16, 235, (16, 32), 1.5, 0)])
-def test_speed(llama, rows, prefix, own, times, of_peak, tell):
-    "Against padded batches, in one run."
-    import torch
-    from ftnb.packing import packing_attention
-    g = random.Random(0)
-    head = [g.randrange(3, 128_000) for _ in range(prefix)]
-    ids = [head + [g.randrange(3, 128_000) for _ in range(g.randint(*own))] for _ in range(rows)]
-    longest = max(map(len, ids))
-    padded = torch.tensor([row + [0] * (longest - len(row)) for row in ids], device="cuda")
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids], device="cuda")
-    batch = dict(input_ids=padded, attention_mask=mask, labels=padded.masked_fill(mask == 0, -100))
-    with packing_attention(llama):
-        ours, memory, tokens, positions = measured(llama, step_as_tree, batch)
-    theirs, their_memory, *_ = measured(llama, step_as_trl, batch)
-    body = sum(p.numel() for name, p in llama.named_parameters() if "lora" not in name and "embed" not in name)
-    done = 4 * (body * tokens + 128_256 * 2048 * positions) / ours
-    share, ratio = done / bf16_product(), theirs / ours
-    tell(f"{rows} x ({prefix} + {own[0]}..{own[1]})", f"{rows / ours:.0f} rows/s, {ratio:.1f} times padded batches",
-         f"{share:.0%} of the bf16 product, {memory / 2**30:.1f} GiB of {their_memory / 2**30:.1f}")
-    assert ratio >= times
-    assert share >= of_peak
-    assert rows < 64 or memory <= their_memory / 5
