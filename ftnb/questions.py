@@ -78,6 +78,21 @@ def _check_used(
     raise_problems(problems or [Problem("", "there are no rows")], "There is nothing to compare on")
 
 # %% ../nbs/73_questions.ipynb #ba877083
+def _ask_answered(
+    rows,  # a `Dataset` of tokenized conversations
+    talks,  # the same, as `Conversation`s
+    ask,  # a function of a conversation; raises `ValueError` where it has no answer
+) -> list:  # (row, `ChatQuestion`) of those with an answer; raises where there are none
+    "Ask the conversations that end in an answer."
+    pairs = []
+    for row, talk in zip(rows, talks):
+        try: pairs.append((row, ask(talk)))
+        except ValueError: continue  # it ends in a user's turn
+    problem = Problem("", "no conversation ends in an answer of the assistant's")
+    raise_problems([] if pairs else [problem], "There is nothing to compare on")
+    return pairs
+
+# %% ../nbs/73_questions.ipynb #58603b65
 def _chat_questions(
     data,  # a `Dataset`
     tokenizer,  # with a chat template
@@ -90,18 +105,23 @@ def _chat_questions(
     used = tokenize_conversations(data, tokenizer, template, loss, max_length)
     _check_used(used)
     chat, plain = open_chat_template(tokenizer), PlainTokenizer(tokenizer)
-    features, asked, opening = [], [], answer_opening(chat)
-    for row, talk in zip(used.dataset, conversations(data.select(used.kept), template)):
-        try: question = ask_conversation(chat, plain, talk, opening)
-        except ValueError: continue  # it ends in a user's turn
-        features.append(row)
-        asked.append(question)
-    if not asked: raise_problems([Problem("", "no conversation ends in an answer of the assistant's")], "There is nothing to compare on")
+    opening = answer_opening(chat)
+    def ask(talk): return ask_conversation(chat, plain, talk, opening)
+    rows, asked = zip(*_ask_answered(used.dataset, conversations(data.select(used.kept), template), ask))
     prompts, references = tuple(q.ids for q in asked), tuple(q.reference for q in asked)
-    ends = {q.end for q in asked if q.end is not None}
-    return Questions(tuple(features), prompts, references, tuple(q.shown for q in asked), total, tuple(sorted(ends)), opening)
+    ends = sorted({q.end for q in asked if q.end is not None})
+    shown = tuple(q.shown for q in asked)
+    return Questions(rows, prompts, references, shown, total, tuple(ends), opening)
 
 # %% ../nbs/73_questions.ipynb #3f7b31dc
+def _special_texts(
+    tokenizer,  # a fast one
+) -> tuple:  # such as ("<s>", "</s>")
+    "What a tokenizer's special tokens look like in a text."
+    tokens = tokenizer.added_tokens_decoder.values()
+    return tuple(token.content for token in tokens if token.special)
+
+# %% ../nbs/73_questions.ipynb #0fedc152
 def _template_questions(
     data,  # a `Dataset`
     tokenizer,  # a fast one
@@ -111,16 +131,17 @@ def _template_questions(
     total: int,  # rows that these were taken from
 ) -> Questions:
     "Rows that are filled into a template, as questions."
-    text = map_dataset_with_prompt_template(data, template, tokenizer.eos_token)
+    eos = tokenizer.eos_token
+    text = map_dataset_with_prompt_template(data, template, eos)
     used = tokenize_rows(text, tokenizer, template, loss.completion, max_length)
     _check_used(used)
+    features = tuple(used.dataset)
     values = [{field: text[i][value_column(field)] for field in template.fields} for i in used.kept]
     shown = tuple(_shown(template, row) for row in values)
-    if not template.asks: return Questions(tuple(used.dataset), (), (), shown, total)
-    silent = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-    halves = [_halves(template, row, silent, tokenizer.eos_token) for row in values]
-    prompts, references = tuple(asked for asked, _ in halves), tuple(right.strip() for _, right in halves)
-    return Questions(tuple(used.dataset), prompts, references, shown, total)
+    if not template.asks: return Questions(features, (), (), shown, total)
+    silent = _special_texts(tokenizer)
+    prompts, rights = zip(*(_halves(template, row, silent, eos) for row in values))
+    return Questions(features, prompts, tuple(right.strip() for right in rights), shown, total)
 
 # %% ../nbs/73_questions.ipynb #af299f67
 def make_questions(
