@@ -25,8 +25,10 @@ def _prompt_ids(
     texts = [p for p in prompts if isinstance(p, str)]
     made = iter(encode_prompts(tokenizer, texts))
     rows = [next(made) if isinstance(p, str) else list(p) for p in prompts]
-    empty = [i for i, ids in enumerate(rows) if not ids]
-    problems = [Problem("", f"prompt {i} has no tokens: {prompts[i]!r}; a model needs at least one to go on from") for i in empty]
+    problems = []
+    for i, (prompt, ids) in enumerate(zip(prompts, rows)):
+        text = f"prompt {i} has no tokens: {prompt!r}; a model needs at least one to go on from"
+        if not ids: problems.append(Problem("", text))
     raise_problems(problems, "No answers can be made")
     return rows
 
@@ -44,6 +46,29 @@ def _last_logits(
     return model(input_ids=torch.tensor(ids, device=model.device), **asked).logits[:, -1]
 
 # %% ../nbs/75_generation.ipynb #0b5ec8cf
+@dataclass
+class _Walk:
+    "A batch on its way through its prompts and on through its answers."
+    prompts: list  # of lists of token ids
+    rows: list  # the same, each with its answer so far
+    unfinished: set  # numbers of the rows whose answers go on
+    at: int  # tokens of each row that the model has been given
+
+    def answer(self, i):  # of row i, so far
+        return self.rows[i][len(self.prompts[i]):]
+
+    def take(self, best, is_complete):
+        "Go on by the model's choice for each row."
+        for i in sorted(self.unfinished):
+            if len(self.rows[i]) == self.at: self.rows[i].append(best[i])
+            if is_complete(i, self.answer(i)): self.unfinished.remove(i)
+
+    def next_tokens(self):  # a list of one for each row; a finished row gives its last again
+        new = [[row[min(self.at, len(row) - 1)]] for row in self.rows]
+        self.at += 1
+        return new
+
+# %% ../nbs/75_generation.ipynb #1d096589
 def _answer_batch(
     model: "PreTrainedModel|PeftModel",  # in evaluation mode
     prompts: list,  # of lists of token ids; they share the tokens in the cache
@@ -54,21 +79,17 @@ def _answer_batch(
     "Walk through a batch of prompts and on through its answers."
     import copy, torch
     if max_new_tokens < 1: return [[] for _ in prompts]
-    rows = [list(p) for p in prompts]
+    def is_complete(i, answer): return len(answer) >= max_new_tokens or ended(i, answer)
+    numbers, shortest = range(len(prompts)), min(map(len, prompts))
+    walk = _Walk(prompts, [list(ids) for ids in prompts], set(numbers), shortest)
     cache = copy.deepcopy(cache)
-    cache.reorder_cache(torch.zeros(len(rows), dtype=torch.long))  # its one row, for each prompt
-    at = min(map(len, rows))  # tokens of each row that the model has seen
-    new = [row[cache.get_seq_length():at] for row in rows]
-    unfinished = set(range(len(rows)))
-    while unfinished:
-        best = _last_logits(model, new, cache).argmax(-1).tolist()
-        for i in sorted(unfinished):
-            if len(rows[i]) == at: rows[i].append(best[i])
-            answer = rows[i][len(prompts[i]):]
-            if len(answer) >= max_new_tokens or ended(i, answer): unfinished.remove(i)
-        new = [[row[min(at, len(row) - 1)]] for row in rows]
-        at += 1
-    return [row[len(p):] for row, p in zip(rows, prompts)]
+    first = torch.zeros(len(prompts), dtype=torch.long)
+    cache.reorder_cache(first)  # its one row, for each prompt
+    new = [ids[cache.get_seq_length():shortest] for ids in prompts]
+    while walk.unfinished:
+        walk.take(_last_logits(model, new, cache).argmax(-1).tolist(), is_complete)
+        new = walk.next_tokens()
+    return [walk.answer(i) for i in numbers]
 
 # %% ../nbs/75_generation.ipynb #a53751c0
 def _end_ids(
@@ -124,7 +145,8 @@ class _Ending:
 
     def text(self, ids):
         "The answer, as text."
-        return answer_text(self.tokenizer, [t for t in ids if t not in self.ends], self.stops, self.opening)
+        said = [token for token in ids if token not in self.ends]
+        return answer_text(self.tokenizer, said, self.stops, self.opening)
 
 # %% ../nbs/75_generation.ipynb #3ff6a200
 @contextmanager
@@ -162,14 +184,26 @@ def _answer_padless(
     done: "Callable",  # called with the number of prompts that a batch has answered
 ) -> list:  # of lists of token ids: the answers
     "Answer prompts of similar length together."
-    order, answers = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
-    shared = _shared_cache(model, prompts)
-    for at in range(0, len(order), batch_size):
-        batch = order[at:at + batch_size]
-        made = _answer_batch(model, [prompts[i] for i in batch], shared, max_new_tokens, lambda i, ids: ended(batch[i], ids))
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    shared, answers = _shared_cache(model, prompts), {}
+    for first in range(0, len(order), batch_size):
+        batch = order[first:first + batch_size]
+        def is_complete(i, ids): return ended(batch[i], ids)
+        some = [prompts[i] for i in batch]
+        made = _answer_batch(model, some, shared, max_new_tokens, is_complete)
         answers.update(zip(batch, made))
         done(len(batch))
     return [answers[i] for i in range(len(prompts))]
+
+# %% ../nbs/75_generation.ipynb #eb592348
+def _answer_rows(
+    model: "PreTrainedModel|PeftModel",  # in evaluation mode, without gradients
+    rows: list,  # of lists of token ids
+    *how,  # most tokens of an answer, prompts at a time, `ended` and `done` of `_answer_padless`
+) -> list:  # of lists of token ids: the answers
+    "Answer prompts as a tree where that pays, else in batches of similar length."
+    if tree_obstacle(model, rows): return _answer_padless(model, rows, *how)
+    with packing_attention(model): return answer_prompts(model, rows, *how)
 
 # %% ../nbs/75_generation.ipynb #cd98780b
 def generate_answers(
@@ -185,11 +219,10 @@ def generate_answers(
     opening: tuple = (),  # ids of tokens before the text of an answer, from `answer_opening`
 ) -> list:  # of str: an answer for each prompt, in order
     "The most likely answer to each prompt, token by token."
-    rows, ends = _prompt_ids(tokenizer, prompts), {*_end_ids(model, tokenizer), *ends}
-    ended = _Ending(tokenizer, ends, (stop,) if isinstance(stop, str) else tuple(stop or ()), enough, opening)
-    with evaluation_mode(model), progress_bar(total=len(rows), disable=not progress, desc="answers", unit="prompt") as bar:
-        how = rows, max_new_tokens, batch_size, ended, bar.update
-        if tree_obstacle(model, rows): answers = _answer_padless(model, *how)
-        else:
-            with packing_attention(model): answers = answer_prompts(model, *how)
+    rows = _prompt_ids(tokenizer, prompts)
+    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    ended = _Ending(tokenizer, {*_end_ids(model, tokenizer), *ends}, stops, enough, opening)
+    shown = dict(total=len(rows), disable=not progress, desc="answers", unit="prompt")
+    with evaluation_mode(model), progress_bar(**shown) as bar:
+        answers = _answer_rows(model, rows, max_new_tokens, batch_size, ended, bar.update)
     return [ended.text(ids) for ids in answers]
