@@ -17,17 +17,25 @@ from .models import made_in, unsound_weight
 from .sharing import compute_dtypes
 from .weights import read_config
 
+# %% ../nbs/54_guards.ipynb #cd4c2bd5
+def _numbers_of(
+    run: RunState,  # in training
+    step: int,  # optimizer steps before the one that is meant
+) -> list:  # of numbers; a row of a second data set has a name
+    "The rows of a step, as a person finds them."
+    first = step % run.steps_per_epoch * run.rows_per_step
+    places = run.order.rows[first:first + run.rows_per_step]
+    if not run.row_numbers: return [place + 1 for place in places]
+    return [run.row_numbers[place] for place in places]
+
 # %% ../nbs/54_guards.ipynb #b4835850
 def step_rows(
     run: RunState,  # in training
     step: int,  # optimizer steps before the one that is meant
-) -> str:  # the rows of that step, as a person finds them
-    "Which rows make the step."
+) -> str:  # the rows of that step
+    "Which rows make the step, in words."
     if not run.order or not run.order.rows: return "its rows are not known"
-    first = step % run.steps_per_epoch * run.rows_per_step
-    rows = run.order.rows[first:first + run.rows_per_step]
-    numbers = [run.row_numbers[i] if run.row_numbers else i + 1 for i in rows]
-    numbers.sort(key=lambda number: (isinstance(number, str), number))
+    numbers = sorted(_numbers_of(run, step), key=lambda number: (isinstance(number, str), number))
     shown = ", ".join(map(str, numbers[:64]))
     if len(numbers) > 64: shown += f" and {len(numbers) - 64} more"
     where = "data set" if run.row_numbers else "training rows"
@@ -72,6 +80,14 @@ def unsound_base(
     return (f"{sentence} as fp16 has them: set bf16 in place of fp16, "
             "and where that doesn't help, download the base again")
 
+# %% ../nbs/54_guards.ipynb #ba83cdb4
+def _format_of(
+    model,  # a `PeftModel`
+) -> str | None:  # None where nobody knows
+    "The number format that a model's base was made in."
+    with contextlib.suppress(Exception):  # the base may be gone by now
+        return made_in(read_config(model.get_base_model().config._name_or_path))
+
 # %% ../nbs/54_guards.ipynb #970c3dd6
 def what_helps(
     model,  # a `PeftModel` in training
@@ -82,11 +98,8 @@ def what_helps(
     if unsound: return unsound
     lower = "lower learning_rate or max_grad_norm may help"
     if not _computes_in_fp16(model, args): return f"A {lower}"
-    made = None
-    with contextlib.suppress(Exception):  # the base may be gone by now
-        made = made_in(read_config(model.get_base_model().config._name_or_path))
     base = "Layers compute in fp16, which holds nothing beyond 65,504"
-    if made == "bfloat16": base = "This base was made in bfloat16 and overflows in fp16"
+    if _format_of(model) == "bfloat16": base = "This base was made in bfloat16 and overflows in fp16"
     return f"{base}: set bf16 in place of fp16, in bnb_4bit_compute_dtype too. Else a {lower}"
 
 # %% ../nbs/54_guards.ipynb #e7c1d9a2
@@ -100,6 +113,16 @@ def _not_finite(
     if not isfinite(norm): return f"gradient's norm is {norm}"
     return "weights are beyond what float32 can compute with"
 
+# %% ../nbs/54_guards.ipynb #7117b2a7
+def _is_left_out(
+    accelerator,  # of the trainer
+    loss: float,  # of the step
+) -> bool:
+    "Does the scaler leave a step out whose gradient isn't finite?"
+    from math import isfinite
+    scaler = getattr(accelerator, "scaler", None)
+    return scaler is not None and isfinite(loss) and scaler.get_scale() >= 1
+
 # %% ../nbs/54_guards.ipynb #63babeb5
 def check_finite(
     trainer,  # with a `run`, in training
@@ -110,10 +133,9 @@ def check_finite(
     run, step = trainer.run, trainer.state.global_step
     loss, norm = float(run.step_loss), float(norm)
     run.step_loss = 0.0
-    scaler = getattr(trainer.accelerator, "scaler", None)
-    overflow = scaler is not None and isfinite(loss) and scaler.get_scale() >= 1
-    numbers = isfinite(loss) and isfinite(norm)
-    if (numbers or overflow) and weights_finite(trainer.model): return
+    fine = isfinite(loss) and isfinite(norm)
+    if not fine: fine = _is_left_out(trainer.accelerator, loss)
+    if fine and weights_finite(trainer.model): return
     raise FloatingPointError(f"the {_not_finite(loss, norm)} at step {step + 1}; {step_rows(run, step)}."
                              f" Nothing of it is saved. {what_helps(trainer.model, trainer.args)}")
 

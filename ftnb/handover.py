@@ -51,25 +51,14 @@ def _handover(
         asked=asdict(asked) if asked else None,
         parent=asdict(job.parent) if job.parent else None)
 
-# %% ../nbs/94_handover.ipynb #4cf03546
-@contextlib.contextmanager
-def handed_over(
-    job: runrecord.Job,  # from `preflight.check_job`
-    rows: runrecord.JobRows,  # from `prepare_rows`
-    asked: AskedRows | None = None,  # what is asked while the model learns
+# %% ../nbs/94_handover.ipynb #2e46cc44
+def _write_rows(
+    folder: str,  # for the rows
+    rows: runrecord.JobRows,
 ):
-    "Within this, other processes find the rows; gives a `Handover` as a dict, None where there are no others."
-    folder = os.path.join(job.args.train_out_dir, ".rows")
-    storage.clear_folder(folder)  # of a run that died
-    if ranks.process_count() == 1:
-        yield None
-        return
-    handover = _handover(folder, job, rows, asked)
-    try:
-        for name in ("train", "test"): getattr(rows, name).dataset.save_to_disk(os.path.join(folder, name))
-        storage.write_json(os.path.join(folder, "numbers.json"), rows.numbers)
-        yield asdict(handover)
-    finally: shutil.rmtree(folder, ignore_errors=True)
+    "Leave the rows for other processes."
+    for name in ("train", "test"): getattr(rows, name).dataset.save_to_disk(os.path.join(folder, name))
+    storage.write_json(os.path.join(folder, "numbers.json"), rows.numbers)
 
 # %% ../nbs/94_handover.ipynb #2a0d0c9a
 def _read_rows(
@@ -84,21 +73,53 @@ def _read_rows(
     numbers = storage.read_json(os.path.join(folder, "numbers.json"), 2**40)
     return runrecord.JobRows(train, test, ledger, {}, limit, numbers=numbers)
 
-# %% ../nbs/94_handover.ipynb #e4d9e2b4
+# %% ../nbs/94_handover.ipynb #fe33fbda
+@contextlib.contextmanager
+def handed_over(
+    job: runrecord.Job,  # from `preflight.check_job`
+    rows: runrecord.JobRows,  # from `prepare_rows`
+    asked: AskedRows | None = None,  # what is asked while the model learns
+):
+    "Within this, other processes find the rows; gives a `Handover` as a dict, None where there are no others."
+    folder = os.path.join(job.args.train_out_dir, ".rows")
+    storage.clear_folder(folder)  # of a run that died
+    if ranks.process_count() == 1:
+        yield None
+        return
+    handover = _handover(folder, job, rows, asked)
+    try:
+        _write_rows(folder, rows)
+        yield asdict(handover)
+    finally: shutil.rmtree(folder, ignore_errors=True)
+
+# %% ../nbs/94_handover.ipynb #a5dd4dba
+def _precision_here(
+    handover: Handover,  # by the first process
+) -> models.Precision:
+    "The run's precision, on this process's device."
+    precision = models.Precision(**handover.precision)
+    if precision.device == "cpu": return precision
+    return replace(precision, device=models.local_device())
+
+# %% ../nbs/94_handover.ipynb #75c31496
+def _taken_settings(
+    handover: Handover,  # by the first process
+) -> settings.TrainingSettings:
+    "The training's settings."
+    ends = settings.Ends(**handover.settings["ends"])
+    return settings.TrainingSettings(**handover.settings | {"ends": ends})
+
+# %% ../nbs/94_handover.ipynb #a5a0d5db
 def _taken_job(
     args: "JobArgs",  # of the job
     handover: Handover,  # by the first process
 ) -> runrecord.Job:  # with what training needs of it
     "The job as another process has it."
-    precision = models.Precision(**handover.precision)
-    if precision.device != "cpu": precision = replace(precision, device=models.local_device())
     model = studio.ModelRecord(**handover.model)
     records = studio.Records(model, None, None, None, handover.lora, None, None, {})
-    ends = settings.Ends(**handover.settings["ends"])
-    trained = settings.TrainingSettings(**handover.settings | {"ends": ends})
-    token = args.hf_token.reveal() if args.hf_token else None
     parent = Parent(**handover.parent) if handover.parent else None
-    return runrecord.Job(args, None, records, None, precision, trained, token, parent=parent)
+    return runrecord.Job(args, None, records, None, _precision_here(handover), _taken_settings(handover), args.token,
+                         parent=parent)
 
 # %% ../nbs/94_handover.ipynb #682fdaba
 def take_over(

@@ -28,22 +28,43 @@ def missing_resources(
     missing = [key for key, name in set_by_cloudera.items() if not (getattr(args, key) or env.get(name))]
     return [Problem(key, f"--{key} is missing: say what each of the {args.dist_num} nodes has") for key in missing]
 
+# %% ../nbs/82_nodes.ipynb #d42b1eb3
+def _starts_nodes(
+    env: "Mapping",  # environment
+) -> bool:
+    "Is there anything here that starts nodes?"
+    from importlib.util import find_spec
+    if env.get(consts.RUNTIME_PYTHON): return True
+    return any(find_spec(module) for module in ("cml", "cdsw"))
+
 # %% ../nbs/82_nodes.ipynb #53fcdc17
 def _node_problems(
     args: jobargs.JobArgs,  # of the job
     env: "Mapping",  # environment
 ) -> list:  # of `Problem`
     "Why a job can't have several nodes here."
-    from importlib.util import find_spec
     number, found = args.dist_num, []
     if number > MOST_NODES:
         found.append(Problem("dist_num", f"--dist_num {number:,}: a job has {MOST_NODES:,} nodes at most"))
     if number == 1 or "LOCAL_RANK" in env: return found
-    if find_spec("cml") or find_spec("cdsw") or env.get(consts.RUNTIME_PYTHON):
-        return found + missing_resources(args, env)
+    if _starts_nodes(env): return found + missing_resources(args, env)
     text = (f"--dist_num {number}: nodes are started by Cloudera ML's workers API, which isn't here; "
             "run the job there, or send it with 1")
     return [*found, Problem("dist_num", text)]
+
+# %% ../nbs/82_nodes.ipynb #02d69248
+def _fsdp_problems(
+    precision: models.Precision | None,  # where it is known
+    env: "Mapping",  # environment
+) -> list:  # of `Problem`
+    "Why a job can't be spread by FSDP."
+    found = []
+    if env.get("FSDP_VERSION", "1") != "2":
+        found.append(Problem("", "FSDP of version 1 is asked for: add --fsdp_version 2 to accelerate launch"))
+    if precision and precision.bnb:
+        found.append(Problem("bnb_config", "FSDP spreads a base in 16 or 32 bits, and this one is quantised (bnb_config): "
+                             "start the run without FSDP, so that each process holds it whole, or without bnb_config"))
+    return found
 
 # %% ../nbs/82_nodes.ipynb #8181a0f0
 def processes_problems(
@@ -54,10 +75,5 @@ def processes_problems(
     "Why a job can't have several nodes here, or be spread by FSDP."
     env = os.environ if env is None else env
     found = _node_problems(args, env)
-    if not ranks.shards_model(): return found
-    if env.get("FSDP_VERSION", "1") != "2":
-        found.append(Problem("", "FSDP of version 1 is asked for: add --fsdp_version 2 to accelerate launch"))
-    if precision and precision.bnb:
-        found.append(Problem("bnb_config", "FSDP spreads a base in 16 or 32 bits, and this one is quantised (bnb_config): "
-                             "start the run without FSDP, so that each process holds it whole, or without bnb_config"))
+    if ranks.shards_model(): found += _fsdp_problems(precision, env)
     return found

@@ -24,19 +24,25 @@ def _later_command(
     database = [] if "://" in place else ["--db", place]
     return shlex.join(["ftnb_register", os.path.abspath(out_dir), *database])
 
-# %% ../nbs/93_registering.ipynb #7ec0888f
+# %% ../nbs/93_registering.ipynb #5988b75d
+def _later(
+    job: runrecord.Job,  # that couldn't register its adapter
+) -> str:  # lines for the log; the last one is the command
+    "What its owner can do."
+    out_dir = job.args.out_dir
+    command = _later_command(out_dir, studio.studio_place(job.engine))
+    return (f"The adapter stays, whole, in {out_dir}. "
+            f"This registers it (--name NAME gives it another name):\n{command}")
+
+# %% ../nbs/93_registering.ipynb #c8fef81c
 def register_job(
     job: runrecord.Job,  # whose adapter is in its place
     wait: float = 300,  # seconds to go on trying while the database is in use
 ) -> str:  # id of the adapter
     "Register the adapter of a job; where that fails, say how to do it later."
-    out_dir = job.args.out_dir
     try: return registry.register_adapter(job.engine, **registry.registration(job.args), wait=wait)
-    except Exception as e:
-        command = _later_command(out_dir, studio.studio_place(job.engine))
-        advice = "This registers it (--name NAME gives it another name)"
-        said = f"{e}\nThe adapter stays, whole, in {out_dir}. {advice}:\n{command}"
-        raise RuntimeError(said) from (None if isinstance(e, ValueError) else e)
+    except ValueError as e: raise RuntimeError(f"{e}\n{_later(job)}") from None
+    except Exception as e: raise RuntimeError(f"{e}\n{_later(job)}") from e
 
 # %% ../nbs/93_registering.ipynb #38370d1b
 def _check_rows(
@@ -49,7 +55,16 @@ def _check_rows(
     problems = [f"{table} {id}: there is no such row" for table, id in missing]
     raise_problems(problems, f"The job's records aren't in {studio.studio_place(engine)}")
 
-# %% ../nbs/93_registering.ipynb #8039d403
+# %% ../nbs/93_registering.ipynb #80278cc8
+def _location(
+    out_dir: "str | Path",  # folder of a job's adapter
+    args: "JobArgs",  # of the job
+) -> str:  # for the row
+    "Where an adapter is: as the job was told, unless it was moved."
+    moved = os.path.realpath(out_dir) != os.path.realpath(args.out_dir)
+    return os.path.abspath(out_dir) if moved else args.out_dir
+
+# %% ../nbs/93_registering.ipynb #d32214f6
 def register_saved(
     out_dir: "str | Path",  # folder of a job's adapter
     db: "str | Path | None" = None,  # path or URL of the Studio database; default: what the job would use
@@ -62,12 +77,11 @@ def register_saved(
     if not name: raise ValueError("the job was told no adapter_name: give one (--name)")
     engine = studio.open_studio(db or studio.studio_url())
     _check_rows(engine, args)
-    moved = os.path.realpath(out_dir) != os.path.realpath(args.out_dir)
-    location = os.path.abspath(out_dir) if moved else args.out_dir
     wanted = registry.registration(replace(args, adapter_name=name, auto_add_adapter=True))
-    return registry.register_adapter(engine, **wanted | {"location": location}, wait=wait)
+    wanted["location"] = _location(out_dir, args)
+    return registry.register_adapter(engine, **wanted, wait=wait)
 
-# %% ../nbs/93_registering.ipynb #871ca6ac
+# %% ../nbs/93_registering.ipynb #9319a46f
 def _register_parser() -> "ArgumentParser":
     "The arguments of `ftnb_register`."
     from argparse import ArgumentParser
@@ -75,10 +89,11 @@ def _register_parser() -> "ArgumentParser":
     usual_db = f"{consts.STUDIO_DB}, else {consts.STUDIO_DB_DEFAULT}"
     waiting = "how long to go on trying while the database is in use (default: %(default)s)"
     parser = ArgumentParser("ftnb_register", description=about)
-    parser.add_argument("out_dir", metavar="OUT_DIR", help="folder of the adapter, with its run.json")
-    parser.add_argument("--db", help=f"path or URL of the Studio database (default: {usual_db})")
-    parser.add_argument("--name", help="name for the adapter (default: what the job was told)")
-    parser.add_argument("--wait", type=float, default=300, metavar="SECONDS", help=waiting)
+    option = parser.add_argument
+    option("out_dir", metavar="OUT_DIR", help="folder of the adapter, with its run.json")
+    option("--db", help=f"path or URL of the Studio database (default: {usual_db})")
+    option("--name", help="name for the adapter (default: what the job was told)")
+    option("--wait", type=float, default=300, metavar="SECONDS", help=waiting)
     return parser
 
 # %% ../nbs/93_registering.ipynb #f268d7f3

@@ -39,6 +39,28 @@ class Answer:
         "May it have been carried out, although the answer doesn't say so?"
         return self.sent and self.passing and self.status != 429
 
+# %% ../../nbs/cluster/3_api.ipynb #d9e4bc1e
+def _json_object(
+    text: str,  # of an answer
+) -> dict | None:  # None where it is none
+    "What an answer holds; nothing is an empty object."
+    if not text: return {}
+    try: data = json.loads(text)
+    except (ValueError, RecursionError): return None
+    return data if isinstance(data, dict) else None
+
+# %% ../../nbs/cluster/3_api.ipynb #2a2b3860
+def _words_of(
+    status: int,  # of HTTP
+    text: str,  # of the answer
+    data: dict | None,  # from `_json_object`
+) -> str:  # a line; "" where nothing went wrong
+    "What an answer says of itself."
+    said = "an answer that isn't a JSON object"
+    if data is not None: said = str(data.get("message") or data.get("error") or "")
+    if status >= 300 and (data is None or not said): said = text[:200]
+    return printable(" ".join(said.split()), keep="")
+
 # %% ../../nbs/cluster/3_api.ipynb #e5fb4c5c
 def _read_answer(
     status: int,  # of HTTP
@@ -48,13 +70,9 @@ def _read_answer(
     "Read an answer, whatever it is."
     if isinstance(text, bytes): text = text.decode("utf-8", "replace")
     text = (text or "").strip()
-    try: data = json.loads(text) if text else {}
-    except (ValueError, RecursionError): data = None
-    if isinstance(data, dict): said = str(data.get("message") or data.get("error") or "")
-    else: data, said = None, "an answer that isn't a JSON object"
-    if status >= 300 and (data is None or not said): said = text[:200]
-    wait = float(after) if re.fullmatch(r"\d{1,6}(\.\d+)?", after or "") else 0
-    return Answer(status, data, printable(" ".join(said.split()), keep=""), min(wait, 60))
+    data, wait = _json_object(text), 0
+    if re.fullmatch(r"\d{1,6}(\.\d+)?", after or ""): wait = min(float(after), 60)
+    return Answer(status, data, _words_of(status, text, data), wait)
 
 # %% ../../nbs/cluster/3_api.ipynb #a34ca6ed
 def _within(
@@ -120,6 +138,16 @@ def _ask_httpx(
         return Answer(said=str(e) or "no connection", sent=False)
     except (httpx.HTTPError, ValueError) as e: return Answer(said=str(e) or type(e).__name__)
 
+# %% ../../nbs/cluster/3_api.ipynb #661af1a0
+def _answer_in(
+    e: Exception,  # of `cmlapi`
+) -> Answer:
+    "What an error says of a call."
+    if getattr(e, "status", 0): return _read_answer(e.status, e.body, (e.headers or {}).get("Retry-After"))
+    why = getattr(e, "reason", None) or e
+    never_left = ("NewConnectionError", "ConnectTimeoutError", "NameResolutionError")
+    return Answer(said=str(why), sent=type(why).__name__ not in never_left)
+
 # %% ../../nbs/cluster/3_api.ipynb #fd238e2d
 def _ask_cmlapi(
     workspace: Workspace,
@@ -130,16 +158,13 @@ def _ask_cmlapi(
 ) -> Answer:  # within the timeout
     "Make a call with the workspace's own client."
     import cmlapi
-    given = ids | query | ({} if body is None else {"body": body})
+    given = ids | query
+    if body is not None: given["body"] = body
     try:
         client = cmlapi.default_client(url=workspace.url, cml_api_key=workspace.key.reveal())
         found = getattr(client, call)(project_id=workspace.project, _request_timeout=workspace.timeout, **given)
         return Answer(200, found.to_dict())
-    except Exception as e:
-        if getattr(e, "status", 0): return _read_answer(e.status, e.body, (e.headers or {}).get("Retry-After"))
-        why = getattr(e, "reason", None) or e
-        never_left = ("NewConnectionError", "ConnectTimeoutError", "NameResolutionError")
-        return Answer(said=str(why), sent=type(why).__name__ not in never_left)
+    except Exception as e: return _answer_in(e)
 
 # %% ../../nbs/cluster/3_api.ipynb #f1d8babf
 def _texts_without(
@@ -152,6 +177,17 @@ def _texts_without(
     if isinstance(value, dict): return {_texts_without(k, key): _texts_without(v, key) for k, v in value.items()}
     return value
 
+# %% ../../nbs/cluster/3_api.ipynb #2445f0ed
+def _client():  # `_ask_cmlapi` or `_ask_httpx`
+    "What makes the calls here, imported before a clock starts."
+    from importlib import import_module
+    from importlib.util import find_spec
+    if "cmlapi" in sys.modules or find_spec("cmlapi"):
+        import_module("cmlapi")
+        return _ask_cmlapi
+    import_module("httpx")
+    return _ask_httpx
+
 # %% ../../nbs/cluster/3_api.ipynb #06c98239
 def ask(
     workspace: Workspace,  # that is asked
@@ -161,14 +197,9 @@ def ask(
     **ids,  # job_id, run_id
 ) -> Answer:  # whatever happens
     "Make a call, once."
-    from importlib import import_module
-    from importlib.util import find_spec
-    client = "cmlapi" if "cmlapi" in sys.modules or find_spec("cmlapi") else "httpx"
-    import_module(client)  # before the clock starts
-    make = _ask_cmlapi if client == "cmlapi" else _ask_httpx
+    make, key = _client(), workspace.key.reveal()
     answer = _within(workspace.timeout, lambda: make(workspace, call, body, query or {}, ids))
-    data = _texts_without(answer.data, workspace.key.reveal())
-    return replace(answer, data=data, said=jobargs.without_secrets(answer.said, workspace.key.reveal()))
+    return replace(answer, data=_texts_without(answer.data, key), said=jobargs.without_secrets(answer.said, key))
 
 # %% ../../nbs/cluster/3_api.ipynb #d436c2e5
 class ClouderaError(RuntimeError):
@@ -210,6 +241,15 @@ def _error(
     e.status, e.unclear = answer.status, answer.unclear
     return e
 
+# %% ../../nbs/cluster/3_api.ipynb #cabdd3be
+def _pause(
+    workspace: Workspace,
+    answer: Answer,  # of the last try
+    n: int,  # its number, from 0
+):
+    "Wait before another try: as long as the server asks, else longer each time."
+    if n + 1 < workspace.tries: time.sleep(answer.after or workspace.pause * 2**n)
+
 # %% ../../nbs/cluster/3_api.ipynb #ab857a20
 def call(
     workspace: Workspace,  # that is asked
@@ -223,9 +263,9 @@ def call(
         answer = ask(workspace, name, None, query, **ids)
         if answer.good: return answer.data
         if deletes and answer.status == 404 and n: return {}  # an earlier try did it
-        again = answer.passing or (deletes and answer.status == 409)  # a run of it is just ending
-        if not again or n + 1 == workspace.tries: break
-        time.sleep(answer.after or workspace.pause * 2**n)
+        still_runs = deletes and answer.status == 409
+        if not answer.passing and not still_runs: break
+        _pause(workspace, answer, n)
     raise _error(workspace, name, answer, n + 1)
 
 # %% ../../nbs/cluster/3_api.ipynb #26dc6f70
@@ -237,6 +277,22 @@ def id_of(
     usable = isinstance(id, str) and re.fullmatch(r"[\w-][\w.-]{0,127}", id)
     return id if usable else ""
 
+# %% ../../nbs/cluster/3_api.ipynb #291b9099
+def _pages(
+    workspace: Workspace,  # that is asked
+    name: str,  # list_jobs or list_job_runs
+    query: dict,  # for the address
+    **ids,  # job_id
+):
+    "The pages of a list, one after the other."
+    asked = {"page_size": 100} | query
+    for _ in range(1000):
+        page = call(workspace, name, asked, **ids)
+        yield page
+        token = page.get("next_page_token")
+        if not token or not isinstance(token, str): return
+        asked = asked | {"page_token": token}
+
 # %% ../../nbs/cluster/3_api.ipynb #0b781581
 def list_all(
     workspace: Workspace,  # that is asked
@@ -245,16 +301,10 @@ def list_all(
     **ids,  # job_id
 ) -> list:  # of dictionaries with an id
     "All pages of a list."
-    kind = name.removeprefix("list_")
-    asked = {"page_size": 100} | (query or {})
-    found = []
-    for _ in range(1000):  # a server may give tokens for ever
-        page = call(workspace, name, asked, **ids)
+    kind, found = name.removeprefix("list_"), []
+    for page in _pages(workspace, name, query or {}, **ids):
         some = page.get(kind)
-        if isinstance(some, list): found += [o for o in some if id_of(o)]
-        token = page.get("next_page_token")
-        if not token or not isinstance(token, str): break
-        asked = asked | {"page_token": token}
+        if isinstance(some, list): found += [one for one in some if id_of(one)]
     return found
 
 # %% ../../nbs/cluster/3_api.ipynb #e8d9fdf5
@@ -282,6 +332,18 @@ def _look_for(
         time.sleep(min(pause, left))
         pause = min(2 * pause, 5)
 
+# %% ../../nbs/cluster/3_api.ipynb #a62ee231
+def _ask_to_create(
+    workspace: Workspace,  # that is asked
+    name: str,  # create_job or create_job_run
+    body: dict,  # to send as JSON
+    ids: dict,  # job_id
+) -> Answer:  # good only with an id
+    "Ask once."
+    answer = ask(workspace, name, body, **ids)
+    if not answer.good or id_of(answer.data): return answer
+    return replace(answer, data=None, said="an answer without an id")
+
 # %% ../../nbs/cluster/3_api.ipynb #a12b765a
 def create(
     workspace: Workspace,  # that is asked
@@ -293,16 +355,15 @@ def create(
     "Create something, and never two of it."
     unclear = False
     for n in range(workspace.tries):
-        answer = ask(workspace, name, body, **ids)
-        if answer.good and id_of(answer.data): return answer.data
-        if answer.good: answer = replace(answer, data=None, said="an answer without an id")
+        answer = _ask_to_create(workspace, name, body, ids)
+        if answer.good: return answer.data
         unclear = unclear or answer.unclear
         if answer.unclear or (unclear and answer.status == 409):
             found = _look_for(find, 0 if answer.status else workspace.timeout, workspace.pause)
             if found: return found
             if found is False or answer.status < 300: break  # nobody can tell, or it may still come
         elif not answer.passing: break
-        if n + 1 < workspace.tries: time.sleep(answer.after or workspace.pause * 2**n)
+        _pause(workspace, answer, n)
     e = _error(workspace, name, answer, n + 1)
     e.unclear = unclear
     raise e
