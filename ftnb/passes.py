@@ -10,6 +10,7 @@ __all__ = ['LEAST_ON_GPU', 'token_bytes', 'tokens_per_pass', 'weigh_prompts', 'p
 import contextlib, ctypes
 from collections import defaultdict
 from dataclasses import dataclass, field
+from math import sqrt
 
 from .gpu_layers import kernel_obstacle, liger_layers, liger_problem
 from .metrics import RunState
@@ -144,6 +145,19 @@ def _packed_pass(
     if train: trainer.accelerator.backward(loss)
     return loss.detach()
 
+# %% ../nbs/63_passes.ipynb #25e9b281
+def _fit_noise(
+    trainer,  # a `RowTrainer`
+    batch,  # a `PackedBatch`, about to be run
+    longest: int,  # tokens of the longest row of the step
+):  # the batch
+    "Make NEFTune's noise (https://arxiv.org/abs/2310.05914) as large as in a padded batch of the step's rows."
+    alpha = trainer.args.neftune_noise_alpha
+    if alpha is None: return batch
+    embeddings = causal_model(trainer.model).get_input_embeddings()
+    embeddings.neftune_noise_alpha = alpha * sqrt(batch.input_ids.shape[1] / longest)
+    return batch
+
 # %% ../nbs/63_passes.ipynb #d7d650de
 def _flat_passes(
     trainer,  # a `RowTrainer`
@@ -154,6 +168,7 @@ def _flat_passes(
 ) -> _Passed:
     "Forward, and backward while training, of this process's rows in flat passes."
     rows, _ = trainer.share(inputs)
+    longest = inputs["input_ids"].shape[1]
     prompt_weight = trainer.prompt_weight if train else 0.0
     on_gpu = trainer.accelerator.device.type != "cpu"
     passes = packed_passes(rows, trainer.run.budget, keeps_prefix(model), prompt_weight, on_gpu)
@@ -161,9 +176,10 @@ def _flat_passes(
     computed = sum(batch.tokens_computed for batch in passes)
     factor = trainer.accelerator.num_processes if train and num_items is not None else 1
     if num_items is None: num_items = sum(batch.num_items for batch in passes)
-    def compute(batch): return _packed_pass(trainer, model, batch, num_items, factor, train)
+    def noisy(batch): return _fit_noise(trainer, batch, longest)
+    def compute(batch): return _packed_pass(trainer, model, noisy(batch), num_items, factor, train)
     if passes[0].rows: return _Passed(sum(_each_pass(trainer, model, passes, compute, train)), computed)
-    with trainer.compute_loss_context_manager(): prefix = KeptPrefix(model, passes[0], num_items)
+    with trainer.compute_loss_context_manager(): prefix = KeptPrefix(model, noisy(passes[0]), num_items)
     losses = _each_pass(trainer, model, passes[1:], compute, train)
     if train: prefix.backward()
     return _Passed(sum(losses, prefix.loss.detach()), computed)

@@ -25,7 +25,6 @@ class OtherLoss:
 ANOTHER_LOSS = {  # key -> what it asks for
     "label_smoothing_factor": OtherLoss((None, 0), "each label is spread over the whole vocabulary"),
     "loss_type": OtherLoss((None, "nll", "chunked_nll"), "each token's loss is weighted by its probability"),
-    "neftune_noise_alpha": OtherLoss((None,), "each row has noise of its own, by its length"),
     "torch_compile": OtherLoss((None, False), "a compiled model takes padded batches"),
     "torch_compile_backend": OtherLoss((None,), "a compiled model takes padded batches"),
     "torch_compile_mode": OtherLoss((None,), "a compiled model takes padded batches"),
