@@ -67,7 +67,9 @@ def _opener(
 ) -> str:  # such as "AutoModelForCausalLM"
     "The class of transformers that opens a base; the usual one where that can't be found out here."
     from transformers import AutoConfig
-    try: found = matching.auto_class(AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False))
+    try:
+        config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
+        found = matching.auto_class(config)
     except (OSError, ValueError): found = None
     return found.__name__ if found else "AutoModelForCausalLM"
 
@@ -85,10 +87,11 @@ def _adapter_name(
 def read_adapter(
     out_dir: "str | Path",  # folder of an adapter
     record: runrecord.RunRecord | None = None,  # of the run; default: its run.json
-) -> SavedAdapter:
-    "Read what there is to know of an adapter before it is asked; raises where the folder holds none."
+) -> SavedAdapter:  # raises where the folder holds none
+    "Read what there is to know of an adapter before it is asked."
     lora = saved_lora(out_dir)
-    record = record or runrecord.RunRecord.from_dict(runrecord.read_object(Path(out_dir)/"run.json"))
+    written = Path(out_dir)/"run.json"
+    record = record or runrecord.RunRecord.from_dict(runrecord.read_object(written))
     base = lora.get("base_model_name_or_path") or ""
     return SavedAdapter(
         str(out_dir), base, _adapter_name(out_dir, record), lora_settings.saved_rank(lora),
@@ -124,20 +127,35 @@ def _asking_lines(
     return [*given, f"prompt = {' + '.join(parts)}"]
 
 # %% ../nbs/90_usage.ipynb #ffefb15b
+_OPEN = """
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+folder = {folder!r}
+model = AutoPeftModelForCausalLM.from_pretrained(folder).eval()
+tokenizer = AutoTokenizer.from_pretrained(folder)
+"""  # with a base of the usual class
+
+# %% ../nbs/90_usage.ipynb #261269b7
+_OPEN_BASE = """
+from peft import PeftConfig, PeftModel
+from transformers import {opener}, AutoTokenizer
+
+folder = {folder!r}
+source = PeftConfig.from_pretrained(folder).base_model_name_or_path
+base = {opener}.from_pretrained(source)
+model = PeftModel.from_pretrained(base, folder).eval()
+tokenizer = AutoTokenizer.from_pretrained(folder)
+"""  # with any other
+
+# %% ../nbs/90_usage.ipynb #4bdc0879
 def _opening_lines(
     adapter: SavedAdapter,  # from `read_adapter`
 ) -> list:  # of code
     "Lines that open base and adapter."
-    if adapter.opener == "AutoModelForCausalLM":
-        imports = ["from peft import AutoPeftModelForCausalLM", "from transformers import AutoTokenizer"]
-        model = ["model = AutoPeftModelForCausalLM.from_pretrained(folder).eval()"]
-    else:
-        imports = ["from peft import PeftConfig, PeftModel", f"from transformers import {adapter.opener}, AutoTokenizer"]
-        model = ["source = PeftConfig.from_pretrained(folder).base_model_name_or_path",
-                 f"base = {adapter.opener}.from_pretrained(source)",
-                 "model = PeftModel.from_pretrained(base, folder).eval()"]
-    tokenizer = "tokenizer = AutoTokenizer.from_pretrained(folder)"
-    return [*imports, "", f"folder = {adapter.folder!r}", *model, tokenizer]
+    is_usual = adapter.opener == "AutoModelForCausalLM"
+    lines = _OPEN if is_usual else _OPEN_BASE
+    return lines.format(folder=adapter.folder, opener=adapter.opener).strip().splitlines()
 
 # %% ../nbs/90_usage.ipynb #9bde51b0
 _ANSWER_LINES = ("answer = model.generate(**inputs, max_new_tokens=64, do_sample=False, eos_token_id=tokenizer.eos_token_id)",
@@ -153,7 +171,8 @@ def python_lines(
         turns = '[{"role": "user", "content": prompt}]'
         options = 'add_generation_prompt=True, return_dict=True, return_tensors="pt"'
         tokens = f"inputs = tokenizer.apply_chat_template({turns}, {options})"
-    return "\n".join([*_opening_lines(adapter), "", *_asking_lines(adapter), tokens, *_ANSWER_LINES])
+    asking = [*_asking_lines(adapter), tokens, *_ANSWER_LINES]
+    return "\n".join([*_opening_lines(adapter), "", *asking])
 
 # %% ../nbs/90_usage.ipynb #d38f5bd8
 def vllm_rank(
@@ -176,9 +195,9 @@ def vllm_command(
 ) -> str:  # for a shell
     "The command that serves an adapter."
     if merged: return shell("vllm", "serve", merged, "--served-model-name", adapter.name)
-    rank = vllm_rank(adapter.rank)
+    room = ["--enable-lora", "--max-lora-rank", vllm_rank(adapter.rank)]
     module = f"{adapter.name}={adapter.folder}"
-    return shell("vllm", "serve", adapter.base, "--enable-lora", "--max-lora-rank", rank, "--lora-modules", module)
+    return shell("vllm", "serve", adapter.base, *room, "--lora-modules", module)
 
 # %% ../nbs/90_usage.ipynb #4d08a2c7
 def _request(
@@ -187,7 +206,8 @@ def _request(
     "What a server is asked."
     filled_in = "".join(text if column is None else f"{text}..." for text, column in adapter.pieces)
     prompt = "..." if adapter.free else filled_in
-    asked = {"messages": [{"role": "user", "content": prompt}]} if adapter.chat else {"prompt": prompt}
+    asked = {"prompt": prompt}
+    if adapter.chat: asked = {"messages": [{"role": "user", "content": prompt}]}
     return {"model": adapter.name, **asked, "max_tokens": 64, "temperature": 0}
 
 # %% ../nbs/90_usage.ipynb #d67fa6dc
@@ -196,9 +216,10 @@ def ask_server(
     url: str = "http://localhost:8000",  # of the server
 ) -> str:  # for a shell
     "A command that asks a server of OpenAI's kind, as vLLM and llama.cpp have."
-    path = "chat/completions" if adapter.chat else "completions"
+    place = "chat/completions" if adapter.chat else "completions"
     body = json.dumps(_request(adapter), ensure_ascii=False)
-    return shell("curl", "-s", f"{url}/v1/{path}", "-H", "Content-Type: application/json", "-d", body)
+    is_json = "Content-Type: application/json"
+    return shell("curl", "-s", f"{url}/v1/{place}", "-H", is_json, "-d", body)
 
 # %% ../nbs/90_usage.ipynb #1e9c63af
 @dataclass(frozen=True)
@@ -224,12 +245,13 @@ def _with_ftnb(
     adapter: SavedAdapter,  # from `read_adapter`
 ) -> tuple:  # of `Way`
     "Ways that need this package."
-    place, name = f"{adapter.name}-ollama", adapter.name.lower()
-    merging = f"from ftnb.all import merge_adapter\n\nmerge_adapter({adapter.folder!r}, 'merged')  # a new folder"
-    exporting = f"from ftnb.all import export\n\nexport({adapter.folder!r}, 'ollama', {place!r})"
-    making, running = shell("ollama", "create", name, "-f", f"{place}/Modelfile"), shell("ollama", "run", name)
-    return (Way("Merge it into its base", "python", merging),
-            Way("Write it for Ollama", "python", exporting),
+    folder, place, name = adapter.folder, f"{adapter.name}-ollama", adapter.name.lower()
+    merging = f"merge_adapter({folder!r}, 'merged')  # a new folder"
+    exporting = f"export({folder!r}, 'ollama', {place!r})"
+    making = shell("ollama", "create", name, "-f", f"{place}/Modelfile")
+    running = shell("ollama", "run", name)
+    return (Way("Merge it into its base", "python", f"from ftnb.all import merge_adapter\n\n{merging}"),
+            Way("Write it for Ollama", "python", f"from ftnb.all import export\n\n{exporting}"),
             Way("and run it there", "sh", f"{making}\n{running}"))
 
 # %% ../nbs/90_usage.ipynb #7555a31a
@@ -244,14 +266,23 @@ class Usage:
 
     __repr__ = __str__
 
-    def markdown(self) -> str:
-        "The same for a README."
-        return "\n\n".join(f"{way.title}:\n\n```{way.language}\n{way.lines}\n```" for way in self.ways)
+# %% ../nbs/90_usage.ipynb #ad7c4eea
+@patch
+def markdown(self: Usage) -> str:
+    "The same for a README."
+    parts = [f"{way.title}:\n\n```{way.language}\n{way.lines}\n```" for way in self.ways]
+    return "\n\n".join(parts)
 
-    def _repr_html_(self):
-        look = "tabindex='0' style='white-space:pre-wrap;overflow-wrap:anywhere;overflow:visible;line-height:1.35'"
-        parts = (f"<div><b>{escape(way.title)}</b><pre {look}>{escape(way.lines)}</pre></div>" for way in self.ways)
-        return "".join(parts)
+# %% ../nbs/90_usage.ipynb #b88c42ca
+@patch
+def _repr_html_(self: Usage) -> str:
+    "The same for a page."
+    wrapped = "white-space:pre-wrap;overflow-wrap:anywhere;overflow:visible;line-height:1.35"
+    page = ""
+    for way in self.ways:
+        lines = f"<pre tabindex='0' style='{wrapped}'>{escape(way.lines)}</pre>"
+        page += f"<div><b>{escape(way.title)}</b>{lines}</div>"
+    return page
 
 # %% ../nbs/90_usage.ipynb #613c42e2
 def ways_to_use(
