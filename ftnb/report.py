@@ -30,7 +30,8 @@ def run_settings(
     found = {kind: record.records.get(kind, {}).get("name") for kind in ("model", "prompt")}
     for kind in ("precision", "training", "lora", "bnb"): found |= record.used.get(kind, {})
     for key in ("dataset_fraction", "train_test_split"): found[key] = record.given.get(key)
-    return {k: v for k, v in found.items() if v is not None and k not in _NO_SETTINGS}
+    known = {name: value for name, value in found.items() if value is not None}
+    return {name: value for name, value in known.items() if name not in _NO_SETTINGS}
 
 # %% ../nbs/91_report.ipynb #1501a579
 def differing(
@@ -93,11 +94,12 @@ def _asked_figures(
     record: runrecord.RunRecord,  # of the run
 ) -> dict:  # name -> (figure of the base, of the adapter)
     "What came of asking base and adapter the same."
-    names = {"loss": "held-out loss", "perplexity": "perplexity", "score": str(record.comparison.get("metric"))}
     models = record.comparison.get("models", {})
     if not isinstance(models, dict): return {}
     base, adapter = models.get("base", {}), models.get("adapter", {})
     if not (isinstance(base, dict) and isinstance(adapter, dict)): return {}
+    score = str(record.comparison.get("metric"))
+    names = {"loss": "held-out loss", "perplexity": "perplexity", "score": score}
     pairs = {name: (base.get(key), adapter.get(key)) for key, name in names.items()}
     return {name: pair for name, pair in pairs.items() if _are_numbers(pair)}
 
@@ -133,10 +135,11 @@ def _result_rows(
     metrics: curves.RunMetrics,  # of the run
 ) -> list:  # [what, value]
     "What came of a run: its last numbers, or those of its curves."
-    compared = ("eval_loss_before", "eval_loss") if comparison_figures(record) else ()  # they have a table of their own
     numbers = {} if record.metrics else _curve_results(metrics)
+    has_table = bool(comparison_figures(record))  # of base and adapter
     for name, value in record.metrics.items():
-        if name not in compared: numbers[_RESULT_NAMES.get(name, name.replace("_", " "))] = value
+        if has_table and name in ("eval_loss_before", "eval_loss"): continue
+        numbers[_RESULT_NAMES.get(name, name.replace("_", " "))] = value
     if record.seconds is not None: numbers["whole job"] = progress.short_time(record.seconds)
     return [[name, value] for name, value in numbers.items() if isinstance(value, (int, float, str))]
 
@@ -148,7 +151,8 @@ def _answer_rows(
     changed = record.comparison.get("changed")
     if not isinstance(changed, list): return []
     columns = ("asked", "expected", "base", "adapter")
-    return [[str(answer.get(c, "")) for c in columns] for answer in changed[:20] if isinstance(answer, dict)]
+    answers = [answer for answer in changed[:20] if isinstance(answer, dict)]
+    return [[str(answer.get(column, "")) for column in columns] for answer in answers]
 
 # %% ../nbs/91_report.ipynb #8db36845
 def _ledger_lines(
@@ -161,18 +165,27 @@ def _ledger_lines(
     except (KeyError, TypeError, ValueError, AttributeError): return []
 
 # %% ../nbs/91_report.ipynb #89250caa
+def _state_note(
+    metrics: curves.RunMetrics,  # from `read_metrics`
+) -> str:  # "" where there is nothing to say
+    "What a run's state gives reason to say."
+    state = curves.run_state(metrics)
+    if state == "waiting": return f"there is no line in {metrics.path} yet"
+    if state != "silent": return ""
+    return "a run that says nothing evaluates, saves, waits for its machine, or was killed: its log tells"
+
+# %% ../nbs/91_report.ipynb #7bac0fd8
 def run_notes(
     metrics: curves.RunMetrics,  # from `read_metrics`
 ) -> list:  # sentences, the latest last
     "What there is to say about a run."
     notes = [f"step {step:,}: {text}" for step, text in metrics.messages if text]
-    notes += [f"{name} wasn't a finite number at step {step:,}" for name, step in metrics.bad.items()]
+    for name, step in metrics.bad.items():
+        notes.append(f"{name} wasn't a finite number at step {step:,}")
     lines = "1 line" if metrics.unread == 1 else f"{metrics.unread:,} lines"
     if metrics.unread: notes.append(f"{lines} of {metrics.path.name} couldn't be read")
-    state = curves.run_state(metrics)
-    if state == "silent": notes.append("a run that says nothing evaluates, saves, waits for its machine, or was killed: its log tells")
-    if state == "waiting": notes.append(f"there is no line in {metrics.path} yet")
-    return notes
+    said = _state_note(metrics)
+    return [*notes, said] if said else notes
 
 # %% ../nbs/91_report.ipynb #0b4e7d92
 def _source_rows(
@@ -200,6 +213,33 @@ def _arguments_html(
     return arguments and f"<code>{html_cell(arguments, 20_000)}</code>"
 
 # %% ../nbs/91_report.ipynb #3e6a9c18
+def _lines_html(
+    texts: list,  # sentences
+) -> str:  # HTML
+    "Sentences, a line each."
+    return "".join(f"<div>{html_cell(text)}</div>" for text in texts)
+
+# %% ../nbs/91_report.ipynb #f8c97c91
+def _compared_html(
+    record: runrecord.RunRecord,  # of the run
+) -> str:  # HTML; "" where they weren't compared
+    "How base and adapter did, and the answers that the adapter changed."
+    figures = [[name, *pair] for name, pair in comparison_figures(record).items()]
+    answers = html_table(["asked", "expected", "base", "adapter"], _answer_rows(record))
+    return html_table(["figure", "base", "adapter"], figures) + answers
+
+# %% ../nbs/91_report.ipynb #d03cf945
+def _origin_parts(
+    record: runrecord.RunRecord,  # of the run; may be empty
+) -> dict:  # heading -> HTML; "" where there is nothing to say
+    "What a run was made from, and how."
+    versions = [list(item) for item in record.versions.items()]
+    return {"Settings": html_table(["setting", "asked", "used"], _settings_rows(record)),
+            "Made from": html_table(["what", "name", "SHA-256"], _source_rows(record)),
+            "Versions": html_table(["package", "version"], versions[:40]),
+            "Arguments": _arguments_html(record)}
+
+# %% ../nbs/91_report.ipynb #4305ddce
 def _page_parts(
     metrics: curves.RunMetrics,  # of the run
     record: runrecord.RunRecord,  # of the run; may be empty
@@ -207,22 +247,23 @@ def _page_parts(
     ways: str,  # HTML: how the adapter is used
 ) -> dict:  # heading -> HTML; "" where there is nothing to say
     "What a report says, under its headings."
-    def lines(texts): return "".join(f"<div>{html_cell(text)}</div>" for text in texts)
-    figures = [[name, *pair] for name, pair in comparison_figures(record).items()]
-    answers = html_table(["asked", "expected", "base", "adapter"], _answer_rows(record))
-    notes = [*record.notes, *(f"run.json: {problem}" for problem in record.problems), *run_notes(metrics)]
-    versions = [list(item) for item in record.versions.items()]
-    return {"Results": html_table(["figure", "value"], _result_rows(record, metrics)),
-            "Base against adapter": html_table(["figure", "base", "adapter"], figures) + answers,
-            "Rows": lines(rows),
-            "Use it": ways,
-            "Notes": lines(notes[:50]),
-            "Settings": html_table(["setting", "asked", "used"], _settings_rows(record)),
-            "Made from": html_table(["what", "name", "SHA-256"], _source_rows(record)),
-            "Versions": html_table(["package", "version"], versions[:40]),
-            "Arguments": _arguments_html(record)}
+    damage = [f"run.json: {problem}" for problem in record.problems]
+    notes = [*record.notes, *damage, *run_notes(metrics)]
+    results = html_table(["figure", "value"], _result_rows(record, metrics))
+    outcome = {"Results": results, "Base against adapter": _compared_html(record),
+               "Rows": _lines_html(rows), "Use it": ways, "Notes": _lines_html(notes[:50])}
+    return outcome | _origin_parts(record)
 
 # %% ../nbs/91_report.ipynb #86402c63
+def _picture_html(
+    image: bytes,  # a PNG
+) -> str:  # HTML
+    "A picture that is in the page itself."
+    from base64 import b64encode
+    data = b64encode(image).decode()
+    return f'<img alt="curves of the run" src="data:image/png;base64,{data}">'
+
+# %% ../nbs/91_report.ipynb #d6dd24bb
 def report_html(
     metrics: curves.RunMetrics,  # of the run
     record: runrecord.RunRecord,  # of the run; may be empty
@@ -231,11 +272,10 @@ def report_html(
     ways: str = "",  # HTML: how the adapter is used
 ) -> str:  # a page
     "A run on a page of its own."
-    from base64 import b64encode
     name = html_cell(record.adapter_name or curves.run_name(metrics.path))
     head = f'<meta charset="utf-8"><title>{name}</title><style>{_STYLE}</style>'
-    picture = f'<img alt="curves of the run" src="data:image/png;base64,{b64encode(image).decode()}">'
-    body = f"<h1>{name}</h1><p>{html_cell(curves.run_headline(metrics))}</p>{picture}"
+    headline = html_cell(curves.run_headline(metrics))
+    body = f"<h1>{name}</h1><p>{headline}</p>{_picture_html(image)}"
     for heading, part in _page_parts(metrics, record, rows, ways).items():
         if part: body += f"<h2>{heading}</h2>{part}"
     return f'<!DOCTYPE html><html lang="en"><head>{head}</head><body>{body}</body></html>'
@@ -248,9 +288,11 @@ def write_report(
     "Write a run's picture and a page about it."
     folder = Path(train_out_dir)
     record, metrics = runrecord.read_record(folder, out_dir), curves.read_metrics(folder)
-    image = plots.figure_png(plots.plot_run(metrics, record.adapter_name or None), 130)
+    figure = plots.plot_run(metrics, record.adapter_name or None)
+    image = plots.figure_png(figure, 130)
     ways = usage.usage_html(out_dir or record.given.get("out_dir"))
     page = report_html(metrics, record, _ledger_lines(folder, record), image, ways)
-    for name, content in (("run.png", image), ("report.html", page.encode("utf-8", "replace"))):
+    files = {"run.png": image, "report.html": page.encode("utf-8", "replace")}
+    for name, content in files.items():
         with storage.whole_file(folder/name, binary=True) as f: f.write(content)
     return folder/"report.html"
