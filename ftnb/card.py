@@ -32,9 +32,10 @@ def _head(
 ) -> str:  # YAML
     "What a hub reads of a card."
     from huggingface_hub import ModelCardData
-    tags = ["lora", "peft", "ftnb", *(["conversational"] if adapter.chat else [])]
-    base = hub_name(adapter.base) or None
-    return ModelCardData(base_model=base, library_name="peft", pipeline_tag="text-generation", tags=tags).to_yaml()
+    tags = ["lora", "peft", "ftnb"]
+    if adapter.chat: tags.append("conversational")
+    known = dict(library_name="peft", pipeline_tag="text-generation", tags=tags)
+    return ModelCardData(base_model=hub_name(adapter.base) or None, **known).to_yaml()
 
 # %% ../nbs/92_card.ipynb #441fdd78
 def _prompt_text(
@@ -43,8 +44,10 @@ def _prompt_text(
     "What the model is asked."
     if adapter.chat: return "A conversation, written by the tokenizer's chat template."
     if not adapter.pieces: return ""
-    text = "".join(literal + ("" if column is None else f"{{{column}}}") for literal, column in adapter.pieces)
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    slots = [literal + ("" if column is None else f"{{{column}}}") for literal, column in adapter.pieces]
+    text = "".join(slots)
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, 1 + longest)
     return f"{fence}text\n{text}\n{fence}\n\nThe answer goes on from there, and ends in the tokenizer's EOS."
 
 # %% ../nbs/92_card.ipynb #4f88920f
@@ -72,16 +75,16 @@ _SETTINGS = ("r", "lora_alpha", "lora_dropout", "target_modules",
              "dtype", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type")  # that a card shows
 
 # %% ../nbs/92_card.ipynb #c1396e0e
-def _settings_rows(
+def _settings_table(
     record: runrecord.RunRecord,  # of the run
-) -> list:  # [setting, value]
+) -> str:  # Markdown; "" where they aren't known
     "Settings that make an adapter what it is."
     settings, rows = report.run_settings(record), []
     for name in _SETTINGS:
         value = settings.get(name)
         if value in (None, "", [], -1): continue
         rows.append([name, ", ".join(value) if isinstance(value, list) else value])
-    return rows
+    return _markdown_table(["setting", "value"], rows)
 
 # %% ../nbs/92_card.ipynb #ef5f7d65
 def _shown(
@@ -93,12 +96,14 @@ def _shown(
     return f"{figure:.1%}" if is_share else curves.short_number(figure)
 
 # %% ../nbs/92_card.ipynb #751c226f
-def _result_rows(
+def _result_table(
     record: runrecord.RunRecord,  # of the run
-) -> list:  # [what, base, adapter]
+) -> str:  # Markdown; "" where they weren't compared
     "How base and adapter did on rows that were held out."
-    figures = report.comparison_figures(record)
-    return [[name, _shown(name, base), _shown(name, adapter)] for name, (base, adapter) in figures.items()]
+    rows = []
+    for name, (base, adapter) in report.comparison_figures(record).items():
+        rows.append([name, _shown(name, base), _shown(name, adapter)])
+    return _markdown_table(["on rows that were held out", "base", "adapter"], rows)
 
 # %% ../nbs/92_card.ipynb #fe7d4c3b
 def _rows_sentence(
@@ -115,10 +120,12 @@ def _introduction(
 ) -> str:
     "What an adapter is, in a sentence or two."
     record = adapter.record
-    base = hub_name(adapter.base) or record.records.get("model", {}).get("name") or "a base model"
+    name = record.records.get("model", {}).get("name")
+    base = hub_name(adapter.base) or name or "a base model"
     version = record.versions.get("ftnb")
     program = f"ftnb {version}" if version else "ftnb"
-    return f"A LoRA adapter of rank {adapter.rank} for {base}, trained with {program}. {_rows_sentence(record)}".strip()
+    said = f"A LoRA adapter of rank {adapter.rank} for {base}, trained with {program}."
+    return f"{said} {_rows_sentence(record)}".strip()
 
 # %% ../nbs/92_card.ipynb #3dd4eed8
 def _for_others(
@@ -129,20 +136,28 @@ def _for_others(
     return replace(adapter, folder=folder, base=hub_name(adapter.base) or "BASE")
 
 # %% ../nbs/92_card.ipynb #ea0ee223
+def _parts(
+    adapter: usage.SavedAdapter,  # from `usage.read_adapter`
+    folder: str,  # where others find it
+) -> dict:  # heading -> Markdown; "" where it isn't known
+    "What a card says, under its headings."
+    record = adapter.record
+    versions = [[name, version] for name, version in record.versions.items() if version]
+    return {"What it is asked": _prompt_text(adapter),
+            "What came of it": _result_table(record),
+            "How it was trained": _settings_table(record),
+            "Use it": usage.ways_to_use(_for_others(adapter, folder)).markdown(),
+            "Versions": _markdown_table(["library", "version"], versions)}
+
+# %% ../nbs/92_card.ipynb #bd0d54f7
 def card_text(
     adapter: usage.SavedAdapter,  # from `usage.read_adapter`
     folder: str = ".",  # where others find it: its own folder, or its name on the hub
 ) -> str:  # the whole README.md
     "A model card."
-    record = adapter.record
-    versions = [[name, version] for name, version in record.versions.items() if version]
-    parts = {"What it is asked": _prompt_text(adapter),
-             "What came of it": _markdown_table(["on rows that were held out", "base", "adapter"], _result_rows(record)),
-             "How it was trained": _markdown_table(["setting", "value"], _settings_rows(record)),
-             "Use it": usage.ways_to_use(_for_others(adapter, folder)).markdown(),
-             "Versions": _markdown_table(["library", "version"], versions)}
     said = [f"---\n{_head(adapter)}\n---\n\n# {adapter.name}", _introduction(adapter)]
-    said += [f"## {heading}\n\n{text}" for heading, text in parts.items() if text]
+    for heading, text in _parts(adapter, folder).items():
+        if text: said.append(f"## {heading}\n\n{text}")
     return "\n\n".join(said) + "\n"
 
 # %% ../nbs/92_card.ipynb #365115e6
