@@ -79,6 +79,17 @@ def _left_out(
     found = [os.path.join(root, name) for root, _, names in _walk(folder) for name in names if _looks_like_data(name)]
     return [os.path.relpath(path, folder) for path in found if os.path.realpath(path) not in used]
 
+# %% ../nbs/13_data_folders.ipynb #02196b01
+def _note_left_out(
+    folder: str,  # a folder with data files
+    used: "Iterable",  # the files that will be read
+    faults: Faults,  # takes the problems
+):
+    "Note data files of a folder that the library passes over."
+    why = ("it would not be read, for its format or its name differs from the others': "
+           "convert it, move it out, or name every file after its split (train, validation, test)")
+    for name in _left_out(folder, used): faults.add(os.path.join(folder, name), why)
+
 # %% ../nbs/13_data_folders.ipynb #6c68cc3e
 def file_name(
     source: str,  # folder, or name on the hub
@@ -111,9 +122,7 @@ def file_problems(
             faults.add(source, f"its card names {name}, which is on this machine")
         if len(splits) > 1:
             faults.add(file_name(source, name), f"by its name it is part of {' and '.join(splits)}: rename it")
-    for name in _left_out(source, claims) if folder else ():
-        faults.add(os.path.join(source, name), "it would not be read, for its format or its name differs from the others': "
-                   "convert it, move it out, or name every file after its split (train, validation, test)")
+    if folder: _note_left_out(source, claims, faults)
 
 # %% ../nbs/13_data_folders.ipynb #82f85812
 _LISTS = ("state.json", "dataset_dict.json")  # that `save_to_disk` writes, and nothing else

@@ -265,6 +265,22 @@ def library_versions() -> dict:  # name -> version
     names = ("ftnb", "torch", "transformers", "peft", "trl", "datasets", "tokenizers", "bitsandbytes", "accelerate")
     return {"python": platform.python_version()} | {n: package.library_version(n) for n in names}
 
+# %% ../nbs/70_runrecord.ipynb #ceff7151
+def _settled_here(
+    job: Job,  # from `preflight.check_job`
+    rows: JobRows,  # from `prepare_rows`
+    saved: SavedAdapter,  # from `train_and_save`
+) -> dict:  # training argument -> value
+    "What had an effect of the training arguments that TRL's `SFTConfig` isn't given."
+    ours = {"max_length": rows.limit, "completion_only_loss": job.settings.completion_only,
+            "shared_prefix": not saved.unshared}
+    if job.settings.assistant_only: ours["assistant_only_loss"] = True
+    if job.settings.chat_template: ours["chat_template"] = True
+    if saved.liger or "use_liger_kernel" in job.settings.config: ours["use_liger_kernel"] = saved.liger
+    if job.settings.checkpointing: ours["gradient_checkpointing_reason"] = job.settings.checkpointing
+    if job.settings.prompt_loss_weight: ours["prompt_loss_weight"] = job.settings.prompt_loss_weight
+    return ours | choosing.read_choice(job.records.training).as_dict()
+
 # %% ../nbs/70_runrecord.ipynb #15b7d9a4
 def used_settings(
     job: Job,  # from `preflight.check_job`
@@ -273,14 +289,8 @@ def used_settings(
 ) -> dict:  # precision, quantisation, LoRA, training arguments
     "What had an effect, whatever was asked."
     shared = not saved.unshared
-    ours = {"max_length": rows.limit, "completion_only_loss": job.settings.completion_only, "shared_prefix": shared}
-    if job.settings.assistant_only: ours["assistant_only_loss"] = True
-    if job.settings.chat_template: ours["chat_template"] = True
-    if saved.liger or "use_liger_kernel" in job.settings.config: ours["use_liger_kernel"] = saved.liger
-    if job.settings.checkpointing: ours["gradient_checkpointing_reason"] = job.settings.checkpointing
-    if job.settings.prompt_loss_weight: ours["prompt_loss_weight"] = job.settings.prompt_loss_weight
-    ours |= choosing.read_choice(job.records.training).as_dict()
-    training = job.settings.used(shared, len(rows.test.dataset) > 0) | ours | job.settings.ends.said()
+    used = job.settings.used(shared, len(rows.test.dataset) > 0)
+    training = used | _settled_here(job, rows, saved) | job.settings.ends.said()
     precision = {"device": job.precision.device, "dtype": job.precision.dtype}
     return {"precision": precision, "bnb": job.precision.bnb or {}, "lora": saved.used, "training": training}
 
