@@ -416,7 +416,7 @@ def raise_end(
     if not failures:  # the first node writes and registers the result: it is there
         for sentence in lost: print(f"{sentence}; the run was done by then", flush=True)
         return
-    if lost: failures = [RankFailure(0, 0, ranks.Failure("another process is gone"))]
+    if lost: failures = [RankFailure(0, 0, ranks.Failure("another process is gone", echo=True))]
     failures = all_failures(failures, store, workers, seconds)
     if root_failure(failures).echo: _raise_silent(failures, lost, workers, worker_statuses(api, workers))
     raise_failure(failures)

@@ -39,8 +39,7 @@ class RankFailure:
     @property
     def echo(self) -> bool:  # then another rank's failure says more
         "Does it only tell that another rank is gone?"
-        if self.failure.checked: return False
-        return ranks.is_echo(str(self.failure))
+        return self.failure.echo
 
 # %% ../nbs/86_local_ranks.ipynb #a5c8c43f
 def root_failure(
@@ -97,7 +96,8 @@ def _rank_failure(
         text = f"it ended with exit status {ended.exitcode}, and its log says why"
         if ended.exitcode < 0: text = ended.message
         if ended.exitcode == -signal.SIGKILL: text += " (memory may have run out)"
-        failure = ranks.Failure(text, time=ended.timestamp)
+        by_launcher = ended.exitcode == -signal.SIGTERM  # another rank had failed
+        failure = ranks.Failure(text, echo=by_launcher, time=ended.timestamp)
     return RankFailure(node, rank, failure)
 
 # %% ../nbs/86_local_ranks.ipynb #f4da158b

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FAILURE_FILE', 'process_rank', 'process_count', 'local_command', 'interface_to', 'missed_rendezvous', 'run_locally',
-           'deal_rows', 'leading', 'hear', 'from_first', 'alone', 'shards_model', 'is_echo', 'Failure', 'failure_of',
-           'read_failure', 'told_to_launcher', 'leave', 'free_memory', 'usable_cores', 'taken_memory', 'batch_size',
-           'rows_per_step', 'settings_for_all', 'share_of', 'sum_over_all', 'label_tokens', 'mean_over_all',
-           'failed_anywhere', 'raise_together', 'KnownToAll']
+           'deal_rows', 'leading', 'hear', 'PeerFailed', 'from_first', 'alone', 'shards_model', 'is_echo', 'Failure',
+           'failure_of', 'read_failure', 'told_to_launcher', 'leave', 'free_memory', 'usable_cores', 'taken_memory',
+           'batch_size', 'rows_per_step', 'settings_for_all', 'share_of', 'sum_over_all', 'label_tokens',
+           'mean_over_all', 'failed_anywhere', 'raise_together', 'KnownToAll']
 
 # %% ../nbs/49_ranks.ipynb #ac3957a8
 import contextlib, json, os, sys, time
@@ -131,6 +131,10 @@ def hear(
         except DistStoreError: continue  # not yet
         return json.loads(store.get(word))
 
+# %% ../nbs/49_ranks.ipynb #81ee9a3c
+class PeerFailed(RuntimeError):
+    "Another process failed; its own error says why."
+
 # %% ../nbs/49_ranks.ipynb #5b1a3e93
 def from_first(
     make,  # a function without arguments
@@ -139,7 +143,7 @@ def from_first(
     if process_count() == 1: return make()
     if process_rank():
         words = hear()
-        if words is None: raise RuntimeError("the first process failed; its own error says why")
+        if words is None: raise PeerFailed("the first process failed; its own error says why")
         return words[0]
     with leading() as tell:
         value = make()
@@ -159,15 +163,19 @@ def shards_model() -> bool:
     "Was this run started with FSDP, which spreads a model over the processes (`accelerate launch --use_fsdp`)?"
     return process_count() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
+# %% ../nbs/49_ranks.ipynb #e0c09806
+_PEER_GONE = ("closed by peer", "reset by peer", "Broken pipe", "pair closure")  # what Gloo says
+
 # %% ../nbs/49_ranks.ipynb #fcfa3250
 def is_echo(
-    error: str,  # its message
+    e: Exception,  # that ends this process
 ) -> bool:  # then another process's error says more
     "Does an error only tell that another process is gone?"
-    import re
-    words = ("closed by peer|reset by peer|Broken pipe|DistNetworkError|DistBackendError|remote process exited|"
-             "another process|pair closure|[(]SIGTERM[)]|the first process failed")
-    return bool(re.search(words, error))
+    if isinstance(e, ValueError): return False  # a check's own
+    from torch.distributed import DistBackendError, DistNetworkError
+    peers = (PeerFailed, DistBackendError, DistNetworkError)
+    if isinstance(e, peers) or isinstance(e.__cause__, peers): return True
+    return isinstance(e, RuntimeError) and any(words in str(e) for words in _PEER_GONE)
 
 # %% ../nbs/49_ranks.ipynb #44b1f8dd
 @dataclass(frozen=True)
@@ -178,7 +186,7 @@ class Failure:
     trace: str = field(default="", repr=False)  # as Python prints it
     problems: tuple = ()  # of `Problem`, where a check found them
     heading: str = field(default="", repr=False)  # of these problems
-    checked: bool = field(default=False, repr=False)  # a `ValueError`, which a check raises by itself
+    echo: bool = field(default=False, repr=False)  # it only tells that another process is gone
     time: float = field(default=0.0, repr=False)  # seconds since 1970
 
     def __str__(self): return f"{self.kind}: {self.text}" if self.kind else self.text
@@ -192,8 +200,7 @@ def failure_of(
     problems, heading = (), ""
     if isinstance(e, ProblemsError): problems, heading = tuple(e.problems), e.heading
     trace = "".join(traceback.format_exception(e))
-    checked = isinstance(e, ValueError)
-    return Failure(str(e), type(e).__name__, trace, problems, heading, checked, time.time())
+    return Failure(str(e), type(e).__name__, trace, problems, heading, is_echo(e), time.time())
 
 # %% ../nbs/49_ranks.ipynb #af7874d1
 def read_failure(
@@ -223,7 +230,7 @@ def told_to_launcher(
     "Run it; who started this process is told of an error, torchrun not of what a check finds (a `ValueError`)."
     try: run()
     except Exception as e:
-        if process_count() > 1 and is_echo(str(e)): time.sleep(3)
+        if process_count() > 1 and is_echo(e): time.sleep(3)
         _leave_failure(e)
         listens = "TORCHELASTIC_ERROR_FILE" in os.environ
         if listens and not isinstance(e, ValueError):
@@ -379,7 +386,7 @@ def raise_together(
         from accelerate.utils import gather_object
         mine = f"{type(problem).__name__}: {problem}" if problem else ""
         reasons = [reason for reason in gather_object([mine]) if reason]
-        if reasons and not problem: raise RuntimeError(f"another process: {reasons[0]}")
+        if reasons and not problem: raise PeerFailed(f"another process: {reasons[0]}")
     if problem: raise problem
 
 # %% ../nbs/49_ranks.ipynb #55077dd8
