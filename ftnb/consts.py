@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TRAINING_DATA_TEXT_FIELD', 'TRAINING_DEFAULT_TRAIN_TEST_SPLIT', 'TRAINING_DEFAULT_DATASET_FRACTION',
            'TRAINING_DATASET_SEED', 'DEFAULT_LORA_CONFIG', 'DEFAULT_BNB_CONFIG', 'DEFAULT_TRAINING_ARGUMENTS',
-           'DATASET_TYPES', 'MODEL_TYPES', 'JOB_ARGUMENTS', 'STUDIO_DB', 'STUDIO_DB_DEFAULT', 'HF_TOKEN', 'JOB_SCRIPT',
-           'RUNTIME_PYTHON', 'RUNTIME_PATH']
+           'DATASET_TYPES', 'MODEL_TYPES', 'HELD_OUT_SPLITS', 'JOB_ARGUMENTS', 'STUDIO_DB', 'STUDIO_DB_DEFAULT',
+           'HF_TOKEN', 'JOB_SCRIPT', 'RUNTIME_PYTHON', 'RUNTIME_PATH']
 
 # %% ../nbs/00_consts.ipynb #d4b2dc3b
 TRAINING_DATA_TEXT_FIELD = "prediction"  # column with the fully formatted text of a row
@@ -31,6 +31,9 @@ DEFAULT_TRAINING_ARGUMENTS = {
 # %% ../nbs/00_consts.ipynb #a76f32ff
 DATASET_TYPES = ("huggingface", "project", "project_csv", "project_json", "project_jsonl")
 MODEL_TYPES = ("huggingface", "project", "model_registry")
+
+# %% ../nbs/00_consts.ipynb #d4522a4a
+HELD_OUT_SPLITS = ("eval", "test", "validation", "valid", "val", "dev")
 
 # %% ../nbs/00_consts.ipynb #7d5d48f8
 JOB_ARGUMENTS = "JOB_ARGUMENTS"  # environment variable with the job's `--key value` pairs

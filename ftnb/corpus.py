@@ -11,7 +11,7 @@ import os, re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 import ftnb.data_folders as data_folders
-from .consts import DATASET_TYPES
+from .consts import DATASET_TYPES, HELD_OUT_SPLITS
 from .csv_files import csv_table
 from .files import Faults, Place, most_bytes, not_regular, text_table
 from .json_files import json_file_table, json_table, jsonl_table
@@ -28,6 +28,15 @@ def library_error(
     said = " ".join("; because of ".join(parts).split())
     return said.replace(token, "***") if token else said
 
+# %% ../nbs/14_corpus.ipynb #bf6f7f7c
+def _why_unread(
+    e: Exception,  # of a reader
+) -> str:  # what is wrong, and what would be right
+    "What keeps a file from being read at all."
+    if isinstance(e, UnicodeError): return f"it can't be read as {e.encoding}: save the file as UTF-8"
+    if isinstance(e, (ValueError, OSError)): return " ".join(str(e).split())
+    return f"it is packed, and damaged ({library_error(e)}): pack it again"
+
 # %% ../nbs/14_corpus.ipynb #83cfb8bd
 def read_file(
     read: "Callable",  # (path, faults, file) -> table
@@ -40,12 +49,10 @@ def read_file(
     from lzma import LZMAError
     from zipfile import BadZipFile
     from zlib import error as ZlibError
+    damaged = (EOFError, LZMAError, BadZipFile, ZlibError)
     faults.hidden = data_folders.leads_out(path, inside)
     try: return read(path, faults, file)
-    except UnicodeError as e: return faults.add(file, f"it can't be read as {e.encoding}: save the file as UTF-8")
-    except (EOFError, LZMAError, BadZipFile, ZlibError) as e:
-        return faults.add(file, f"it is packed, and damaged ({library_error(e)}): pack it again")
-    except (ValueError, OSError) as e: return faults.add(file, " ".join(str(e).split()))
+    except (ValueError, OSError, *damaged) as e: return faults.add(file, _why_unread(e))
     finally: faults.hidden = False
 
 # %% ../nbs/14_corpus.ipynb #a3edb536
@@ -80,13 +87,10 @@ def _chosen(
         if split not in found: faults.add(name.place, f"it has no split {split!r}, only {', '.join(found)}")
     return {role: found[split] for role, split in zip(("train", "test"), name.splits) if split in found}
 
-# %% ../nbs/14_corpus.ipynb #a0dbdea5
-_SPLIT_NAMES = ("train", "test", "eval", "validation", "valid", "val", "dev")  # that people give
-
 # %% ../nbs/14_corpus.ipynb #c95c18b8
 def _split_hint(
     name: DatasetName,  # whose configuration isn't there
-    splits: "Iterable[str]" = _SPLIT_NAMES,  # that it may have
+    splits: "Iterable[str]" = ("train", *HELD_OUT_SPLITS),  # that it may have
 ) -> str:  # "" where it isn't the name of a split
     "What to say where a split's name stands in the place of a configuration."
     if name.config not in splits: return ""
@@ -431,6 +435,27 @@ def _from_library(
                   for split, paths in found.splits.items()}
     return _corpus_of(tables, faults, strict=found.read is not text_table)
 
+# %% ../nbs/14_corpus.ipynb #3640606f
+def _file_problem(
+    path: str,  # of something that is there
+) -> str:  # what is wrong, and what would be right; "" when all is well
+    "Why a place is no file with rows."
+    other = not_regular(path)
+    if not other: return ""
+    if other == "a folder": return "this is a folder, not a file: its type is project"
+    return f"this is {other}, not a regular file: copy what it gives into one"
+
+# %% ../nbs/14_corpus.ipynb #c6af74da
+def _folder_problem(
+    path: str,  # of something that is there
+) -> str:  # what is wrong, and what would be right; "" when all is well
+    "Why a place is no folder with a data set."
+    if not_regular(path) != "a folder":
+        return "this is a file, not a folder: its type is project_csv, project_json or project_jsonl"
+    wild = re.search(r"[*?\[\]]", os.path.abspath(path))
+    if not wild or data_folders.is_saved(path): return ""
+    return "no part of the path may hold any of *?[], which the library takes for wildcards: rename it"
+
 # %% ../nbs/14_corpus.ipynb #de5a791c
 def _place_problem(
     source: str,  # path of a file or folder, or name on the hub
@@ -438,17 +463,9 @@ def _place_problem(
     hub: bool,  # may it be a name on the hub?
 ) -> str:  # what is wrong, and what would be right; "" when all is well
     "What is wrong with the place of a data set."
-    if not os.path.exists(source):
-        if hub and not source.startswith(("/", ".")): return ""
-        return f"there is no such {'file' if file else 'folder'}, seen from {os.getcwd()}"
-    other = not_regular(source)
-    if file and other == "a folder": return "this is a folder, not a file: its type is project"
-    if file and other: return f"this is {other}, not a regular file: copy what it gives into one"
-    if file: return ""
-    if other != "a folder": return "this is a file, not a folder: its type is project_csv, project_json or project_jsonl"
-    wild = re.search(r"[*?\[\]]", os.path.abspath(source))
-    if not wild or data_folders.is_saved(source): return ""
-    return "no part of the path may hold any of *?[], which the library takes for wildcards: rename it"
+    if os.path.exists(source): return _file_problem(source) if file else _folder_problem(source)
+    if hub and not source.startswith(("/", ".")): return ""
+    return f"there is no such {'file' if file else 'folder'}, seen from {os.getcwd()}"
 
 # %% ../nbs/14_corpus.ipynb #1a53f068
 def _source(

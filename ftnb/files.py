@@ -11,7 +11,7 @@ import io, os, re
 from dataclasses import dataclass, field, replace
 from fastcore.basics import patch
 from .problems import Problem, raise_problems
-from .storage import file_kind
+from .storage import file_kind, machine_memory
 
 # %% ../nbs/10_files.ipynb #292312d6
 @dataclass(frozen=True)
@@ -122,21 +122,10 @@ def not_regular(
     kind = file_kind(os.stat(path).st_mode)
     return "" if kind == "a plain file" else kind
 
-# %% ../nbs/10_files.ipynb #3e6fe2f1
-_LIMITS = (("memory.max", "memory.current"),
-           ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))  # of a container, below /sys/fs/cgroup
-
 # %% ../nbs/10_files.ipynb #89a7e40d
 def most_bytes() -> int:
     "How many bytes of text a file may hold on this machine."
-    import psutil
-    def number_in(name):
-        with open(f"/sys/fs/cgroup/{name}") as f: return int(f.read())
-    free = psutil.virtual_memory().available
-    for limit, used in _LIMITS:
-        try: free = min(free, number_in(limit) - number_in(used))
-        except (OSError, ValueError): continue  # no such file, or no limit
-    return max(free // 2, 2**26)
+    return max(machine_memory() // 2, 2**26)
 
 # %% ../nbs/10_files.ipynb #342fe422
 def _too_large(

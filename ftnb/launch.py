@@ -491,7 +491,8 @@ def run_without_token(
     except Exception as e:
         said = "".join(traceback.format_exception(e))
         if not token or token not in said: raise
-        raise RuntimeError(said.replace(token, "***")) from None
+        kind = ranks.PeerFailed if ranks.is_echo(e) else RuntimeError
+        raise kind(said.replace(token, "***")) from None
 
 # %% ../nbs/87_launch.ipynb #2b44c15a
 def _given_args(

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 
 from .problems import Problem, ProblemsError
-from .storage import write_json
+from .storage import group_limits, machine_memory, write_json
 
 # %% ../nbs/49_ranks.ipynb #bc9e0f8f
 def process_rank() -> int:  # from 0, over all machines
@@ -248,33 +248,14 @@ def leave():
     sys.stderr.flush()
     os._exit(0)
 
-# %% ../nbs/49_ranks.ipynb #1697435c
-def _group_limits(
-    *files: str,  # of a control group, below /sys/fs/cgroup
-) -> list:  # their numbers; none where there is no such file, or no limit
-    "What the container allows."
-    numbers = []
-    for name in files:
-        try:
-            with open(f"/sys/fs/cgroup/{name}") as f: words = f.read().split()
-            numbers += [int(word) for word in words]
-        except (OSError, ValueError): return []
-    return numbers
-
 # %% ../nbs/49_ranks.ipynb #f746a7c5
 def free_memory(
     device: str,  # "cpu" or "cuda:N"
 ) -> int:  # bytes that this process can still take
     "Free memory of a GPU, or of this machine within the limits of its container; processes on one machine share it."
-    import psutil, torch
-    if device != "cpu": return torch.cuda.mem_get_info(device)[0]
-    free = psutil.virtual_memory().available
-    second = ("memory.max", "memory.current")  # version of control groups
-    first = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")
-    for files in (second, first):
-        found = _group_limits(*files)
-        if found: free = min(free, found[0] - found[1])
-    return max(free, 0) // process_count(local=True)
+    if device == "cpu": return machine_memory() // process_count(local=True)
+    import torch
+    return torch.cuda.mem_get_info(device)[0]
 
 # %% ../nbs/49_ranks.ipynb #7ab25e9d
 def usable_cores() -> int:  # 1 or more
@@ -282,7 +263,7 @@ def usable_cores() -> int:  # 1 or more
     if hasattr(os, "sched_getaffinity"): cores = len(os.sched_getaffinity(0))
     else: cores = os.cpu_count() or 1
     for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
-        found = _group_limits(*files)
+        found = group_limits(*files)
         if found and found[0] > 0: cores = min(cores, found[0] / found[1])
     return max(1, round(cores / process_count(local=True)))
 

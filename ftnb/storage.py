@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['nearest_folder', 'folder_problem', 'link_problem', 'in_units', 'disk_problems', 'storage_error', 'file_kind',
            'open_plain', 'set_aside', 'clear_way', 'clear_folder', 'flush', 'file_hash', 'whole_file', 'write_json',
-           'read_json', 'only_one', 'only_one_at']
+           'read_json', 'group_limits', 'machine_memory', 'only_one', 'only_one_at']
 
 # %% ../nbs/07_storage.ipynb #ea23e6c4
 import contextlib, errno, json, os, shutil, stat
@@ -249,6 +249,33 @@ def read_json(
         if size > most: raise ValueError(f"{path} has {size:,} bytes, where {most:,} are allowed")
         try: return json.load(f)
         except RecursionError: raise ValueError(f"{path} is nested too deeply") from None
+
+# %% ../nbs/07_storage.ipynb #2b191628
+def group_limits(
+    *files: str,  # of a control group, below /sys/fs/cgroup
+) -> list:  # their numbers; none where there is no such file, or no limit
+    "What the container allows."
+    numbers = []
+    for name in files:
+        try:
+            with open(f"/sys/fs/cgroup/{name}") as f: words = f.read().split()
+            numbers += [int(word) for word in words]
+        except (OSError, ValueError): return []
+    return numbers
+
+# %% ../nbs/07_storage.ipynb #bd56ce37
+_MEMORY_FILES = (("memory.max", "memory.current"),
+                 ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))  # what is allowed, what is taken
+
+# %% ../nbs/07_storage.ipynb #3f050ea9
+def machine_memory() -> int:  # bytes, 0 or more
+    "Memory that is free on this machine, within the limits of its container."
+    import psutil
+    free = psutil.virtual_memory().available
+    for files in _MEMORY_FILES:
+        found = group_limits(*files)
+        if found: free = min(free, found[0] - found[1])
+    return max(free, 0)
 
 # %% ../nbs/07_storage.ipynb #eef22782
 def _lock(

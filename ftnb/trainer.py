@@ -19,7 +19,7 @@ from .packing import packing_attention
 from .passes import fast_layers, in_passes, run_step, settle_budget, tell_all
 from .plan import RunPlan
 from .prefix import PrefixSampler
-from .progress import progress_bar, wants_bar
+from .progress import clock_time, progress_bar, wants_bar
 from .ranks import batch_size, process_count, settings_for_all, sum_over_all, taken_memory, usable_cores
 from .settings import TrainingSettings
 from .shards import dealing
@@ -39,7 +39,7 @@ def progress_line(
     numbers = [f"{shown} {logs[name]:.4g}" for name, shown in names.items() if name in logs]
     left = int(seconds / max(step, 1) * (steps - step))
     speed = rows / max(seconds, 1e-9)
-    return "  ".join([f"step {step}/{steps}", *numbers, f"{speed:.2f} rows/s", f"{left // 60}:{left % 60:02d} left"])
+    return "  ".join([f"step {step}/{steps}", *numbers, f"{speed:.2f} rows/s", f"{clock_time(left)} left"])
 
 # %% ../nbs/67_trainer.ipynb #8c82fa6a
 def _write_line(

@@ -318,9 +318,6 @@ def _contradictions(
         problems.append(Problem("fp16", "fp16 and bf16 exclude each other"))
     return problems
 
-# %% ../nbs/60_training_fields.ipynb #b277e6a3
-_UNWEIGHED = {"label_smoothing_factor": (None, 0), "loss_type": (None, "nll", "chunked_nll")}  # key -> values that leave the usual loss
-
 # %% ../nbs/60_training_fields.ipynb #98c28f46
 def _weight_problems(
     asked: dict,  # training arguments
@@ -331,8 +328,8 @@ def _weight_problems(
     if not (asked.get("completion_only_loss") or asked.get("assistant_only_loss")):
         text = f"{key} {asked[key]} has no effect: all tokens count alike. Set completion_only_loss, or in conversations assistant_only_loss"
         problems.append(Problem(key, f"{text}; or leave it out"))
-    for name, usual in _UNWEIGHED.items():
-        if asked.get(name) in usual: continue
+    for name in ("label_smoothing_factor", "loss_type"):
+        if asked.get(name) in ANOTHER_LOSS[name].harmless: continue
         problems.append(Problem(key, f"{key} weighs the usual loss of a token: leave it out, or {name} {asked[name]}"))
     return problems
 
