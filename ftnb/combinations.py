@@ -158,16 +158,25 @@ def _worker_limit() -> int:
     import os
     return max(MOST_WORKERS, os.cpu_count() or 1)
 
+# %% ../nbs/61_combinations.ipynb #abdee2db
+def _too_many_workers(
+    args,  # TRL's `SFTConfig`
+) -> list:  # of `Problem`
+    "Whether rows would be read by too many processes."
+    key, workers, most = "dataloader_num_workers", args.dataloader_num_workers, _worker_limit()
+    if workers <= most: return []
+    return [Problem(key, f"{key} is {workers:,}, processes that read rows: {most} at most here; "
+                    "0 will do, the rows are in memory")]
+
 # %% ../nbs/61_combinations.ipynb #734440bc
 def _loader_problems(
     args,  # TRL's `SFTConfig`
 ) -> list:  # of `Problem`
     "Why torch's loader can't be made, or would be too many processes."
     from torch.utils.data import DataLoader
-    key, workers, most = "dataloader_num_workers", args.dataloader_num_workers, _worker_limit()
-    if workers > most:
-        return [Problem(key, f"{key} is {workers:,}, processes that read rows: {most} at most here; "
-                        "0 will do, the rows are in memory")]
+    too_many = _too_many_workers(args)
+    if too_many: return too_many
+    key, workers = "dataloader_num_workers", args.dataloader_num_workers
     options = dict(prefetch_factor=args.dataloader_prefetch_factor,
                    persistent_workers=args.dataloader_persistent_workers,
                    multiprocessing_context=args.dataloader_multiprocessing_context)
@@ -192,22 +201,30 @@ def _unusable_checkpointing(
     known = _CHECKPOINTING + _TORCH_CHECKPOINTING
     return [f"unknown key {name!r}{nearest(name, known)}" for name in kwargs if name not in known]
 
+# %% ../nbs/61_combinations.ipynb #5b928f69
+def _try_checkpoint(
+    kwargs: dict,  # gradient_checkpointing_kwargs
+) -> Exception | None:  # what torch raised
+    "Compute something again as asked for."
+    import torch
+    from torch.utils.checkpoint import checkpoint
+    given = {"use_reentrant": False} | {k: v for k, v in kwargs.items() if k in _TORCH_CHECKPOINTING}
+    try: checkpoint(torch.square, torch.ones(1, requires_grad=True), **given)
+    except Exception as e: return e
+
 # %% ../nbs/61_combinations.ipynb #50cc1320
 def _checkpointing_problems(
     args,  # TRL's `SFTConfig`
     device: str,  # "cpu" or "cuda:N"
 ) -> list:  # of `Problem`
     "Why layers can't be computed again as asked for."
-    import torch
-    from torch.utils.checkpoint import checkpoint
     key, kwargs = "gradient_checkpointing_kwargs", args.gradient_checkpointing_kwargs
     if not args.gradient_checkpointing or not isinstance(kwargs, dict): return []
     unusable = _unusable_checkpointing(kwargs, device)
     if unusable: return [Problem(key, f"{key}: {sentence}") for sentence in unusable]
-    given = {"use_reentrant": False} | {k: v for k, v in kwargs.items() if k in _TORCH_CHECKPOINTING}
-    try: checkpoint(torch.square, torch.ones(1, requires_grad=True), **given)
-    except Exception as e: return [Problem(key, f"{key} {kwargs}: {e}")]
-    return []
+    raised = _try_checkpoint(kwargs)
+    if raised is None: return []
+    return [Problem(key, f"{key} {kwargs}: {raised}")]
 
 # %% ../nbs/61_combinations.ipynb #255b6284
 def _compiler_problems(

@@ -255,21 +255,28 @@ def _ends(
     if seconds is not None: notes += _time_notes(config, seconds)
     return Ends(patience, threshold, _rows_to_ask(config, job), seconds), notes
 
+# %% ../nbs/62_settings.ipynb #f51742e3
+def _patience_problems(
+    args,  # TRL's `SFTConfig`
+    ends: Ends,  # of the same run
+) -> list:  # of `Problem`
+    "Whether early stopping has evaluations to look at."
+    key, evaluates = "early_stopping_patience", args.eval_strategy.value != "no"
+    if ends.patience is None or evaluates: return []
+    return [Problem(key, f"{key} needs evaluations to look at, and eval_strategy is no: "
+                    "set it to epoch, or to steps with eval_steps")]
+
 # %% ../nbs/62_settings.ipynb #c39cd87f
 def _ending_problems(
     args,  # TRL's `SFTConfig`
     settings: TrainingSettings,  # made of the same
 ) -> list:  # of `Problem`
     "Why a run can't tell which of its checkpoints is the best."
-    problems, ends = [], settings.ends
-    evaluates = args.eval_strategy.value != "no"
-    if ends.patience is not None and not evaluates:
-        key = "early_stopping_patience"
-        problems.append(Problem(key, f"{key} needs evaluations to look at, and eval_strategy is no: "
-                                "set it to epoch, or to steps with eval_steps"))
+    ends, key = settings.ends, "exact_match_rows"
+    problems = _patience_problems(args, ends)
     by_answers = _measured(args.metric_for_best_model) == "exact_match"
+    evaluates = args.eval_strategy.value != "no"
     if by_answers and evaluates and not ends.exact_match_rows:
-        key = "exact_match_rows"
         problems.append(Problem(key, f"{key} is 0, and metric_for_best_model is exact_match: ask some rows, 32 say"))
     return problems
 
@@ -453,6 +460,16 @@ def _balance_obstacle(
     if model is not None and not _routed(model): return f"this {config.model_type} has no router"
     return ""
 
+# %% ../nbs/62_settings.ipynb #41e0737c
+def _no_mixture(
+    asked: float | None,  # router_aux_loss_coef
+    config,  # of the model, from transformers
+) -> list:  # of `Problem`
+    "Whether the balance of experts was asked for where there are none."
+    key = "router_aux_loss_coef"
+    if not asked or hasattr(config.get_text_config(), "output_router_logits"): return []
+    return [Problem(key, f"{key} {asked} is for a mixture of experts, and {config.model_type} is none; leave it out")]
+
 # %% ../nbs/62_settings.ipynb #9ba22e8b
 def _router_problems(
     settings: TrainingSettings,  # of the run
@@ -461,8 +478,8 @@ def _router_problems(
 ) -> list:  # of `Problem`
     "Why TRL can't compute the balance of experts."
     key, asked = "router_aux_loss_coef", settings.config.get("router_aux_loss_coef")
-    if asked and not hasattr(config.get_text_config(), "output_router_logits"):
-        return [Problem(key, f"{key} {asked} is for a mixture of experts, and {config.model_type} is none; leave it out")]
+    no_mixture = _no_mixture(asked, config)
+    if no_mixture: return no_mixture
     coefficient = router_coefficient(settings.config, config)
     obstacle = _balance_obstacle(config, model) if coefficient else ""
     if not obstacle: return []

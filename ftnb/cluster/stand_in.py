@@ -206,6 +206,27 @@ def stop(
 
 # %% ../../nbs/cluster/2_stand_in.ipynb #27707e52
 @patch
+def carry_out(
+    self: StandIn,
+    call: str,  # one of `CALLS`
+    job: dict | None,  # that the call names
+    run: dict | None,  # that the call names
+    body: dict,  # of the request
+    query: dict,  # of the address
+) -> dict:  # what to answer
+    "Do what a call asks for."
+    if call == "list_jobs": return self.find_jobs(query)
+    if call == "create_job": return self.add_job(**body)
+    if call == "get_job": return job
+    if call == "update_job": return self.change_job(job, **body)
+    if call == "delete_job": return self.drop_job(job)
+    if call == "list_job_runs": return self.page("job_runs", [self.look(r) for r in self.runs_of(job)], query)
+    if call == "create_job_run": return self.start(job)
+    if call == "get_job_run": return self.look(run)
+    return self.stop(run)
+
+# %% ../../nbs/cluster/2_stand_in.ipynb #d73b8a7e
+@patch
 def answer(
     self: StandIn,
     call: str,  # one of `CALLS`
@@ -213,19 +234,11 @@ def answer(
     body: dict,  # of the request
     query: dict,  # of the address
 ) -> tuple:  # (status, what to answer)
-    "Carry out a call."
+    "Carry out a call, where what it names is there."
     job, run = self.jobs.get(ids.get("job_id")), self.runs.get(ids.get("run_id"))
-    if ("job_id" in ids and job is None) or ("run_id" in ids and run is None):
-        return 404, {"error": "not found", "code": 5}
-    if call == "list_jobs": return 200, self.find_jobs(query)
-    if call == "create_job": return 200, self.add_job(**body)
-    if call == "get_job": return 200, job
-    if call == "update_job": return 200, self.change_job(job, **body)
-    if call == "delete_job": return 200, self.drop_job(job)
-    if call == "list_job_runs": return 200, self.page("job_runs", [self.look(r) for r in self.runs_of(job)], query)
-    if call == "create_job_run": return 200, self.start(job)
-    if call == "get_job_run": return 200, self.look(run)
-    return 200, self.stop(run)
+    no_job, no_run = "job_id" in ids and job is None, "run_id" in ids and run is None
+    if no_job or no_run: return 404, {"error": "not found", "code": 5}
+    return 200, self.carry_out(call, job, run, body, query)
 
 # %% ../../nbs/cluster/2_stand_in.ipynb #4e0c9a73
 @dataclass(frozen=True)
@@ -260,6 +273,29 @@ def next_fault(
         if fault.call in (call, "*"): return self.faults.pop(i)
     return Fault()
 
+# %% ../../nbs/cluster/2_stand_in.ipynb #b778b914
+def _call_of(
+    request: _Requests,  # with its first line read
+) -> tuple:  # as `_which_call` gives it
+    "Which call a request to this project is."
+    path = urlsplit(request.path).path
+    return _which_call(request.command, path.removeprefix("/api/v2/projects/stand-in/"))
+
+# %% ../../nbs/cluster/2_stand_in.ipynb #23541bc8
+def _refusal(
+    request: _Requests,  # with its headers read
+    server: StandIn,  # that answers it
+    text: bytes,  # of its body
+    kind,  # of failure
+) -> tuple | None:  # (status, what to answer); None: it isn't refused
+    "Refuse a request."
+    if kind == "echo": return 400, {"error": f"bad request: {dict(request.headers)} {text.decode()}", "code": 3}
+    if isinstance(kind, int):
+        said = f"refused with {kind}, as asked for"
+        return kind, {"error": said, "message": said, "code": 2}
+    if request.headers.get("Authorization") == f"Bearer {server.key}": return None
+    return 401, {"error": "the key isn't valid", "code": 16}
+
 # %% ../../nbs/cluster/2_stand_in.ipynb #be2245ed
 def _judge(
     request: _Requests,  # with its headers read
@@ -268,24 +304,13 @@ def _judge(
     kind,  # of failure
 ) -> tuple:  # (status, what to answer)
     "Refuse a request, or carry it out."
-    if kind == "echo": return 400, {"error": f"bad request: {dict(request.headers)} {text.decode()}", "code": 3}
-    if isinstance(kind, int):
-        said = f"refused with {kind}, as asked for"
-        return kind, {"error": said, "message": said, "code": 2}
-    if request.headers.get("Authorization") != f"Bearer {server.key}": return 401, {"error": "the key isn't valid", "code": 16}
+    refused = _refusal(request, server, text, kind)
+    if refused: return refused
     call, ids = _call_of(request)
     if not call: return 404, {"error": "Not Found", "code": 5}
     query = {k: v[-1] for k, v in parse_qs(urlsplit(request.path).query).items()}
     try: return server.answer(call, ids, json.loads(text or b"{}"), query)
     except (TypeError, ValueError) as e: return 400, {"error": str(e), "code": 3}
-
-# %% ../../nbs/cluster/2_stand_in.ipynb #5c7a1f3d
-def _call_of(
-    request: _Requests,  # with its first line read
-) -> tuple:  # as `_which_call` gives it
-    "Which call a request to this project is."
-    path = urlsplit(request.path).path
-    return _which_call(request.command, path.removeprefix("/api/v2/projects/stand-in/"))
 
 # %% ../../nbs/cluster/2_stand_in.ipynb #96ecac7b
 def _send(
