@@ -45,28 +45,50 @@ def _count_lines(
         lines = sum(line.endswith(b"\n") for line in f)
     return lines
 
+# %% ../nbs/57_checkpoint_files.ipynb #4a04ec59
+def _sums_of(
+    trainer,  # in training; all processes call this together
+) -> dict:  # fields of `SavedCounts`
+    "What transformers and TRL have added up."
+    since_log = trainer.accelerator.reduce(trainer._tr_loss.clone(), "mean")
+    numbers = getattr(trainer, "_metrics", {}).get("train", {})
+    return dict(
+        loss_sum=trainer._total_loss_scalar,
+        loss_since_log=since_log.item(),
+        logged_step=trainer._globalstep_last_logged,
+        train_tokens=getattr(trainer, "_total_train_tokens", 0),
+        unlogged={k: list(v) for k, v in numbers.items()})
+
 # %% ../nbs/57_checkpoint_files.ipynb #7d68b10a
 def _counts_of(
     trainer,  # in training; all processes call this together
 ) -> SavedCounts:
     "Where the counts of a run stand."
-    run, accelerator = trainer.run, trainer.accelerator
-    since_log = accelerator.reduce(trainer._tr_loss.clone(), "mean")
-    numbers = getattr(trainer, "_metrics", {}).get("train", {})
+    run = trainer.run
     return SavedCounts(
         totals=list(astuple(run.totals)),
-        loss_sum=trainer._total_loss_scalar,
-        loss_since_log=since_log.item(),
-        logged_step=trainer._globalstep_last_logged,
         tokens_per_pass=run.budget,
         seconds=run.elapsed(),
         metrics_lines=_count_lines(os.path.join(trainer.args.output_dir, "metrics.jsonl")),
-        processes=accelerator.num_processes,
-        train_tokens=getattr(trainer, "_total_train_tokens", 0),
-        unlogged={k: list(v) for k, v in numbers.items()},
+        processes=trainer.accelerator.num_processes,
         without_gain=run.without_gain,
         ended=run.ended,
-        plan=asdict(run.plan) if run.plan else {})
+        plan=asdict(run.plan) if run.plan else {},
+        **_sums_of(trainer))
+
+# %% ../nbs/57_checkpoint_files.ipynb #e33311ef
+def _take_run(
+    run,  # `RunState` of a run that goes on
+    saved: SavedCounts,  # of its checkpoint
+    first: bool,  # is this the first process?
+):
+    "Set a run's state back to where it stood."
+    run.totals = RunTotals(*saved.totals)
+    run.mine = RunTotals(*saved.totals) if first else RunTotals()
+    run.budget = saved.tokens_per_pass
+    run.seconds = saved.seconds
+    run.without_gain = saved.without_gain
+    run.ended = saved.ended
 
 # %% ../nbs/57_checkpoint_files.ipynb #2e13531e
 def take_counts(
@@ -74,14 +96,9 @@ def take_counts(
     saved: SavedCounts,  # of that checkpoint
 ):
     "Set the counts back to where they stood."
-    run, step = trainer.run, trainer.state.global_step
-    run.totals = RunTotals(*saved.totals)
-    run.mine = RunTotals(*saved.totals) if trainer.is_world_process_zero() else RunTotals()
-    run.budget = saved.tokens_per_pass
-    run.seconds = saved.seconds
-    run.saved_step = step
-    run.without_gain = saved.without_gain
-    run.ended = saved.ended
+    step = trainer.state.global_step
+    _take_run(trainer.run, saved, trainer.is_world_process_zero())
+    trainer.run.saved_step = step
     if saved.ended: trainer.state.max_steps = step
     trainer._total_loss_scalar = saved.loss_sum
     trainer._tr_loss.fill_(saved.loss_since_log)
@@ -102,12 +119,13 @@ def _write_files(
     import torch
     def path(name): return os.path.join(part, name)
     trainer.model.save_pretrained(part, state_dict=weights, save_embedding_layers=False)
-    with contextlib.suppress(FileNotFoundError): os.remove(path("README.md"))
+    with contextlib.suppress(FileNotFoundError): os.remove(path("README.md"))  # PEFT's model card
     torch.save(optimizer, path("optimizer.pt"))
     torch.save(trainer.lr_scheduler.state_dict(), path("scheduler.pt"))
     trainer._save_scaler(part)
     trainer.state.save_to_json(path("trainer_state.json"))
-    with open(path("run_state.json"), "w", encoding="utf-8") as f: json.dump(asdict(state), f, indent=1, sort_keys=True)
+    counts = json.dumps(asdict(state), indent=1, sort_keys=True)
+    with open(path("run_state.json"), "w", encoding="utf-8") as f: f.write(counts)
 
 # %% ../nbs/57_checkpoint_files.ipynb #87f815eb
 def _write_share(

@@ -128,45 +128,37 @@ def _finish(
     evaluates = args.eval_strategy == "steps" and args.eval_delay <= trainer.state.global_step
     if evaluates: trainer.control.should_evaluate = True
 
-# %% ../nbs/58_checkpoints.ipynb #f1c98324
-def _flow_after_step(
-    flow,  # the `FlowCallback`
+# %% ../nbs/58_checkpoints.ipynb #1f48fa2c
+def _save_is_wanted(
     trainer,  # at the end of a step
-    control,  # its `TrainerControl`
-):
-    "Stop, finish or save, where it is time for that or somebody asks for it."
-    run, agreed = trainer.run, _agree(trainer)
-    flow.between = False
-    run.stopping = agreed.stop
-    _finish(trainer, agreed.finish)
-    ends = control.should_training_stop
-    wanted = control.should_save or agreed.save or run.stopping or (ends and _saves(trainer))
-    waits = ends or trainer.state.global_step % run.steps_per_epoch == 0
-    control.should_save = wanted and not waits
-    flow.owed = wanted and waits
+    agreed: Agreed,  # at that step
+) -> bool:
+    "Is there a reason to write a checkpoint?"
+    control = trainer.control
+    if control.should_save or agreed.save or agreed.stop: return True
+    return control.should_training_stop and _saves(trainer)
 
-# %% ../nbs/58_checkpoints.ipynb #652e1bd7
-def _flow_after_evaluation(
-    flow,  # the `FlowCallback`
+# %% ../nbs/58_checkpoints.ipynb #c8e00d4c
+def _epoch_ends(
+    trainer,  # at the end of a step
+) -> bool:
+    "Is this the last step of an epoch, or of the run?"
+    if trainer.control.should_training_stop: return True
+    return trainer.state.global_step % trainer.run.steps_per_epoch == 0
+
+# %% ../nbs/58_checkpoints.ipynb #7190c1fb
+def _end_early(
     trainer,  # that has evaluated
 ):
-    "Where the evaluation ends the run, its checkpoint is written after all that the epoch's end brings."
-    run, state, control = trainer.run, trainer.state, trainer.control
-    if not control.should_training_stop or is_over(trainer): return
-    best = "" if state.best_metric is None else f" than {state.best_metric:.4g}"
-    count = run.without_gain
+    "End a run that doesn't get better."
+    count, best = trainer.run.without_gain, trainer.state.best_metric
     told = "1 evaluation was" if count == 1 else f"{count} evaluations in a row were"
-    end_run(trainer, "stopped early", f"{told} no better{best}")
-    if not _saves(trainer): return
-    control.should_save = flow.between
-    if not flow.between: flow.owed = True
+    than = "" if best is None else f" than {best:.4g}"
+    end_run(trainer, "stopped early", f"{told} no better{than}")
 
-# %% ../nbs/58_checkpoints.ipynb #aacb72df
-class _Flow:
-    "What of a callback decides when a checkpoint is written, and when a run ends."
-    owed = False  # a save that waits for the epoch's end
-    between = False  # is an epoch at its end?
-
+# %% ../nbs/58_checkpoints.ipynb #cc8ddb36
+class _Bounds:
+    "What of a callback begins and ends a session of a run."
     def __init__(self, trainer): self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -175,25 +167,42 @@ class _Flow:
         if run.resumed: take_counts(self.trainer, run.resumed)
         finish_if_asked(self.trainer, False)
 
-    def on_step_end(self, args, state, control, **kwargs): _flow_after_step(self, self.trainer, control)
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        control.should_save = control.should_save or self.owed
-        self.owed, self.between = False, True
-
-    def on_evaluate(self, args, state, control, **kwargs): _flow_after_evaluation(self, self.trainer)
-
     def on_train_end(self, args, state, control, **kwargs):
         self.trainer.run.stop_clock()
         check_weights(self.trainer)
 
-# %% ../nbs/58_checkpoints.ipynb #5ed21910
+# %% ../nbs/58_checkpoints.ipynb #d1122e16
+class _Flow:
+    "What of a callback decides when a checkpoint is written, and when a run ends."
+    owed = False  # a save that waits for the epoch's end
+    epoch_over = False  # is an epoch at its end?
+
+    def on_step_end(self, args, state, control, **kwargs):
+        agreed = _agree(self.trainer)
+        self.trainer.run.stopping = agreed.stop
+        _finish(self.trainer, agreed.finish)
+        wanted, waits = _save_is_wanted(self.trainer, agreed), _epoch_ends(self.trainer)
+        control.should_save = wanted and not waits
+        self.owed, self.epoch_over = wanted and waits, False
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_save = control.should_save or self.owed
+        self.owed, self.epoch_over = False, True
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if not control.should_training_stop or is_over(self.trainer): return
+        _end_early(self.trainer)
+        if not _saves(self.trainer): return
+        control.should_save = self.epoch_over
+        if not self.epoch_over: self.owed = True
+
+# %% ../nbs/58_checkpoints.ipynb #73bd162a
 def flow_callback(
     trainer,  # that it steers
 ):  # a `TrainerCallback`
     "Decides when a checkpoint is written, and when a run ends."
     from transformers import TrainerCallback
-    class FlowCallback(_Flow, TrainerCallback): pass
+    class FlowCallback(_Flow, _Bounds, TrainerCallback): pass
     return FlowCallback(trainer)
 
 # %% ../nbs/58_checkpoints.ipynb #d1dec4dd
