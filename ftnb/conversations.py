@@ -56,14 +56,25 @@ def _called(
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError(f"turn {number} has a tool call that is no object with a name")
-    arguments = function.get("arguments")
-    if not isinstance(arguments, str): return call
-    try: arguments = json.loads(arguments)
+    if not isinstance(function.get("arguments"), str): return call
+    try: arguments = json.loads(function["arguments"])
     except ValueError: return call
     function = function | {"arguments": arguments}
     return call | {"function": function} if "function" in call else function
 
 # %% ../nbs/16_conversations.ipynb #4d054eac
+def _sharegpt_call(
+    value,  # of a turn: JSON, or an object already
+    number: int,  # of the turn, from 1, for an error
+) -> dict:  # a turn with `role`, `content` and `tool_calls`
+    "A `function_call` of ShareGPT's, in the words of the others."
+    call = _parsed(value, f"the function_call of turn {number}")
+    if not isinstance(call, dict):
+        raise ValueError(f"turn {number} is a function_call that is no object with name and arguments")
+    calls = [{"type": "function", "function": call}]
+    return {"role": "assistant", "content": "", "tool_calls": calls}
+
+# %% ../nbs/16_conversations.ipynb #5d401d6d
 def _sharegpt_turn(
     turn: dict,  # with `from` and `value`
     number: int,  # from 1, for an error
@@ -72,10 +83,8 @@ def _sharegpt_turn(
     name, value = turn["from"], turn.get("value")
     if not isinstance(name, str) or name not in SHAREGPT_ROLES:
         raise ValueError(f"turn {number} is from {name!r}; it must be one of {', '.join(SHAREGPT_ROLES)}")
-    if name != "function_call": return {"role": SHAREGPT_ROLES[name], "content": value}
-    call = _parsed(value, f"the function_call of turn {number}")
-    if not isinstance(call, dict): raise ValueError(f"turn {number} is a function_call that is no object with name and arguments")
-    return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}
+    if name == "function_call": return _sharegpt_call(value, number)
+    return {"role": SHAREGPT_ROLES[name], "content": value}
 
 # %% ../nbs/16_conversations.ipynb #e07bade9
 def _content(
@@ -93,16 +102,26 @@ def _content(
     return content[0]["text"] if len(content) == 1 else content
 
 # %% ../nbs/16_conversations.ipynb #e398d385
+def _with_role(
+    turn,  # as it stands in the row
+    number: int,  # from 1
+) -> dict:  # with a `role` of `ROLES`
+    "A turn in which it is known who speaks; raises with what is wrong."
+    if not isinstance(turn, dict):
+        raise ValueError(f"turn {number} is no object with a role and a content")
+    if "from" in turn and "role" not in turn: turn = _sharegpt_turn(turn, number)
+    if "role" not in turn: raise ValueError(f"turn {number} has no role")
+    if turn["role"] not in ROLES:
+        raise ValueError(f"turn {number} has the role {turn['role']!r}; it must be one of {', '.join(ROLES)}")
+    return turn
+
+# %% ../nbs/16_conversations.ipynb #0332c907
 def _turn(
     turn,  # as it stands in the row
     number: int,  # from 1
 ) -> dict:  # as chat templates take it
     "A turn with a known role; raises with what is wrong."
-    if not isinstance(turn, dict): raise ValueError(f"turn {number} is no object with a role and a content")
-    if "from" in turn and "role" not in turn: turn = _sharegpt_turn(turn, number)
-    if "role" not in turn: raise ValueError(f"turn {number} has no role")
-    if turn["role"] not in ROLES:
-        raise ValueError(f"turn {number} has the role {turn['role']!r}; it must be one of {', '.join(ROLES)}")
+    turn = _with_role(turn, number)
     found = {key: value for key, value in turn.items() if value is not None}
     calls = turn.get("tool_calls") or []
     if not isinstance(calls, list): raise ValueError(f"turn {number} has tool_calls that are no list")
