@@ -79,21 +79,40 @@ _WORDS = {"id": _ID, "config": _ID, "name": "[a-zA-Z0-9-]+", "framework": "legac
 _LEAST = {"count": 1, "number": 0, "label": -1}  # kind of whole number -> the smallest
 
 # %% ../nbs/06_jobargs.ipynb #35e27a06
+def _is_plain_path(
+    text: str,  # of a folder
+) -> bool:
+    "Whether a path leads nowhere upwards, and holds no sign that isn't seen."
+    upwards = re.search(r"(?<![^/\\])\.\.(?![^/\\])", text)
+    unseen = re.search(r"[\0-\x1f\x7f]", text)
+    return text == text.strip() and not upwards and not unseen
+
+# %% ../nbs/06_jobargs.ipynb #1e21d497
 def _follows_rule(
     kind: str,  # of the argument
     value,  # of the type that the kind calls for, or the text that couldn't be read as one
 ) -> bool:
     "Whether a value is right for its kind."
-    if kind == "secret": return isinstance(value, Secret) and bool(re.fullmatch("[!-~]+", value.reveal()))
     if kind == "flag": return isinstance(value, bool)
-    if kind == "share": return type(value) is not bool and isinstance(value, (int, float)) and 0 < value <= 1
     if kind in _LEAST: return type(value) is int and value >= _LEAST[kind]
+    if kind == "share":
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return is_number and 0 < value <= 1
+    if kind == "secret":
+        return isinstance(value, Secret) and bool(re.fullmatch("[!-~]+", value.reveal()))
     if not isinstance(value, str): return False
     if kind in _WORDS: return bool(re.fullmatch(_WORDS[kind], value))
-    upwards_or_control = re.search(r"[\0-\x1f\x7f]|(?<![^/\\])\.\.(?![^/\\])", value)
-    return value == value.strip() and not upwards_or_control
+    return _is_plain_path(value)
 
 # %% ../nbs/06_jobargs.ipynb #a87c7255
+def _object_problem(
+    text: str,  # of a config, which begins with {
+) -> str:  # a sentence, or "" for a JSON object
+    "What is wrong with an object that is written out."
+    problem = _json_problem(text)
+    return f"is {problem}; write a JSON object or the id of a config" if problem else ""
+
+# %% ../nbs/06_jobargs.ipynb #ab6a4d29
 def _value_problem(
     kind: str,  # of the argument
     value,  # of the type that the kind calls for, or the text that couldn't be read as one
@@ -103,9 +122,7 @@ def _value_problem(
     if kind == "framework" and value == "axolotl":
         return "is 'axolotl': that belongs to the Studio's axolotl script; this one runs legacy"
     text = value if isinstance(value, str) else ""
-    if kind == "config" and text.startswith("{"):
-        problem = _json_problem(text)
-        return f"is {problem}; write a JSON object or the id of a config" if problem else ""
+    if kind == "config" and text.startswith("{"): return _object_problem(text)
     if kind == "folder" and _folder_problem(text): return _folder_problem(text)
     if _follows_rule(kind, value): return ""
     if kind == "secret": return "must be one word, of plain letters, digits and signs"
@@ -263,15 +280,21 @@ def _compact(
     return re.sub(r'("(?:[^"\\]|\\.)*")|\s+', r"\1", text)
 
 # %% ../nbs/06_jobargs.ipynb #8004c493
+def _wrapped(
+    token: "str | Secret | None",  # as it was given
+) -> "Secret | None":  # None where there is none
+    "A token that isn't shown."
+    if not isinstance(token, str): return token
+    return Secret(token.strip()) if token.strip() else None
+
+# %% ../nbs/06_jobargs.ipynb #0722353f
 def _settle_args(
     args: JobArgs,  # being made
 ):
     "Wrap the token, compact the JSON, check everything."
     def put(name, value): object.__setattr__(args, name, value)  # it is frozen for everybody else
-    token = args.hf_token
-    if isinstance(token, str): token = Secret(token.strip()) if token.strip() else None
-    put("hf_token", token)
-    secret = token.reveal() if isinstance(token, Secret) else ""
+    put("hf_token", _wrapped(args.hf_token))
+    secret = args.hf_token.reveal() if isinstance(args.hf_token, Secret) else ""
     raise_problems(_without(_argument_problems(vars(args)), secret), "The job's arguments are wrong")
     for argument in fields(args):
         value = getattr(args, argument.name)
@@ -352,21 +375,28 @@ def _key_problem(
     return Problem(key, f"--{key} is given twice{again}: leave one out")
 
 # %% ../nbs/06_jobargs.ipynb #f12ff832
+def _leading_problems(
+    before: str,  # what stands before the first key
+) -> list:  # of `Problem`; none where nothing does
+    "What is wrong with words that belong to no key."
+    if not before: return []
+    text = f"{before!r} stands before the first key: begin with a key, such as --base_model_id"
+    return [Problem("", text)]
+
+# %% ../nbs/06_jobargs.ipynb #fa3f6bc4
 def _read_keys(
     text: str,  # of `JOB_ARGUMENTS`
 ) -> tuple:  # (argument -> value, list of `Problem`)
     "Read the keys and their values, as far as they go."
     kinds = {argument.name: argument.metadata["kind"] for argument in fields(JobArgs)}
     before, found = _split_keys(text)
-    values, problems = {}, []
-    if before:
-        problems.append(Problem("", f"{before!r} stands before the first key: begin with a key, such as --base_model_id"))
+    values, problems = {}, _leading_problems(before)
     for name, sign, value in found:
         problem = _key_problem(name, sign, values)
         if problem: problems.append(problem); continue
         key = _ALIASES.get(name, name)
-        bare_flag = kinds[key] == "flag" and not sign and not value
-        values[key] = True if bare_flag else _read_value(kinds[key], value)
+        is_bare_flag = kinds[key] == "flag" and not sign and not value
+        values[key] = True if is_bare_flag else _read_value(kinds[key], value)
     return values, problems
 
 # %% ../nbs/06_jobargs.ipynb #7c7ae908
