@@ -19,8 +19,8 @@ setup(
     packages=find_packages(include=['ftnb', 'ftnb.*']), package_data={'ftnb': ['data/*']}, zip_safe=False,
     python_requires='>=' + cfg['min_python'],
     install_requires=cfg['requirements'].split(),
-    extras_require={'dev': lines('dev_requirements.txt'), 'mlflow': ['mlflow'], 'tensorboard': ['tensorboard'], 'sweep': ['optuna>=4.5'],
-                    'gpu': ['liger-kernel>=0.8'],
+    extras_require={'dev': lines('dev_requirements.txt'), 'lab': ['jupyterlab>=4'], 'mlflow': ['mlflow'], 'tensorboard': ['tensorboard'],
+                    'sweep': ['optuna>=4.5'], 'gpu': ['liger-kernel>=0.8'],
                     'docs': ['mkdocs-material>=9.5', 'mkdocs-jupyter>=0.25', 'LinkChecker>=10']},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
 )

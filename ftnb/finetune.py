@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['register_command', 'build_model', 'score_base', 'save_trained', 'train_and_save', 'prove', 'publish', 'announce',
-           'run_checked', 'follow', 'finetune', 'run_command']
+           'run_checked', 'base_within_reach', 'follow', 'finetune', 'run_command']
 
 # %% ../nbs/95_finetune.ipynb #97da8fe1
 import os, sys
@@ -23,6 +23,7 @@ import ftnb.estimate as estimate
 import ftnb.evaluate as evaluate
 import ftnb.guards as guards
 import ftnb.handover as handover
+import ftnb.hub as hub
 import ftnb.jobargs as jobargs
 import ftnb.launch as launch
 import ftnb.models as models
@@ -177,6 +178,13 @@ def run_checked(
     announce(job, f"({run.proof})")
     return run
 
+# %% ../nbs/95_finetune.ipynb #b2318b1f
+def base_within_reach(
+    job: runrecord.Job,  # from `preflight.check_job`
+) -> "ContextManager":
+    "Within this, a base model of the hub is loaded from what was fetched, where the hub doesn't answer."
+    return hub.reaching_hub([] if os.path.isdir(job.source) else [job.source])
+
 # %% ../nbs/95_finetune.ipynb #5cdf11d7
 def follow(
     args: jobargs.JobArgs,  # of the job
@@ -186,7 +194,8 @@ def follow(
     told = ranks.hear()
     if told is None: return  # the first one says why
     taken = handover.take_over(args, handover.Handover(**told))
-    with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet): train_and_save(*taken, bar=False)
+    with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet), base_within_reach(taken[0]):
+        train_and_save(*taken, bar=False)
 
 # %% ../nbs/95_finetune.ipynb #7d1a352e
 def finetune(
@@ -204,7 +213,7 @@ def finetune(
         check = preflight.check_job(args, env, data=data)
         print(check, flush=True)
         check.raise_errors()
-        with storage.only_one(args.train_out_dir), storage.only_one_at(args.out_dir, "out_dir"):
+        with storage.only_one(args.train_out_dir), storage.only_one_at(args.out_dir, "out_dir"), base_within_reach(check.job):
             return run_checked(check, watch, tell, bar, callbacks)
 
 # %% ../nbs/95_finetune.ipynb #81b8010e

@@ -25,6 +25,7 @@ from .project import demo_base_model, demo_data
 from ..packing import keeps_prefix, packing_attention
 from ..package import python_command
 from ..settings import settle_training
+from ..storage import folder_problems
 from ..tokenizer import configure_tokenizer_padding
 from ..passes import fast_layers, packed_passes, settle_budget
 from ..trainer import make_trainer, quiet_trainer
@@ -603,9 +604,10 @@ def run_bench_command(
 ):
     "The console script `ftnb_bench`."
     asked = vars(_bench_parser().parse_args(argv))
-    out, model = Path(asked.pop("out")), asked.pop("model")
-    if model == "smollm2": model = str(demo_base_model())
-    result = run_bench(BenchJob(model, **asked))
+    out, job = Path(asked.pop("out")), BenchJob(**asked)
+    raise_problems(folder_problems("out", out) + bench_problems(job), "The benchmark can't run")
+    if job.model == "smollm2": job = replace(job, model=str(demo_base_model()))
+    result = run_bench(job)
     out.mkdir(parents=True, exist_ok=True)
     save_bench(result, out/"bench.json")
     plot_bench([result]).savefig(out/"bench.png", dpi=120)

@@ -7,9 +7,8 @@ __all__ = ['LEARNERS', 'LearnJob', 'learn_problems', 'reference_settings', 'Lear
            'learn_alone', 'LearnResult', 'run_learn', 'load_learn', 'plot_learn', 'learn_command']
 
 # %% ../../nbs/demo/3_learn.ipynb #db5733ec
-import csv, json, subprocess, sys, tempfile, time
-from dataclasses import asdict, dataclass
-from math import ceil
+import csv, json, math, subprocess, sys, tempfile, time
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
@@ -31,6 +30,7 @@ from ..prompts import PromptTemplate, format_row, map_dataset_with_prompt_templa
 from ..scoring import answers_to_match, is_match
 from ..settings import settle_training, steps_of
 from ..stopping import steps_that_fit
+from ..storage import folder_problems
 from ..tokenizer import configure_tokenizer_padding
 from ..tokens import tokenize_rows
 from ..trainer import make_trainer
@@ -134,7 +134,7 @@ def _our_learner(
     settings = settle_training(asked, precision, tempfile.mkdtemp())
     budget, _ = settle_budget(model, given.rows, settings)
     trainer = make_trainer(model, given.tokenizer, given.rows, given.rows.select([]), settings, budget, False)
-    steps_an_epoch = ceil(len(given.rows) / settings.rows_per_step)
+    steps_an_epoch = math.ceil(len(given.rows) / settings.rows_per_step)
     return model, trainer, steps_of(advice.training, steps_an_epoch)
 
 # %% ../../nbs/demo/3_learn.ipynb #5e851ca4
@@ -380,8 +380,10 @@ def learn_command(
     asked = vars(_learn_parser().parse_args(argv))
     out, seeds = Path(asked.pop("out")), range(1, asked.pop("seeds") + 1)
     for name in ("prompt", "completion"): asked[name] = asked[name].replace("\\n", "\n")
-    if asked["model"] == "smollm2": asked["model"] = str(demo_base_model())
-    result = run_learn(LearnJob(**asked), tuple(seeds))
+    job = LearnJob(**asked)
+    raise_problems(folder_problems("out", out) + learn_problems(job), "Nothing can be measured")
+    if job.model == "smollm2": job = replace(job, model=str(demo_base_model()))
+    result = run_learn(job, tuple(seeds))
     out.mkdir(parents=True, exist_ok=True)
     save_bench(result, out/"learn.json")
     plot_learn(result).savefig(out/"learn.png", dpi=120)

@@ -28,6 +28,7 @@ from ..jobargs import JobArgs, format_job_arguments, parse_job_arguments
 from ..prompts import PromptTemplate, format_row, parse_template
 from ..runrecord import read_run
 from ..splits import sample_and_split_dataset
+from ..storage import named_folder
 from ..studio import create_studio, open_studio, resolve_records, studio_url
 from ..tiny import save_tiny
 from ..package import job_script, package_folder
@@ -368,7 +369,7 @@ def make_demo_project(
     split: float = 0.9,  # share of them for training, in (0, 1]
 ) -> DemoProject:  # with the job's arguments
     "Set up a Studio project with everything that a job needs."
-    folder, base_model = Path(folder).expanduser().absolute(), Path(base_model).expanduser().absolute()
+    folder, base_model = named_folder("folder", folder), Path(base_model).expanduser().absolute()
     data = _copied_into(folder, Path(data or demo_data()).expanduser())
     db = folder/".app"/"state.db"
     create_studio(studio_url({STUDIO_DB: str(db)}))
@@ -496,7 +497,7 @@ def run_demo(
     base: "str|Path|None" = None,  # "smollm2" (default), "tiny", or a folder with a model
 ) -> dict:  # accuracy and loss before and after, seconds, and where the adapter is
     "Set up a project, run its job, compare base model and adapter, and print what came out."
-    folder, seconds = Path(folder).absolute(), {}
+    folder, seconds = named_folder("folder", folder), {}
     with _timed(seconds, "base model"): base_model = _demo_base(base, folder)
     project = make_demo_project(folder, base_model)
     print(project, flush=True)

@@ -11,6 +11,8 @@ import importlib.util, os, shutil, subprocess, sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..storage import named_folder
+
 # %% ../../nbs/ui/12_converting.ipynb #3a4f8e60
 MODEL_SCRIPT, ADAPTER_SCRIPT = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"  # of llama.cpp
 
@@ -140,7 +142,7 @@ def _begin(
     place = Path(path).expanduser().absolute()
     check_precision(precision)
     if place.exists(): raise ValueError(f"{place} is there already: name a new file")
-    place.parent.mkdir(parents=True, exist_ok=True)
+    named_folder("path", place.parent).mkdir(parents=True, exist_ok=True)
     return place.with_name(f".{place.name}.part")
 
 # %% ../../nbs/ui/12_converting.ipynb #d08fc0a8

@@ -18,6 +18,8 @@ import ftnb.quantisation as quantisation
 import ftnb.tokenizer_files as tokenizer_files
 import ftnb.usage as usage
 import ftnb.weights as weights
+from ..hub import hub_or_cache
+from ..storage import named_folder
 from .tuning import Run
 
 # %% ../../nbs/ui/10_merging.ipynb #48e6de5a
@@ -104,7 +106,8 @@ def _write_merged(
     "Add an adapter into its base."
     from peft import PeftModel
     from transformers import AutoTokenizer
-    base = _load_whole(base_of(out_dir), token)
+    source = base_of(out_dir)
+    with hub_or_cache({} if os.path.isdir(source) else {source: "model"}): base = _load_whole(source, token)
     model = PeftModel.from_pretrained(base, str(out_dir)).eval()
     tokenizer = AutoTokenizer.from_pretrained(out_dir)
     expected = _expect(model, tokenizer)
@@ -122,7 +125,7 @@ def new_folder(
     place = Path(folder).expanduser().absolute()
     empty = place.is_dir() and not any(place.iterdir())
     if place.exists() and not empty: raise ValueError(f"{place} is there and isn't empty: name a new folder")
-    place.parent.mkdir(parents=True, exist_ok=True)
+    named_folder("folder", place).parent.mkdir(parents=True, exist_ok=True)
     return place
 
 # %% ../../nbs/ui/10_merging.ipynb #1ca33351

@@ -344,7 +344,7 @@ def sweep(
 ) -> Sweep:  # the best first
     "Try settings, one trial after the other by `tune`. The same call again goes on."
     _optuna()
-    axes, place = read_search(search, given), Path(folder or "ftnb_runs").expanduser().absolute()
+    axes, place = read_search(search, given), storage.named_folder("folder", folder or "ftnb_runs")
     evaluates = {} if "eval_strategy" in given else {"eval_strategy": "steps", "eval_steps": 0.2}
     given = {"name": "swept"} | evaluates | given
     content = tuning.data_content(data, place, given.get("config"), given.get("split"))

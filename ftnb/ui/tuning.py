@@ -36,7 +36,7 @@ import ftnb.ui.draft as drafts
 import ftnb.ui.monitoring as monitoring
 
 # %% ../../nbs/ui/09_tuning.ipynb #5836233a
-from ..hub import reaching_hub
+from ..hub import hub_or_cache
 from ..lora_settings import LORA_RULES
 from ..problems import raise_problems
 from ..saving import publish_folder
@@ -294,7 +294,7 @@ def _config_rows(
 
 # %% ../../nbs/ui/09_tuning.ipynb #2fbebde1
 def _job(
-    folder: Path,  # of the project
+    at: "_Place",  # of its records and results
     name: str,  # of the adapter
     records: dict,  # argument of a job -> id of a row
     rows: list,  # what makes the rows what they are
@@ -304,8 +304,8 @@ def _job(
     alike = {k: v for k, v in job.items() if k != "hf_token"}  # another token makes no other run
     key = str(uuid.uuid5(uuid.NAMESPACE_URL, json.dumps([records, rows, alike, name], sort_keys=True, default=str)))
     place = f"{name}-{key[:8]}"
-    return jobargs.JobArgs(**records, **job, experimentid=key, adapter_name=name,
-                           out_dir=str(folder/"adapters"/place), train_out_dir=str(folder/"runs"/place))
+    return jobargs.JobArgs(**records, **job, experimentid=key, adapter_name=name, auto_add_adapter=at.registers,
+                           out_dir=str(at.folder/"adapters"/place), train_out_dir=str(at.folder/"runs"/place))
 
 # %% ../../nbs/ui/09_tuning.ipynb #063e4abe
 def _environment(
@@ -488,6 +488,7 @@ class _Place:
     engine: object  # of the database
     db: str  # path or URL of the database
     folder: Path  # for adapters and runs
+    registers: bool  # is a trained adapter registered in it?
 
 # %% ../../nbs/ui/09_tuning.ipynb #4ad5ca5a
 def _open_place(
@@ -496,12 +497,13 @@ def _open_place(
 ) -> _Place:
     "Open a project, or a Studio; raises where the Studio isn't there."
     if db is None:
-        place = Path(folder or "ftnb_runs").expanduser().absolute()
+        place = storage.named_folder("folder", folder or "ftnb_runs")
         url = studio.studio_url({consts.STUDIO_DB: str(place/".app"/"state.db")})
-        return _Place(studio.create_studio(url), str(place/".app"/"state.db"), place)
+        return _Place(studio.create_studio(url), str(place/".app"/"state.db"), place, registers=False)
     project = drafts.read_project(db)
     if project.problem: raise ValueError(project.problem)
-    return _Place(project.engine, project.url, Path(folder).expanduser().absolute() if folder else project.folder)
+    place = storage.named_folder("folder", folder) if folder else project.folder
+    return _Place(project.engine, project.url, place, registers=True)
 
 # %% ../../nbs/ui/09_tuning.ipynb #41236a94
 def _prepared(
@@ -521,24 +523,28 @@ def _prepared(
     given = sort_settings(settings)
     token, choice = given["job"].get("hf_token"), choosing.read_choice(given["training"])
     rows = [source.content, contents]
-    _job(place.folder, name, dict.fromkeys(("base_model_id", "dataset_id", "prompt_id"), "id"), rows, given["job"])  # raises where a job can't take them
+    _job(place, name, dict.fromkeys(("base_model_id", "dataset_id", "prompt_id"), "id"), rows, given["job"])  # raises where a job can't take them
     dataset_id, read = _read_data(place.engine, source.name, token)
     whole = choosing.with_chosen(read, choice, place.engine, token)
     texts = _templates(read, *texts)
     records = _records(place.engine, model, dataset_id, read, texts)
     given["training"] = _for_conversations(given["training"], texts, read)
     filled = _complete(_width(model, token), _rows_an_epoch(whole, given["job"]), given)
-    return _job(place.folder, name, records | _config_rows(place.engine, name, filled), rows, filled["job"]), whole
+    return _job(place, name, records | _config_rows(place.engine, name, filled), rows, filled["job"]), whole
 
 # %% ../../nbs/ui/09_tuning.ipynb #734b420d
 def _hub_names(
     model: str,  # folder or hub name
     data,  # as in `tune`
-) -> list:  # of names
-    "What of a run may have to be looked for on the hub."
-    sources = [model, *(one for one, _ in _weighed(data) if isinstance(one, str))]
-    places = [corpus.parse_dataset_name(os.path.expanduser(source)).place for source in sources]
-    return [place for place in places if re.fullmatch(choosing.HUB_NAME, place) and not os.path.exists(place)]
+) -> dict:  # name -> "model" or "dataset"
+    "What of a run has to be looked for on the hub."
+    named = [(one, "dataset") for one, _ in _weighed(data) if isinstance(one, str)]
+    found = {}
+    for source, kind in [(model, "model"), *named]:
+        place = corpus.parse_dataset_name(os.path.expanduser(source)).place
+        if os.path.exists(place) or not re.fullmatch(choosing.HUB_NAME, place): continue
+        found[place] = kind
+    return found
 
 # %% ../../nbs/ui/09_tuning.ipynb #80b6130c
 def tune(
@@ -558,14 +564,14 @@ def tune(
     **settings,  # of data, job, LoRA, bitsandbytes or training, by name: validation="dev.csv", r=8, learning_rate=1e-3
 ) -> Run:  # shows what came of it
     "Train an adapter. The same call again goes on, or finds it done."
-    place = _open_place(folder, db)
     model = str(Path(model).expanduser().absolute()) if Path(model).expanduser().is_dir() else str(model)
-    with reaching_hub(_hub_names(model, data)):
+    if watch and bar is None: bar = False  # the picture says it
+    with hub_or_cache(_hub_names(model, data)):
+        progress.quiet_libraries()
+        place = _open_place(folder, db)
         args, rows = _prepared(place, model, data, (prompt, completion), name, settings, config=config, split=split)
-    args = replace(args, auto_add_adapter=db is not None)
-    if watch: _show_live(args)
-    bar = False if watch and bar is None else bar  # the picture says it
-    return Run(args, finetune.finetune(args, _environment(place.db), bar, rows, callbacks), place.db)
+        if watch: _show_live(args)
+        return Run(args, finetune.finetune(args, _environment(place.db), bar, rows, callbacks), place.db)
 
 # %% ../../nbs/ui/09_tuning.ipynb #f27b1cf6
 def _database_of(
