@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DATA_KEYS', 'MOST_WEIGHT', 'HUB_NAME', 'DataChoice', 'twice_problem', 'choice_problems', 'read_choice',
-           'dataset_columns', 'find_dataset', 'DataParts', 'usual_parts', 'ChosenCorpus', 'with_chosen']
+           'dataset_columns', 'find_dataset', 'itself_problems', 'DataParts', 'usual_parts', 'ChosenCorpus',
+           'with_chosen']
 
 # %% ../nbs/18_choosing.ipynb #0201a83b
 import json, math, os, re
@@ -193,6 +194,32 @@ def find_dataset(
     name = name.strip()
     if record := _studio_record(engine, name): return record
     return studio.DatasetRecord(id=name, name=name, **dataset_columns(name))
+
+# %% ../nbs/18_choosing.ipynb #f272abc9
+def _rows_place(
+    record: studio.DatasetRecord,
+) -> tuple:  # (path or name on the hub, configuration, split)
+    "Where the rows of a data set are that a job trains on."
+    where = record.huggingface_name if record.type == "huggingface" else record.location
+    name = corpus.parse_dataset_name(os.path.expanduser((where or "").strip()))
+    place = os.path.realpath(name.place) if os.path.exists(name.place) else name.place
+    return place, name.config, name.splits[:1] or ("train",)
+
+# %% ../nbs/18_choosing.ipynb #c2438d97
+def itself_problems(
+    dataset: studio.DatasetRecord,  # the job's own
+    choice: DataChoice,  # from `read_choice`
+    engine: "Engine | None" = None,  # of the Studio database, for data sets named by a row of it
+) -> list:  # of `Problem`
+    "What is wrong where a job's own data set is trained along with itself."
+    found = []
+    for name in choice.more_data:
+        try: other = find_dataset(name, engine)
+        except ValueError: continue  # told when it is read
+        if _rows_place(other) != _rows_place(dataset): continue
+        text = f"more_data names {name!r}, the job's own data set: leave it out there, and give its rows a weight by data_weight"
+        found.append(Problem("more_data", text))
+    return found
 
 # %% ../nbs/18_choosing.ipynb #0da15b50
 _SPLITS_FOR = {"validation": ("validation", "valid", "val", "dev", "eval"), "test": ("test",), "more_data": ("train",)}  # key -> names

@@ -14,6 +14,7 @@ import ftnb.data_folders as data_folders
 from .consts import DATASET_TYPES, HELD_OUT_SPLITS
 from .csv_files import csv_table
 from .files import Faults, Place, most_bytes, not_regular, text_table
+from .hub import hub_problem, reaching_hub
 from .json_files import json_file_table, json_table, jsonl_table
 from .problems import Problem, nearest, problems_with
 
@@ -425,11 +426,14 @@ def _from_library(
     "Load a folder with data files, or a data set of the hub."
     import datasets
     from tempfile import TemporaryDirectory
-    inside = (name.place, os.getcwd()) if os.path.isdir(name.place) else ()
-    with TemporaryDirectory() as scratch:
+    folder = os.path.isdir(name.place)
+    inside = (name.place, os.getcwd()) if folder else ()
+    with TemporaryDirectory() as scratch, reaching_hub([] if folder else [name.place]) as reached:
         try: found = _fetch(name, token, scratch, faults)
         except ValueError as e: return faults.add(name.place, " ".join(str(e).split()))
-        except Exception as e: return faults.add(name.place, library_error(e, token))
+        except Exception as e:
+            missing = "" if reached else hub_problem("dataset", name.place)
+            return faults.add(name.place, missing or library_error(e, token))
         if found.read is None: return Corpus(datasets.DatasetDict(found.splits))
         tables = {split: {file: read_file(found.read, path, faults, file, inside) for file, path in paths.items()}
                   for split, paths in found.splits.items()}

@@ -137,6 +137,7 @@ def read_rows(
     engine: "Engine | None" = None,  # of the Studio database, for data sets that are rows of it
 ) -> choosing.ChosenCorpus:  # the rows, and what can't be read of them
     "Read a job's data; raises as `fit_rows` does."
+    raise_problems(choosing.itself_problems(record, choice, engine), "The data can't be chosen")
     found = choosing.with_chosen(_own_rows(record, token), choice, engine, token)
     return found if template is None else fit_rows(found, template)
 

@@ -65,6 +65,19 @@ def test_file_to_answer(base, tmp_path, kind):
     assert compared.models["tuned"].loss < compared.models["base"].loss
 
 
+def test_what_is_asked_may_count_a_little(base, tmp_path):
+    "With a weight of 1 all tokens of a conversation count alike; with less, the loss lies between that and the answers' own."
+    data = write(tmp_path/"chats.jsonl", [dict(messages=talk(i)) for i in range(20)])
+    def first_loss(**settings):
+        run = tune(base, data, folder=tmp_path/"project", **QUICK | dict(max_steps=1) | settings)
+        assert run.record.used["training"].get("prompt_loss_weight", 0) == settings.get("prompt_loss_weight", 0)
+        lines = map(json.loads, (Path(run.args.train_out_dir)/"metrics.jsonl").read_text().splitlines())
+        return next(line["loss"] for line in lines if "loss" in line)
+    whole, answers = first_loss(assistant_only_loss=False), first_loss()
+    assert first_loss(prompt_loss_weight=1.0) == pytest.approx(whole, rel=1e-4)
+    assert min(whole, answers) < first_loss(prompt_loss_weight=0.1) < max(whole, answers)
+
+
 def test_plain_prompt_as_turns(base, tmp_path):
     data = write(tmp_path/"plain.jsonl", [dict(q=ASKED[i % 4], a=ANSWERS[i % 4]) for i in range(20)])
     asks = dict(prompt="{q}", completion="{a}", folder=tmp_path/"project")
