@@ -89,6 +89,21 @@ for pattern in patterns:
         if re.match(pattern, name): re.fullmatch(pattern, name)
 """  # a program that says when it begins with each pattern, and is ended when its time of a processor is over
 
+# %% ../nbs/31_targets.ipynb #34583171
+def _stuck_at(
+    patterns: list,  # regular expressions
+    names: list,  # of the model's modules
+    seconds: float,  # of a processor, that all of it may take
+) -> int | None:  # index of the expression; None where all came to an end
+    "Which expression another process was trying when its time was up."
+    command, given = [sys.executable, "-I", "-S", "-c", SEARCH], json.dumps([seconds, patterns, names]).encode()
+    try:
+        done = subprocess.run(command, input=given, capture_output=True, timeout=30 + 10 * seconds)  # by the clock
+        if done.returncode != -signal.SIGPROF: return None
+        said = done.stdout
+    except subprocess.TimeoutExpired as e: said = e.stdout or b""
+    return max(0, len(said.splitlines()) - 1)
+
 # %% ../nbs/31_targets.ipynb #3ddb8a6b
 def slow_pattern(
     patterns: list,  # regular expressions
@@ -98,14 +113,9 @@ def slow_pattern(
     "Which expression doesn't come to an end."
     repeating = [p for p in patterns if isinstance(p, str) and re.search(r"[*+{]", p)]
     if not repeating or not sys.executable: return ""
-    command, given = [sys.executable, "-I", "-S", "-c", SEARCH], json.dumps([seconds, repeating, names]).encode()
-    try:
-        done = subprocess.run(command, input=given, capture_output=True, timeout=30 + 10 * seconds)  # by the clock
-        if done.returncode != -signal.SIGPROF: return ""
-        said = done.stdout
-    except subprocess.TimeoutExpired as e: said = e.stdout or b""
-    slow = repeating[max(0, len(said.splitlines()) - 1)]
-    return (f"{slow!r} takes more than {seconds:g} seconds on the names of the model's modules: "
+    stuck = _stuck_at(repeating, names, seconds)
+    if stuck is None: return ""
+    return (f"{repeating[stuck]!r} takes more than {seconds:g} seconds on the names of the model's modules: "
             "write it without a repetition inside of a repetition")
 
 # %% ../nbs/31_targets.ipynb #863825e8

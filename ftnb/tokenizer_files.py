@@ -61,19 +61,25 @@ def _content(
     "The text of a special token as tokenizer files write it."
     return token.get("content") if isinstance(token, dict) else token
 
+# %% ../nbs/27_tokenizer_files.ipynb #0344e1d9
+def _as_version_4(
+    config: dict,  # content of a tokenizer_config.json that transformers 5 wrote
+) -> dict:
+    "The same settings, as version 4 reads them."
+    left_out = {"backend", "is_local", "local_files_only"}
+    new = {k: v for k, v in config.items() if k not in left_out} | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if isinstance(new.get("extra_special_tokens"), list):
+        new["additional_special_tokens"] = new.pop("extra_special_tokens")
+    return new
+
 # %% ../nbs/27_tokenizer_files.ipynb #169f2ac5
 def portable_config(
     config: dict,  # content of the base's tokenizer_config.json
     tokenizer,  # as trained, with its pad token
 ) -> dict:  # what the adapter's says
     "Settings that give the trained tokenizer in transformers 4 as in 5; keys that needn't differ stay."
-    left_out = {"auto_map"}
-    if _by_version_5(config): left_out |= {"backend", "is_local", "local_files_only"}
-    new = {k: v for k, v in config.items() if k not in left_out}
-    if _by_version_5(config):
-        new["tokenizer_class"] = "PreTrainedTokenizerFast"
-        if isinstance(new.get("extra_special_tokens"), list):
-            new["additional_special_tokens"] = new.pop("extra_special_tokens")
+    new = {k: v for k, v in config.items() if k != "auto_map"}
+    if _by_version_5(config): new = _as_version_4(new)
     elif not new.get("tokenizer_class"):
         kind = type(tokenizer).__name__
         new["tokenizer_class"] = "PreTrainedTokenizerFast" if kind.endswith("Backend") else kind
@@ -214,6 +220,22 @@ def _file_problems(
     with open(os.path.join(folder, "tokenizer_config.json"), encoding="utf-8") as f: config = json.load(f)
     return problems + _switch_problems(config, tokenizer)
 
+# %% ../nbs/27_tokenizer_files.ipynb #a1329693
+def _loaded_problems(
+    loaded,  # the saved tokenizer
+    tokenizer,  # as trained
+    rows,  # token ids of rows
+) -> list:  # sentences
+    "Where a tokenizer that transformers has loaded isn't the one that was trained."
+    problems = []
+    for role in ROLES:
+        got, right = getattr(loaded, role), getattr(tokenizer, role)
+        if got != right: problems.append(f"the saved tokenizer's {role} is {got}, trained was {right}")
+    def read(texts): return loaded(texts, verbose=False)["input_ids"]
+    found = _first_difference(tokenizer, read, rows)
+    if found: problems.append(f"the saved tokenizer reads the text in another way: {found}")
+    return problems
+
 # %% ../nbs/27_tokenizer_files.ipynb #ba94c0bf
 def tokenizer_problems(
     folder: str,  # with a saved tokenizer
@@ -228,13 +250,7 @@ def tokenizer_problems(
         problems = _file_problems(folder, tokenizer, rows)
     except Exception as e:
         return [f"the saved tokenizer can't be loaded: {type(e).__name__}: {' '.join(str(e).split())[:300]}"]
-    for role in ROLES:
-        got, right = getattr(loaded, role), getattr(tokenizer, role)
-        if got != right: problems.append(f"the saved tokenizer's {role} is {got}, trained was {right}")
-    def read(texts): return loaded(texts, verbose=False)["input_ids"]
-    found = _first_difference(tokenizer, read, rows)
-    if found: problems.append(f"the saved tokenizer reads the text in another way: {found}")
-    return problems
+    return problems + _loaded_problems(loaded, tokenizer, rows)
 
 # %% ../nbs/27_tokenizer_files.ipynb #88ff96ca
 def save_tokenizer(
