@@ -14,6 +14,7 @@ from itertools import compress
 
 from .attention import attend, dot_product
 from .cpu_layers import cpu_layers
+from .four_bit import four_bit_layers
 from .prefix import PackedBatch, Tree, moved
 from .ranks import free_memory, process_count
 
@@ -371,7 +372,7 @@ def packing_attention(
     if getattr(inner.forward, "packs", False):
         yield model
         return
-    with _packing_calls(inner), _tree_attention(inner), cpu_layers(inner): yield model
+    with _packing_calls(inner), _tree_attention(inner), cpu_layers(inner), four_bit_layers(inner): yield model
 
 # %% ../nbs/51_packing.ipynb #ba370c46
 def packed_loss(
