@@ -297,6 +297,31 @@ def _free_for_loss(
     idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + idle
 
+# %% ../nbs/51_packing.ipynb #85553fc1
+def _chunks_for(
+    model,  # a causal language model of transformers
+    pair,  # position of each prediction, rising, on the CPU
+    positions: int,  # in all
+) -> list:  # of `_Chunk`
+    "As large chunks of the loss as memory has room for."
+    device = model.get_input_embeddings().weight.device
+    vocabulary = model.config.get_text_config().vocab_size
+    step = chunk_positions(vocabulary, _free_for_loss(device), device.type == "cuda")
+    return _loss_chunks(pair, positions, step)
+
+# %% ../nbs/51_packing.ipynb #28344539
+def _summed_loss(
+    model,  # a causal language model of transformers
+    hidden,  # (positions, size)
+    predictions: _Predictions,  # at these positions
+    chunks: list,  # of `_Chunk`
+):  # scalar tensor
+    "The output layer and the loss, summed over predictions."
+    head = model.get_output_embeddings()
+    layer, seen = _called_once(head, hidden)
+    def logits_of(part): return output_logits(model, part, layer)
+    return output_loss()(hidden, predictions, logits_of, chunks, *head.parameters()) + seen
+
 # %% ../nbs/51_packing.ipynb #418790d1
 def _pass_loss(
     model,  # a causal language model of transformers, its attention ours
@@ -305,16 +330,11 @@ def _pass_loss(
 ):  # scalar tensor
     "Run a flat pass and its loss."
     import torch
-    device, head = model.get_input_embeddings().weight.device, model.get_output_embeddings()
-    pair, batch = batch.pair, batch.to(device)
+    device, pair = model.get_input_embeddings().weight.device, batch.pair
+    batch = batch.to(device)
     hidden = flat_hidden(model, batch.input_ids, batch.position_ids, batch.tree).index_select(0, batch.positions)
-    vocabulary = model.config.get_text_config().vocab_size
-    step = chunk_positions(vocabulary, _free_for_loss(device), device.type == "cuda")
-    layer, seen = _called_once(head, hidden)
-    def logits_of(part): return output_logits(model, part, layer)
-    predictions = _Predictions(batch.pair, batch.targets, batch.weights)
-    chunks = _loss_chunks(pair, len(hidden), step)
-    loss = output_loss()(hidden, predictions, logits_of, chunks, *head.parameters()) + seen
+    chunks = _chunks_for(model, pair, len(hidden))
+    loss = _summed_loss(model, hidden, _Predictions(batch.pair, batch.targets, batch.weights), chunks)
     if num_items is None: num_items = batch.num_items
     whole = moved(torch.as_tensor(num_items), loss.device)
     return loss / whole.clamp(min=1)

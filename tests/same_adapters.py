@@ -70,6 +70,8 @@ JOBS = (
     Job("DoRA", base=("bpe", "gpt2"), lora={"use_dora": True, "target_modules": ["c_attn"]}),
     Job("4 bits", training={"max_steps": 3},
         bnb={"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}),
+    Job("4 bits, layers computed again", training={"max_steps": 3, "gradient_checkpointing": True},
+        bnb={"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}),
     Job("padded batches", training={"shared_prefix": False, "per_device_train_batch_size": 5}),
     Job("padded batches of whole texts", base=("bpe", "gpt2"), lora={"target_modules": ["c_attn", "c_fc"]},
         training={"shared_prefix": False, "completion_only_loss": False, "gradient_accumulation_steps": 2}),
