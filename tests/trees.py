@@ -139,6 +139,7 @@ def in_passes(model, features, budget, keep, least):
 class Trainer(_InPasses):
     "What passes ask of a trainer."
     is_fsdp_enabled, prompt_weight, compute_loss_context_manager = False, 0.0, contextlib.nullcontext
+    args = SimpleNamespace(neftune_noise_alpha=None)
 
     def __init__(self, accelerator, budget):
         self.accelerator, self.run = accelerator, RunState(budget=budget)
