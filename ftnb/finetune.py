@@ -43,9 +43,10 @@ register_command = registering.register_command  # an `ftnb_register` that was i
 # %% ../nbs/95_finetune.ipynb #bad29e2f
 def build_model(
     job: runrecord.Job,  # from `preflight.check_job`
+    load=None,  # function that loads a base; default: `models.load_base_model`
 ):  # a `PeftModel`
     "Load the base model, put LoRA in, and say what is trained."
-    base = models.load_base_model(job.source, job.loading, job.token)
+    base = (load or models.load_base_model)(job.source, job.loading, job.token)
     name, precision = job.records.model.name or job.source, job.precision
     print(f"model: {name} on {precision.device}, {models.held_as(precision)}", flush=True)
     print(f"before LoRA: {adapters.describe_parameters(base)}", flush=True)
@@ -99,9 +100,10 @@ def train_and_save(
     asked: asking.AskedRows | None = None,  # what is asked while the model learns
     bar: bool | None = None,  # a progress bar; default: where somebody is watching
     callbacks: tuple = (),  # further `TrainerCallback`s of transformers
+    load=None,  # as for `build_model`
 ) -> runrecord.SavedAdapter | None:  # beside `out_dir`, the model is freed on return; None on any process but the first
     "Build, train, and write the adapter to a folder beside its place."
-    model = build_model(job)
+    model = build_model(job, load)
     of_base = score_base(job, tokenizer, rows, model)
     estimate.tell_time(job, rows, model)
     identity = None if ranks.process_rank() else runrecord.job_identity(job, rows)
@@ -116,10 +118,11 @@ def train_and_save(
 def prove(
     job: runrecord.Job,  # from `preflight.check_job`
     saved: runrecord.SavedAdapter,  # from `train_and_save`
+    load=None,  # as for `build_model`
 ) -> runrecord.Proof:  # or why there is none
     "Load the adapter back; raises where it isn't what was trained."
     if saved.expected is None: return runrecord.Proof(not_made="the trained model's logits are not known")
-    try: difference = saving.prove_adapter(saved.folder, job.source, job.loading, saved.probe, saved.expected, job.token)
+    try: difference = saving.prove_adapter(saved.folder, job.source, job.loading, saved.probe, saved.expected, job.token, load)
     except saving.NotProven: raise
     except Exception as e:
         guards.say_failed("the adapter's proof", e, saved.notes)
@@ -132,11 +135,12 @@ def publish(
     rows: runrecord.JobRows,  # from `prepare_rows`
     saved: runrecord.SavedAdapter,  # from `train_and_save`
     watch: runrecord.Stopwatch,  # since the job began
+    load=None,  # as for `build_model`
 ) -> runrecord.RunRecord:
     "Prove the adapter and put it in its place."
     out = job.args.out_dir
     with saving.kept_until_published(saved.folder, out):
-        proof = prove(job, saved)
+        proof = prove(job, saved, load)
         run = replace(runrecord.describe_run(job, rows, saved), proof=proof, **watch.took())
         runrecord.write_run(run, saved.folder)
         guards.best_effort("README.md", lambda: model_card.write_card(saved.folder, run))
@@ -161,6 +165,7 @@ def run_checked(
     tell,  # a function that tells other processes what to do
     bar: bool | None,  # a progress bar; None: where somebody is watching
     callbacks: tuple = (),  # further `TrainerCallback`s of transformers
+    load=None,  # as for `build_model`
 ) -> runrecord.RunRecord:
     "What comes after the check."
     job, tokenizer, rows = check.job, check.base.tokenizer, check.rows
@@ -173,8 +178,8 @@ def run_checked(
     asked = asking.asked_rows(job.settings, rows.held_out, tokenizer, job.template, rows.limit)
     with handover.handed_over(job, rows, asked) as told:
         tell(told)
-        saved = train_and_save(job, tokenizer, rows, asked, bar, callbacks)
-    run = publish(job, rows, saved, watch)
+        saved = train_and_save(job, tokenizer, rows, asked, bar, callbacks, load)
+    run = publish(job, rows, saved, watch, load)
     announce(job, f"({run.proof})")
     return run
 
@@ -204,17 +209,19 @@ def finetune(
     bar: bool | None = None,  # a progress bar; default: where somebody is watching
     data: "choosing.ChosenCorpus | None" = None,  # the job's rows, where they have been read already
     callbacks: tuple = (),  # further `TrainerCallback`s of transformers, on the first process
+    cache: "preflight.RunCache | None" = None,  # of several jobs on the same base and rows
 ) -> runrecord.RunRecord | None:  # as its run.json tells it; None on any process but the first
     "Run a job: the adapter is in `out_dir`, whole and proven, and registered where that is asked for."
     if ranks.process_rank():
         return follow(args)
     watch = runrecord.Stopwatch()
     with ranks.leading() as tell, guards.tracker_scope(args.experimentid):
-        check = preflight.check_job(args, env, data=data)
+        check = preflight.check_job(args, env, data=data, cache=cache)
         print(check, flush=True)
         check.raise_errors()
+        load = cache.base.load if cache and cache.base and ranks.process_count() == 1 else None
         with storage.only_one(args.train_out_dir), storage.only_one_at(args.out_dir, "out_dir"), base_within_reach(check.job):
-            return run_checked(check, watch, tell, bar, callbacks)
+            return run_checked(check, watch, tell, bar, callbacks, load)
 
 # %% ../nbs/95_finetune.ipynb #81b8010e
 def run_command(

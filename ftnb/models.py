@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['bf16_speedup', 'Precision', 'local_device', 'held_as', 'made_in', 'choose_precision', 'base_config', 'without_report',
-           'load_base_model', 'unsound_weight', 'load_tokenizer', 'tokenizer_file', 'trial_problems', 'load_base_files']
+           'load_base_model', 'KeptBase', 'unsound_weight', 'load_tokenizer', 'tokenizer_file', 'trial_problems',
+           'load_base_files']
 
 # %% ../nbs/34_models.ipynb #0fdc5eff
 import os
@@ -286,6 +287,61 @@ def load_base_model(
     if not held: return model
     from peft import prepare_model_for_kbit_training
     return prepare_model_for_kbit_training(_keep_trainable(model), use_gradient_checkpointing=precision.gradient_checkpointing)
+
+# %% ../nbs/34_models.ipynb #70b434c0
+def _on_same_weights(
+    model,  # a model without quantised weights
+):  # another one: its layers are its own, its weights are the same memory
+    "Copy a model around its weights."
+    import copy, torch
+    weights = {id(p): torch.nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, weights)  # what is in there isn't copied
+
+# %% ../nbs/34_models.ipynb #d676a257
+def _sum_of_bits(
+    model,  # whose weights are not quantised
+) -> list:  # a whole number for each weight
+    "A sum that changes where a weight does."
+    import torch
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = [p.detach().contiguous().view(kinds[p.element_size()]) for p in model.parameters()]
+    return [int(some.sum(dtype=torch.int64)) for some in bits]
+
+# %% ../nbs/34_models.ipynb #d8dfb4dd
+def _all_plain(
+    model,  # a base
+) -> bool:
+    "Whether all weights are plain numbers: bitsandbytes keeps state beside those that it packs."
+    import torch
+    return all(type(p) is torch.nn.Parameter for p in model.parameters())
+
+# %% ../nbs/34_models.ipynb #84ebd65d
+class KeptBase:
+    "A base model for one run after another, loaded once."
+    def __init__(self):
+        self.model = None  # nobody computes with it, each run has a copy on its weights
+        self.loaded_as = self.sums = None  # what it was loaded from, and its weights then
+
+    def load(
+        self,
+        source: str,  # hub name or folder
+        precision: Precision,  # from `choose_precision`
+        token: str | None = None,  # for gated models
+    ):  # as `load_base_model` gives it
+        "The base for a run; loaded anew where another one is asked for, its weights have changed, or they are quantised."
+        wanted = (source, replace(precision, notes=()))
+        if self.model is not None and self.loaded_as == wanted and _sum_of_bits(self.model) == self.sums:
+            return _on_same_weights(self.model)
+        self.model = None
+        model = load_base_model(source, precision, token)
+        if not _all_plain(model): return model
+        self.model, self.loaded_as, self.sums = model, wanted, _sum_of_bits(model)
+        return _on_same_weights(model)
+
+    def held_bytes(self) -> int:
+        "Memory that the next run needn't take for the base's weights."
+        if self.model is None: return 0
+        return sum(p.numel() * p.element_size() for p in self.model.parameters())
 
 # %% ../nbs/34_models.ipynb #8161de49
 def _scales(

@@ -6,7 +6,7 @@
 __all__ = ['check_job', 'check_command']
 
 # %% ../nbs/85_preflight.ipynb #65a963c6
-import os, sys
+import copy, os, sys
 from dataclasses import replace
 
 import ftnb.adapters as adapters
@@ -37,7 +37,7 @@ import ftnb.tokenizer as tokenizers
 import ftnb.tokenizer_files as tokenizer_files
 import ftnb.tokens as tokens
 from .fields import in_argument
-from .findings import FindingLog, Preflight
+from .findings import FindingLog, Preflight, RunCache
 from .fingerprint import BaseFiles, base_fingerprint
 from .inputs import Inputs
 from .ledger import OVERLAP, RowLedger, ledger_notes, twin_notes
@@ -81,6 +81,16 @@ def _check_base(
     tokenizer, config = loaded
     fingerprint = log.attempt("model", base_fingerprint, source, getattr(config, "_commit_hash", None))
     return BaseFiles(tokenizer, config, fingerprint)
+
+# %% ../nbs/85_preflight.ipynb #e02e8d59
+def _base_of_job(
+    log: FindingLog,
+    model: studio.ModelRecord | None,  # row of models
+) -> BaseFiles | None:
+    "The base's files, from the cache where they are known."
+    base = log.once(repr(model), _check_base, log, model)
+    if base is None or log.cache is None: return base
+    return replace(base, tokenizer=copy.deepcopy(base.tokenizer))
 
 # %% ../nbs/85_preflight.ipynb #91d6d9f7
 def _plan_model(
@@ -284,6 +294,30 @@ def _check_rows(
     log.add("ok", "tokens", _describe_tokens(rows))
     return rows
 
+# %% ../nbs/85_preflight.ipynb #26c25542
+def _rows_made_from(
+    log: FindingLog,  # with rows that were read before
+    job: runrecord.Job,
+    keep: bool,  # the rows' tokens
+) -> tuple:
+    "All that rows, and what is said of them, depend on."
+    args, settings, records = job.args, job.settings, job.records
+    split = (args.dataset_fraction, args.train_test_split, repr(choosing.read_choice(records.training)))
+    tokens_by = (job.source, job.template, settings.max_length, settings.loss, job_rows.first_day(args.train_out_dir))
+    return id(log.data), repr(records.dataset), split, tokens_by, args.adapter_name, args.auto_add_adapter, keep
+
+# %% ../nbs/85_preflight.ipynb #e1460c2c
+def _rows_of_job(
+    log: FindingLog,
+    data: "choosing.ChosenCorpus | None",  # from `_read_rows`
+    job: runrecord.Job | None,
+    base: BaseFiles | None,
+    keep: bool,  # the rows' tokens
+) -> job_rows.JobRows | None:
+    "The job's rows, from the cache where they are known."
+    if job is None or log.data is None: return _check_rows(log, data, job, base, keep)
+    return log.once(_rows_made_from(log, job, keep), _check_rows, log, data, job, base, keep)
+
 # %% ../nbs/85_preflight.ipynb #9444ff91
 def _check_checkpoints(
     log: FindingLog,
@@ -393,6 +427,7 @@ def _check_memory(
     device = job.precision.device
     free = log.attempt("memory", ranks.free_memory, device)
     if free is None: return job, None, None
+    if log.cache and log.cache.base: free += log.cache.base.held_bytes()
     job = _choose_checkpointing(log, job, plan, rows, free)
     gain = _count_trees(job, plan, rows, free)
     tree = gain.of(job.settings.group_rows_by_prefix) if gain else None
@@ -444,13 +479,13 @@ def _check_rest(
     keep: bool,  # the rows' tokens and hashes
 ) -> Preflight:
     "Check what comes after a job's inputs: its model, its rows, and whether all of it fits."
-    base = log.attempt("model", _check_base, log, given.records.model)
+    base = log.attempt("model", _base_of_job, log, given.records.model)
     plan = log.attempt("model", _check_plan, log, base, given)
     data, template = log.attempt("rows", _read_rows, log, given) or (None, given.template)
     given = replace(given, template=template)
     job = _as_job(given, log.args, base)
     goes_on = log.attempt("parent", _check_parent, log, given, job)
-    rows = log.attempt("rows", _check_rows, log, data, job, base, keep)
+    rows = log.attempt("rows", _rows_of_job, log, data, job, base, keep)
     if keep and goes_on: log.attempt("checkpoints", _check_checkpoints, log, job, rows)
     log.attempt("settings and model", _check_fit, log, given, base, plan, rows)
     job, steps, memory = log.attempt("memory", _check_memory, log, job, plan, rows) or (job, None, None)
@@ -464,10 +499,11 @@ def check_job(
     env: dict | None = None,  # environment; default: this process's own
     keep: bool = True,  # the rows' tokens, for a job that goes on
     data: choosing.ChosenCorpus | None = None,  # the job's rows, where they have been read already
+    cache: RunCache | None = None,  # of several jobs on the same base and rows
 ) -> Preflight:  # a table in a notebook, lines in a log
     "Check all that can be known of a job before weights are loaded."
     progress.quiet_libraries()
-    log, env = FindingLog(args, data), os.environ if env is None else env
+    log, env = FindingLog(args, data, cache), os.environ if env is None else env
     log.add("ok", "arguments", f"{jobargs.format_job_arguments(args).count(' --') + 1} given")
     engine, records = log.attempt("records", inputs.check_records, log, env) or (None, inputs.NO_RECORDS)
     names = inputs.hub_names(records)

@@ -210,13 +210,14 @@ def _load_back(
     source: str,  # hub name or folder of its base
     precision: models.Precision,  # of the run
     token: str | None = None,  # for gated models
+    load=None,  # function that loads a base; default: `load_base_model`
 ):  # a `PeftModel`
     "A saved adapter on a fresh base; raises where it isn't one."
     import torch
     from peft import PeftModel
     if not os.path.isfile(os.path.join(folder, "adapter_model.safetensors")):
         raise NotProven(f"{folder} holds no adapter_model.safetensors, and nothing else is loaded")
-    base = models.load_base_model(source, precision, token)
+    base = (load or models.load_base_model)(source, precision, token)
     try: return PeftModel.from_pretrained(base, folder)
     except (OSError, MemoryError, torch.OutOfMemoryError): raise  # which says nothing of the adapter
     except Exception as e:
@@ -230,9 +231,10 @@ def prove_adapter(
     ids: list,  # token ids of one row
     expected,  # `probe_logits` of the trained model on them
     token: str | None = None,  # for gated models
+    load=None,  # function that loads a base, such as `KeptBase.load`; default: `load_base_model`
 ) -> float:  # largest difference of a logit
     "Load an adapter onto a fresh base and compare; raises where it isn't the model that was trained."
-    got = probe_logits(_load_back(folder, source, precision, token), ids)
+    got = probe_logits(_load_back(folder, source, precision, token, load), ids)
     difference = float("inf")
     if got.shape == expected.shape: difference = (got - expected).abs().max().item()
     share = 1e-4 if precision.dtype == "float32" else 2e-2

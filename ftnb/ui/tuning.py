@@ -10,6 +10,7 @@ __all__ = ['LOGS', 'Source', 'find_source', 'data_content', 'place_data', 'sort_
 import hashlib, json, os, re, shutil, sys, tempfile, uuid
 from dataclasses import dataclass, replace
 from html import escape
+from math import ceil
 from pathlib import Path
 
 from fastcore.basics import patch
@@ -19,6 +20,7 @@ import ftnb.choosing as choosing
 import ftnb.consts as consts
 import ftnb.conversations as conversations
 import ftnb.corpus as corpus
+import ftnb.estimate as estimate
 import ftnb.evaluate as evaluate
 import ftnb.finetune as finetune
 import ftnb.jobargs as jobargs
@@ -30,12 +32,13 @@ import ftnb.quantisation as quantisation
 import ftnb.runrecord as runrecord
 import ftnb.storage as storage
 import ftnb.studio as studio
+
+# %% ../../nbs/ui/09_tuning.ipynb #5836233a
 import ftnb.ui.additions as additions
 import ftnb.ui.chats as chats
 import ftnb.ui.draft as drafts
 import ftnb.ui.monitoring as monitoring
-
-# %% ../../nbs/ui/09_tuning.ipynb #5836233a
+from ..findings import RunCache
 from ..hub import hub_or_cache
 from ..lora_settings import LORA_RULES
 from ..problems import raise_problems
@@ -255,6 +258,17 @@ def _read_data(
     name = Path(source).name
     data = corpus.read_corpus(studio.DatasetRecord(id=name, name=name, **columns), token)
     return _same_row(engine, "datasets", lambda: additions.add_dataset(engine, source, name, data), **columns), data
+
+# %% ../../nbs/ui/09_tuning.ipynb #f39fe259
+def _read_chosen(
+    engine: "Engine",  # of the project's database
+    source: str,  # file, folder or hub name
+    choice: choosing.DataChoice,  # of more data sets
+    token: str | None,  # for the hub
+) -> tuple:  # (id of its row, its rows, the rows of all data sets)
+    "Read what a run trains on and holds out."
+    dataset_id, read = _read_data(engine, source, token)
+    return dataset_id, read, choosing.with_chosen(read, choice, engine, token)
 
 # %% ../../nbs/ui/09_tuning.ipynb #a4fccf56
 def _records(
@@ -476,10 +490,12 @@ def _complete(
 # %% ../../nbs/ui/09_tuning.ipynb #f39a2bae
 def _show_live(
     args: jobargs.JobArgs,  # of a run that is about to begin
-):
+    bar: bool | None = None,  # a progress bar, if one was asked for
+) -> bool:  # a progress bar; none where nobody asked, since the picture says it
     "Put a picture of the run below the cell; it moves as the run goes."
     from IPython.display import display
     display(monitoring.monitor(args.train_out_dir))
+    return bool(bar)
 
 # %% ../../nbs/ui/09_tuning.ipynb #117e83c7
 @dataclass(frozen=True)
@@ -505,6 +521,28 @@ def _open_place(
     place = storage.named_folder("folder", folder) if folder else project.folder
     return _Place(project.engine, project.url, place, registers=True)
 
+# %% ../../nbs/ui/09_tuning.ipynb #f7a46039
+def _full_path(
+    model: "str | Path",  # folder or hub name
+) -> str:  # the folder in full; another name as it is
+    "How a model is written down, so that it is found from any folder."
+    place = Path(model).expanduser()
+    return str(place.absolute()) if place.is_dir() else str(model)
+
+# %% ../../nbs/ui/09_tuning.ipynb #4b28161f
+def _place_all(
+    data,  # as in `tune`
+    settings: dict,  # name -> value
+    folder: Path,  # of the project
+    part: dict,  # "config" and "split" of the first data set
+) -> tuple:  # (`Source` of the first data set, settings, what makes the data that they name what they are)
+    "Put all data of a run where a job finds them."
+    (first, weight), *more = _weighed(data)
+    source = find_source(first, folder, **part)
+    placed, contents = place_data(settings, folder, more, source.name)
+    if weight != 1: placed["data_weight"] = weight
+    return source, placed, contents
+
 # %% ../../nbs/ui/09_tuning.ipynb #41236a94
 def _prepared(
     place: _Place,
@@ -513,24 +551,85 @@ def _prepared(
     texts: tuple,  # input template, completion template
     name: str,  # of the adapter
     settings: dict,  # name -> value
+    cache: RunCache,  # of several runs on the same rows, or of this one
     **part: "str | None",  # "config" and "split" of a data set
 ) -> tuple:  # (`JobArgs`, the rows)
     "A run's arguments, its rows read once."
-    (first, weight), *more = _weighed(data)
-    source = find_source(first, place.folder, **part)
-    settings, contents = place_data(settings, place.folder, more, source.name)
-    if weight != 1: settings["data_weight"] = weight
+    source, settings, contents = _place_all(data, settings, place.folder, part)
     given = sort_settings(settings)
     token, choice = given["job"].get("hf_token"), choosing.read_choice(given["training"])
     rows = [source.content, contents]
     _job(place, name, dict.fromkeys(("base_model_id", "dataset_id", "prompt_id"), "id"), rows, given["job"])  # raises where a job can't take them
-    dataset_id, read = _read_data(place.engine, source.name, token)
-    whole = choosing.with_chosen(read, choice, place.engine, token)
+    same = repr((source, contents, choice))
+    dataset_id, read, whole = cache.once(same, _read_chosen, place.engine, source.name, choice, token)
     texts = _templates(read, *texts)
     records = _records(place.engine, model, dataset_id, read, texts)
     given["training"] = _for_conversations(given["training"], texts, read)
     filled = _complete(_width(model, token), _rows_an_epoch(whole, given["job"]), given)
     return _job(place, name, records | _config_rows(place.engine, name, filled), rows, filled["job"]), whole
+
+# %% ../../nbs/ui/09_tuning.ipynb #c007aa5a
+def _step_seconds(
+    check: preflight.Preflight,  # of the run
+) -> "Callable | None":  # function of the rows of a step: seconds; None where that can't be told
+    "About how long steps of any size take here."
+    if check.steps is None or not check.plan.shares: return None
+    counts, largest = check.rows.counts["train"], check.steps.largest
+    each = estimate.shallow_token_seconds(check.job, check.base.config, counts, largest)
+    if each is None: return None
+    def seconds(batch):
+        steps = ceil(len(counts.lengths) / batch)
+        return each * estimate.computed_tokens(counts, batch, largest) / steps
+    return seconds
+
+# %% ../../nbs/ui/09_tuning.ipynb #8b3cc783
+def _chosen_once(
+    folder: Path,  # of the project
+    run: str,  # what it was chosen for
+    choose: "Callable",  # function that gives a number
+) -> int:
+    "A number that is chosen once; then it stands in `batches.json`."
+    path = folder/"batches.json"
+    known = storage.read_json(path) if path.is_file() else {}
+    if run not in known:
+        known[run] = choose()
+        storage.write_json(path, known)
+    return known[run]
+
+# %% ../../nbs/ui/09_tuning.ipynb #971e64d4
+_BATCH = {"per_device_train_batch_size", "per_gpu_train_batch_size", "gradient_accumulation_steps", "max_steps"}  # who gives one has chosen
+
+# %% ../../nbs/ui/09_tuning.ipynb #55261748
+def _batch_in_time(
+    place: _Place,
+    args: jobargs.JobArgs,  # of a run with the advised batch and `max_seconds`
+    rows: choosing.ChosenCorpus,
+    cache: RunCache,
+    seconds: float,  # `max_seconds`
+) -> int:  # rows of a step
+    "Time a pass, and choose the rows of a step; says so where they are fewer than advised."
+    check = preflight.check_job(args, _environment(place.db), data=rows, cache=cache)
+    check.raise_errors()
+    advised, takes = check.job.settings.rows_per_step, _step_seconds(check)
+    if takes is None: return advised
+    batch, fit = advice.batch_in_time(advised, seconds, takes), seconds / takes(advised)
+    if batch < advised: print(f"max_seconds {seconds:g} holds about {fit:,.0f} steps of {advised} rows, so a step has {batch}", flush=True)
+    return batch
+
+# %% ../../nbs/ui/09_tuning.ipynb #155d011e
+def _prepared_in_time(
+    place: _Place,
+    settings: dict,  # name -> value
+    cache: RunCache,
+    prepare: "Callable",  # function of settings that gives what `_prepared` does
+) -> tuple:  # (`JobArgs`, the rows)
+    "A run's arguments, with a batch of which its time holds enough where nobody chose one."
+    args, rows = prepare(settings)
+    seconds = settings.get("max_seconds")
+    if not isinstance(seconds, (int, float)) or seconds <= 0 or _BATCH & set(settings): return args, rows
+    def choose(): return _batch_in_time(place, args, rows, cache, seconds)
+    batch = _chosen_once(place.folder, args.experimentid, choose)
+    return prepare(settings | {"per_device_train_batch_size": batch})
 
 # %% ../../nbs/ui/09_tuning.ipynb #734b420d
 def _hub_names(
@@ -561,17 +660,17 @@ def tune(
     bar: bool | None = None,  # a progress bar; default: where somebody is watching
     watch: bool = False,  # a live picture of the run, in a notebook
     callbacks: tuple = (),  # further `TrainerCallback`s of transformers
+    cache: RunCache | None = None,  # of several calls on the same base and rows: these are read once
     **settings,  # of data, job, LoRA, bitsandbytes or training, by name: validation="dev.csv", r=8, learning_rate=1e-3
 ) -> Run:  # shows what came of it
     "Train an adapter. The same call again goes on, or finds it done."
-    model = str(Path(model).expanduser().absolute()) if Path(model).expanduser().is_dir() else str(model)
-    if watch and bar is None: bar = False  # the picture says it
-    with hub_or_cache(_hub_names(model, data)):
+    with hub_or_cache(_hub_names(_full_path(model), data)):
         progress.quiet_libraries()
-        place = _open_place(folder, db)
-        args, rows = _prepared(place, model, data, (prompt, completion), name, settings, config=config, split=split)
-        if watch: _show_live(args)
-        return Run(args, finetune.finetune(args, _environment(place.db), bar, rows, callbacks), place.db)
+        place, cache = _open_place(folder, db), cache or RunCache(base=None)
+        def prepare(settings): return _prepared(place, _full_path(model), data, (prompt, completion), name, settings, cache, config=config, split=split)
+        args, rows = _prepared_in_time(place, settings, cache, prepare)
+        if watch: bar = _show_live(args, bar)
+        return Run(args, finetune.finetune(args, _environment(place.db), bar, rows, callbacks, cache), place.db)
 
 # %% ../../nbs/ui/09_tuning.ipynb #f27b1cf6
 def _database_of(
