@@ -428,7 +428,7 @@ def _from_library(
     from tempfile import TemporaryDirectory
     folder = os.path.isdir(name.place)
     inside = (name.place, os.getcwd()) if folder else ()
-    with TemporaryDirectory() as scratch, reaching_hub([] if folder else [name.place]) as reached:
+    with TemporaryDirectory() as scratch, reaching_hub([name.place]) as reached:
         try: found = _fetch(name, token, scratch, faults)
         except ValueError as e: return faults.add(name.place, " ".join(str(e).split()))
         except Exception as e:

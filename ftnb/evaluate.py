@@ -394,7 +394,7 @@ def _load_base(
     precision: Precision,
 ) -> tuple:  # (model, tokenizer)
     "Load a base model by its name."
-    with reaching_hub([] if os.path.exists(base) else [base]) as reached:
+    with reaching_hub([base]) as reached:
         problem = "" if reached else hub_problem("model", base)
         if problem: raise OSError(problem)
         model = load_base_model(base, precision)

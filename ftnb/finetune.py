@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['register_command', 'build_model', 'score_base', 'save_trained', 'train_and_save', 'prove', 'publish', 'announce',
-           'run_checked', 'base_within_reach', 'follow', 'finetune', 'run_command']
+           'run_checked', 'follow', 'finetune', 'run_command']
 
 # %% ../nbs/95_finetune.ipynb #97da8fe1
 import os, sys
@@ -183,13 +183,6 @@ def run_checked(
     announce(job, f"({run.proof})")
     return run
 
-# %% ../nbs/95_finetune.ipynb #b2318b1f
-def base_within_reach(
-    job: runrecord.Job,  # from `preflight.check_job`
-) -> "ContextManager":
-    "Within this, a base model of the hub is loaded from what was fetched, where the hub doesn't answer."
-    return hub.reaching_hub([] if os.path.isdir(job.source) else [job.source])
-
 # %% ../nbs/95_finetune.ipynb #5cdf11d7
 def follow(
     args: jobargs.JobArgs,  # of the job
@@ -199,7 +192,7 @@ def follow(
     told = ranks.hear()
     if told is None: return  # the first one says why
     taken = handover.take_over(args, handover.Handover(**told))
-    with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet), base_within_reach(taken[0]):
+    with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet), hub.reaching_hub([taken[0].source]):
         train_and_save(*taken, bar=False)
 
 # %% ../nbs/95_finetune.ipynb #7d1a352e
@@ -220,8 +213,8 @@ def finetune(
         print(check, flush=True)
         check.raise_errors()
         load = cache.base.load if cache and cache.base and ranks.process_count() == 1 else None
-        with storage.only_one(args.train_out_dir), storage.only_one_at(args.out_dir, "out_dir"), base_within_reach(check.job):
-            return run_checked(check, watch, tell, bar, callbacks, load)
+        with storage.only_one(args.train_out_dir), storage.only_one_at(args.out_dir, "out_dir"):
+            with hub.reaching_hub([check.job.source]): return run_checked(check, watch, tell, bar, callbacks, load)
 
 # %% ../nbs/95_finetune.ipynb #81b8010e
 def run_command(
