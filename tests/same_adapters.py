@@ -233,6 +233,11 @@ class Left:
     printed: str
 
 
+def unexpected(job, status):
+    "Does a job end in another way than it should?"
+    return (status != 0) != job.refused
+
+
 def run_job(job, checkout, folder, base):
     shutil.rmtree(folder, ignore_errors=True)
     env = make_project(job, folder, base)
@@ -241,7 +246,7 @@ def run_job(job, checkout, folder, base):
         kill_after_two_steps(python_in(checkout, [script], folder, env), folder/"train")
     process = python_in(checkout, [script], folder, env)
     said = process.communicate()[0]
-    if (process.returncode != 0) != job.refused:
+    if unexpected(job, process.returncode):
         print(f"{job.name}, by {checkout}: it ends with {process.returncode}:\n{said[-3000:]}")
     files = {name: sha(folder/"adapter"/name) for name in LEFT if (folder/"adapter"/name).exists()}
     if (folder/"train"/"ledger.json").exists():
@@ -303,9 +308,10 @@ def left_by(job, checkout, work, bases, kept, update):
     return left
 
 
-def differences(before, after):
+def differences(job, before, after):
     "(what differs that must not, what is printed in other words)."
-    found = [f"it ends with {after.status}, and before with {before.status}"] if after.status != before.status else []
+    ends_well = not unexpected(job, before.status) and after.status == before.status
+    found = [] if ends_well else [f"it ends with {after.status}, and before with {before.status}"]
     for name in sorted(before.files | after.files):
         if before.files.get(name) != after.files.get(name):
             now, then = (left.files.get(name, "missing")[:12] for left in (after, before))
@@ -340,6 +346,9 @@ def main():
     given = parser.parse_args()
     if unknown := unknown_words(given.words):
         parser.error(f"no job has {', '.join(map(repr, unknown))} in its name; there are {'; '.join(j.name for j in JOBS)}")
+    for checkout in (given.before, given.after):
+        if not (checkout/"ftnb"/"finetune.py").is_file():
+            parser.error(f"{checkout} is no checkout: it has no ftnb/finetune.py (git worktree add makes one of a commit)")
     jobs = chosen_jobs(given.words)
     different = worded = 0
     with tempfile.TemporaryDirectory(prefix="same-adapters-") as work:
@@ -349,7 +358,7 @@ def main():
         bases = make_bases(jobs, before, work/"bases")
         for job in jobs:
             lefts = [left_by(job, checkout, work, bases, work/"kept", given.update) for checkout in (before, after)]
-            found, words = differences(*lefts)
+            found, words = differences(job, *lefts)
             different += bool(found)
             worded += bool(words)
             print("\n  ".join([f"{'DIFFERENT' if found else 'the same'}: {job.name}", *found]), flush=True)
