@@ -391,7 +391,7 @@ def keeps_what_was_trained(place, right, rank, where, shared):
         return [f"it ends with {done.status}:\n{done.printed[-6000:]}"]
     weights = max((done.adapter[k] - v).abs().max().item() for k, v in right[shared].adapter.items())
     found = [f"a number of the adapter differs by {weights:.2g}"] if not weights <= LIMIT else []
-    if "the last evaluation: failed (RuntimeError: " not in done.printed:
+    if "RuntimeError: the third law of thermodynamics); the adapter is not touched" not in done.printed:
         found.append(f"it isn't said:\n{done.printed[-4000:]}")
     if "eval_loss" in done.told.get("metrics", {"eval_loss": 0}):
         found.append("run.json has a held-out loss, or isn't there")

@@ -25,7 +25,7 @@ from ftnb.metrics import RunState
 from ftnb.packing import KeptPrefix, causal_model, packed_loss, packing_attention
 from ftnb.passes import _InPasses, run_step
 from ftnb.prefix import tree_passes
-from ftnb.ranks import share_of
+from ftnb.ranks import leave, share_of
 
 warnings.simplefilter("ignore")
 transformers.logging.set_verbosity_error()
@@ -208,7 +208,7 @@ def main(folder, trees):
         answered = [try_prompts(g, model) for _ in range(trees)]
         found[kind] = SimpleNamespace(trees=len(tried), worst=worst, prompts=len(answered), answered=sum(answered)).__dict__
     (Path(folder)/f"{accelerator.process_index}.json").write_text(json.dumps(found))
-    accelerator.end_training()
+    leave()
 
 
 if __name__ == "__main__":
