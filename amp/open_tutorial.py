@@ -8,10 +8,16 @@ def project_page():
     domain = os.environ.get("CDSW_DOMAIN", "")
     return f"{parts[0]}//{domain}/{parts[-2]}/{parts[-1]}" if domain and len(parts) > 6 else ""
 
+def number_and_title(path):
+    "Of a notebook such as 10_follow_a_row."
+    number, title = path.stem.split("_", 1)
+    return int(number), title.replace("_", " ")
+
 def tutorial_links():
     "(title, address or path) of each tutorial, in order."
-    page, folder = project_page(), Path("nbs/tutorials")
-    return [(path.stem[2:].replace("_", " "), f"{page}/files/{path.as_posix()}" if page else path.as_posix()) for path in sorted(folder.glob("[0-9]*.ipynb"))]
+    page = project_page()
+    notebooks = sorted(Path("nbs/tutorials").glob("[0-9]*_*.ipynb"), key=number_and_title)
+    return [(number_and_title(path)[1], f"{page}/files/{path.as_posix()}" if page else path.as_posix()) for path in notebooks]
 
 if __name__ == "__main__":
     print("Start a session with JupyterLab, and open the tutorials from the top:")

@@ -416,6 +416,7 @@ def test_amp_links_the_tutorials():
         [sys.executable, "amp/open_tutorial.py"], cwd=ROOT, env=env, text=True, capture_output=True
     )
     assert links.returncode == 0
-    assert links.stdout.splitlines()[1].endswith(
-        ": https://ml.example.com/ann/tuning/files/nbs/tutorials/1_first_run.ipynb"
-    )
+    first, *_, last = links.stdout.splitlines()[1:]
+    tutorials = "https://ml.example.com/ann/tuning/files/nbs/tutorials"
+    assert first.strip() == f"first run: {tutorials}/1_first_run.ipynb"
+    assert last.strip() == f"follow a row: {tutorials}/10_follow_a_row.ipynb"
