@@ -116,7 +116,7 @@ def _each_pass(
     "One pass after the other; a process keeps its gradients to itself, under FSDP all but those of the last pass."
     losses = []
     for i, batch in enumerate(passes, 1):
-        if i > 1 and len(passes) > 2: return_memory()  # of two passes there is little
+        if i == 2 and len(passes) > 2: return_memory()  # each time would cost more than it gives; of two passes there is little
         adds_up = trainer.is_fsdp_enabled and i == len(passes)
         apart = train and not adds_up
         with trainer.accelerator.no_sync(model) if apart else contextlib.nullcontext():
