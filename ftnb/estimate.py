@@ -320,12 +320,16 @@ def _logit_bytes(
     return 3 * 4 * vocabulary * tokens
 
 # %% ../nbs/69_estimate.ipynb #33674611
-def _order_seed(
-    settings: TrainingSettings,  # of the run
-) -> int:
-    "What the order of the rows follows from."
-    seed = settings.config.get("data_seed")
-    return settings.config["seed"] if seed is None else seed
+def _layout_of(
+    job: Job,  # from `check_job`
+    budget: int,  # computed tokens of a flat pass; 0 for padded batches
+    keeps: bool,  # is what passes share computed once a step?
+) -> StepLayout:  # of all steps
+    "The layout of a run's steps, where the size of a pass is known."
+    processes, seed = ranks.process_count(), job.settings.config.get("data_seed")
+    if seed is None: seed = job.settings.config["seed"]
+    size = job.settings.rows_per_step * processes
+    return StepLayout(size, budget, keeps, processes, job.precision.device != "cpu", seed)
 
 # %% ../nbs/69_estimate.ipynb #5f0d985e
 def run_layout(
@@ -335,13 +339,11 @@ def run_layout(
     free: int,  # bytes, before the model is loaded
 ) -> StepLayout:  # of all steps
     "How a run's steps will be laid out."
-    settings, precision, processes = job.settings, job.precision, ranks.process_count()
-    on_gpu = precision.device != "cpu"
+    precision = job.precision
     left = max(0, free - fixed_memory(plan, job).fixed)
-    budget = pass_budget(plan.model, precision, settings, counts.prefix, left) if plan.shares else 0
-    keeps = processes == 1 and not on_gpu and not precision.gradient_checkpointing
-    size, seed = settings.rows_per_step * processes, _order_seed(settings)
-    return StepLayout(size, budget, keeps, processes, on_gpu, seed)
+    budget = pass_budget(plan.model, precision, job.settings, counts.prefix, left) if plan.shares else 0
+    keeps = ranks.process_count() == 1 and precision.device == "cpu" and not precision.gradient_checkpointing
+    return _layout_of(job, budget, keeps)
 
 # %% ../nbs/69_estimate.ipynb #1abf2adb
 def plan_run(
@@ -633,9 +635,7 @@ def estimate_time(
     if settings.prompt_loss_weight: chosen = passes.weigh_prompts(chosen, settings.prompt_loss_weight)
     probed = _unless_memory_ends(probe_pass, model, chosen, precision)
     if probed is None: return f"memory ran out on a pass of {len(chosen)} rows; training takes smaller ones"
-    processes, on_gpu = ranks.process_count(), precision.device != "cpu"
-    size, keeps = settings.rows_per_step * processes, packing.keeps_prefix(model)
-    layout = StepLayout(size, budget, keeps, processes, on_gpu, _order_seed(settings))
+    layout = _layout_of(job, budget, packing.keeps_prefix(model))
     return _time_sentence(job, rows, probed, layout)
 
 # %% ../nbs/69_estimate.ipynb #4c5b1b68

@@ -200,6 +200,10 @@ class Sides:
         "Do something with every part."
         return Sides(*([work(part) for part in side] for side in vars(self).values()))
 
+    def parts(self) -> list:
+        "Those of all sides."
+        return self.train + self.test + self.asked
+
 # %% ../nbs/40_rows.ipynb #a918b0a3
 def split_sides(
     data,  # a `DatasetDict`
@@ -493,7 +497,7 @@ def _vocabulary_problems(
 ) -> list:  # of `Problem`
     "Whether the model has an embedding for every id."
     if config is None: return []
-    largest = [[side.counts.top] for side in done.train + done.test + done.asked]
+    largest = [[side.counts.top] for side in done.parts()]
     return adapters.vocabulary_problems(tokenizer, config.vocab_size, largest)
 
 # %% ../nbs/40_rows.ipynb #e4a94eae
@@ -564,7 +568,7 @@ def _counted(
     twins: Twins,  # rows that stand twice
 ) -> RowLedger:
     "The ledger of a job's rows."
-    every, tokenized = sides.train + sides.test + sides.asked, done.train + done.test + done.asked
+    every, tokenized = sides.parts(), done.parts()
     sampled = len(twins.dropped) + sum(len(side.numbers) for side in every)
     dropped = [*twins.dropped, *(drop for part in tokenized for drop in part.dropped)]
     kept = {name: sum(len(part.rows) for part in parts) for name, parts in vars(done).items()}
