@@ -39,6 +39,7 @@ import ftnb.ui.chats as chats
 import ftnb.ui.draft as drafts
 import ftnb.ui.monitoring as monitoring
 from ..findings import RunCache
+from ..guards import RunStopped
 from ..hub import hub_or_cache
 from ..lora_settings import LORA_RULES
 from ..problems import raise_problems
@@ -759,5 +760,5 @@ def tune_command(
     model, data = asked.pop("model"), asked.pop("data")
     progress.quiet_libraries()
     try: run = tune(model, data[0] if len(data) == 1 else data, **asked, **_shell_settings(rest))
-    except (ValueError, OSError) as e: sys.exit(str(e))
+    except (ValueError, OSError, RunStopped) as e: sys.exit(str(e))
     print(run)
