@@ -42,10 +42,10 @@ def step_rows(
     return f"its rows are {shown} of the {where}, counted from 1"
 
 # %% ../nbs/52_guards.ipynb #8f1cfff6
-def _finite_weights(
+def weights_finite(
     model,  # in training
-):  # a tensor, true or false
-    "Are the squares of all trained weights finite? On a GPU nobody waits for the answer here."
+) -> bool:
+    "Can the trained weights be computed with?"
     import torch
     squares = []
     for weight in model.parameters():
@@ -53,15 +53,9 @@ def _finite_weights(
         part = weight.detach()
         if hasattr(part, "to_local"): part = part.to_local()  # this process's, under FSDP
         squares.append(part.float().square().sum())
-    if not squares: return torch.tensor(True)
-    return torch.stack([square.to(squares[0].device) for square in squares]).isfinite().all()
-
-# %% ../nbs/52_guards.ipynb #717de681
-def weights_finite(
-    model,  # in training
-) -> bool:
-    "Can the trained weights be computed with?"
-    return bool(_finite_weights(model))
+    if not squares: return True
+    together = torch.stack([square.to(squares[0].device) for square in squares])
+    return bool(together.isfinite().all())
 
 # %% ../nbs/52_guards.ipynb #f51c444f
 def _computes_in_fp16(
@@ -129,16 +123,6 @@ def _is_left_out(
     scaler = getattr(accelerator, "scaler", None)
     return scaler is not None and isfinite(loss) and scaler.get_scale() >= 1
 
-# %% ../nbs/52_guards.ipynb #1e4afa43
-def _read_together(
-    *numbers,  # of one step: tensors of one number each, or plain numbers
-) -> list:  # of plain numbers
-    "Read numbers, those of a GPU with a single wait."
-    import torch
-    tensors = [n.detach().double() for n in numbers if type(n) is torch.Tensor]  # not those that FSDP has spread
-    read = iter(torch.stack([t.to(tensors[0].device) for t in tensors]).tolist() if tensors else [])
-    return [next(read) if type(n) is torch.Tensor else float(n) for n in numbers]
-
 # %% ../nbs/52_guards.ipynb #63babeb5
 def check_finite(
     trainer,  # with a `run`, in training
@@ -147,18 +131,17 @@ def check_finite(
     "Stop where a loss or a gradient isn't a number: an adapter trained past that point is worthless."
     from math import isfinite
     run, step = trainer.run, trainer.state.global_step
-    loss, norm, sound = _read_together(run.step_loss, norm, _finite_weights(trainer.model))
+    loss, norm = float(run.step_loss), float(norm)
     run.step_loss = 0.0
     fine = isfinite(loss) and isfinite(norm)
     if not fine: fine = _is_left_out(trainer.accelerator, loss)
-    if fine and sound: return
+    if fine and weights_finite(trainer.model): return
     raise FloatingPointError(f"the {_not_finite(loss, norm)} at step {step + 1}; {step_rows(run, step)}."
                              f" Nothing of it is saved. {what_helps(trainer.model, trainer.args)}")
 
 # %% ../nbs/52_guards.ipynb #819c5e3a
 class RunStopped(RuntimeError):
     "A run that was asked to stop, and left a checkpoint."
-    def _render_traceback_(self): return [str(self)]  # all that IPython shows of it
 
 # %% ../nbs/52_guards.ipynb #11c252d4
 INSIST_SECONDS = 2.0  # after which the same signal, come again, is meant

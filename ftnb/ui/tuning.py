@@ -39,7 +39,6 @@ import ftnb.ui.chats as chats
 import ftnb.ui.draft as drafts
 import ftnb.ui.monitoring as monitoring
 from ..findings import RunCache
-from ..guards import RunStopped
 from ..hub import hub_or_cache
 from ..lora_settings import LORA_RULES
 from ..problems import raise_problems
@@ -416,11 +415,8 @@ def _figures(
     metrics, rows = record.metrics, []
     if "eval_loss" in metrics and "eval_loss_before" in metrics:
         rows.append(("held-out loss", f"{metrics['eval_loss_before']:.3f}", f"{metrics['eval_loss']:.3f}"))
-    found = record.comparison
-    scores = [found.get("models", {}).get(m, {}).get("score") for m in ("base", "adapter")]
-    asked, total = found.get("rows", 0), found.get("rows_held_out", 0)
-    of_some = f" of {asked:,} rows" if asked < total else ""
-    if None not in scores: rows.append(("right answers", f"{scores[0]:.0%}", f"{scores[1]:.0%}{of_some}"))
+    scores = [record.comparison.get("models", {}).get(m, {}).get("score") for m in ("base", "adapter")]
+    if None not in scores: rows.append(("right answers", *(f"{s:.0%}" for s in scores)))
     return rows
 
 # %% ../../nbs/ui/09_tuning.ipynb #536a785c
@@ -763,5 +759,5 @@ def tune_command(
     model, data = asked.pop("model"), asked.pop("data")
     progress.quiet_libraries()
     try: run = tune(model, data[0] if len(data) == 1 else data, **asked, **_shell_settings(rest))
-    except (ValueError, OSError, RunStopped) as e: sys.exit(str(e))
+    except (ValueError, OSError) as e: sys.exit(str(e))
     print(run)
