@@ -162,6 +162,9 @@ _UNADVISED = {  # key -> what it does; there is no advice on it
     "prompt_loss_weight": "the loss of a prompt's token counts so much, where that of an answer's counts 1",
     "max_seconds": "the run has as many steps as its time allows, and their rows are fewer where there would be too few steps"}
 
+# %% ../nbs/62_advice.ipynb #af059a39
+_OF_MACHINE = dict.fromkeys(("bf16", "fp16"), "layers compute in it where that is the fastest that the machine trains well in, and where you ask for it")
+
 # %% ../nbs/62_advice.ipynb #0b796763
 def _why(
     key: str,  # of a setting
@@ -170,6 +173,7 @@ def _why(
     reasons: dict,  # key -> why that value
 ) -> str:  # a sentence
     "Why a setting has its value, or what would have been advised."
+    if key in _OF_MACHINE: return _OF_MACHINE[key]
     if key not in advised: return "as you chose it; " + _UNADVISED.get(key, "there is no advice on it")
     if advised[key] == value: return reasons[key]
     if isinstance(value, float) and key == "learning_rate" and value > 0:

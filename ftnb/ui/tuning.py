@@ -585,16 +585,31 @@ def _step_seconds(
 # %% ../../nbs/ui/09_tuning.ipynb #8b3cc783
 def _chosen_once(
     folder: Path,  # of the project
-    run: str,  # what it was chosen for
-    choose: "Callable",  # function that gives a number
-) -> int:
-    "A number that is chosen once; then it stands in `batches.json`."
-    path = folder/"batches.json"
+    run: str,  # what they are chosen for
+    choose: "Callable",  # function that gives settings
+) -> dict:  # name -> value
+    "Settings that are chosen once; then they stand in `chosen.json`."
+    path = folder/"chosen.json"
     known = storage.read_json(path) if path.is_file() else {}
     if run not in known:
         known[run] = choose()
         storage.write_json(path, known)
     return known[run]
+
+# %% ../../nbs/ui/09_tuning.ipynb #0fcf23c2
+_PRECISION = {"bf16", "fp16", "bnb_4bit_compute_dtype"}  # who gives one has chosen
+
+# %% ../../nbs/ui/09_tuning.ipynb #fc07a90b
+def _prepared_for_machine(
+    place: _Place,
+    settings: dict,  # name -> value
+    prepare: "Callable",  # function of settings that gives what `_prepared` does
+) -> tuple:  # (settings with a precision, `JobArgs`, the rows)
+    "A run's arguments, in the precision that is fastest here where nobody chose one."
+    args, rows = prepare(settings)
+    chosen = {} if _PRECISION & set(settings) else _chosen_once(place.folder, f"{args.experimentid} precision", models.fast_precision)
+    if not chosen: return settings, args, rows
+    return settings | chosen, *prepare(settings | chosen)
 
 # %% ../../nbs/ui/09_tuning.ipynb #971e64d4
 _BATCH = {"per_device_train_batch_size", "per_gpu_train_batch_size", "gradient_accumulation_steps", "max_steps"}  # who gives one has chosen
@@ -623,13 +638,12 @@ def _prepared_in_time(
     cache: RunCache,
     prepare: "Callable",  # function of settings that gives what `_prepared` does
 ) -> tuple:  # (`JobArgs`, the rows)
-    "A run's arguments, with a batch of which its time holds enough where nobody chose one."
-    args, rows = prepare(settings)
+    "A run's arguments, with precision and batch that fit the machine and the time where nobody chose any."
+    settings, args, rows = _prepared_for_machine(place, settings, prepare)
     seconds = settings.get("max_seconds")
     if not isinstance(seconds, (int, float)) or seconds <= 0 or _BATCH & set(settings): return args, rows
-    def choose(): return _batch_in_time(place, args, rows, cache, seconds)
-    batch = _chosen_once(place.folder, args.experimentid, choose)
-    return prepare(settings | {"per_device_train_batch_size": batch})
+    def choose(): return {"per_device_train_batch_size": _batch_in_time(place, args, rows, cache, seconds)}
+    return prepare(settings | _chosen_once(place.folder, args.experimentid, choose))
 
 # %% ../../nbs/ui/09_tuning.ipynb #734b420d
 def _hub_names(
