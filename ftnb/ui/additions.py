@@ -12,6 +12,7 @@ from pathlib import Path
 import ftnb.choosing as choosing
 import ftnb.conversations as conversations
 import ftnb.corpus as corpus
+import ftnb.hub as hub
 import ftnb.inputs as inputs
 import ftnb.prompts as prompts
 import ftnb.studio as studio
@@ -55,8 +56,10 @@ def first_rows(
     dataset: studio.DatasetRecord,  # to look at
     n: int = 3,  # rows
 ) -> list:  # of dictionaries
-    "The first rows of a data set."
-    data = corpus.read_corpus(dataset).splits["train"]
+    "The first rows of a data set; raises at once where it is on a hub that can't be reached."
+    on_hub = dataset.type == "huggingface"
+    names = [corpus.parse_dataset_name(dataset.huggingface_name).place] if on_hub else []
+    with hub.hub_or_cache(dict.fromkeys(names, "dataset")): data = corpus.read_corpus(dataset).splits["train"]
     return data.select(range(min(n, len(data)))).to_list()
 
 # %% ../../nbs/ui/08_additions.ipynb #26316fed
