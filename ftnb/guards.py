@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['INSIST_SECONDS', 'step_rows', 'weights_finite', 'unsound_base', 'what_helps', 'check_finite', 'RunStopped',
-           'stop_on_signals', 'one_line', 'say_failed', 'best_effort', 'TrackerScope', 'tracker_scope', 'begin_mlflow',
-           'end_mlflow', 'tracker_callback', 'tracker_callbacks']
+           'stop_on_signals', 'ends_in_words', 'one_line', 'say_failed', 'best_effort', 'TrackerScope', 'tracker_scope',
+           'begin_mlflow', 'end_mlflow', 'tracker_callback', 'tracker_callbacks']
 
 # %% ../nbs/52_guards.ipynb #c46c3667
 import contextlib, os, time
@@ -168,6 +168,18 @@ def stop_on_signals(
     try: yield
     finally:
         for number, handler in before.items(): signal.signal(number, handler)
+
+# %% ../nbs/52_guards.ipynb #78658af9
+@contextlib.contextmanager
+def ends_in_words(
+    *more: type,  # further exceptions that speak to a person
+    stopped: str = "stopped",  # what Ctrl-C comes to, where nothing else notes it
+):
+    "End a command with what is wrong, in words."
+    speaking = (ValueError, OSError, FloatingPointError, RunStopped, *more)
+    try: yield
+    except KeyboardInterrupt: raise SystemExit(stopped) from None
+    except speaking as e: raise SystemExit(str(e) or type(e).__name__) from None
 
 # %% ../nbs/52_guards.ipynb #1db20978
 def one_line(

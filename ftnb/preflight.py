@@ -39,6 +39,7 @@ import ftnb.tokens as tokens
 from .fields import in_argument
 from .findings import FindingLog, Preflight, RunCache
 from .fingerprint import BaseFiles, base_fingerprint
+from .guards import ends_in_words
 from .inputs import Inputs
 from .ledger import OVERLAP, RowLedger, ledger_notes, twin_notes
 from .problems import Problem
@@ -521,8 +522,8 @@ def check_command(
     "The console script `ftnb_check`."
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv: return print(_HELP, jobargs.job_arguments_help(), sep="\n")
-    try: args = jobargs.parse_job_arguments(os.environ.get(consts.JOB_ARGUMENTS) or " ".join(argv))
-    except ValueError as e: raise SystemExit(str(e)) from None
-    report = check_job(args, keep=False)
+    with ends_in_words():
+        args = jobargs.parse_job_arguments(os.environ.get(consts.JOB_ARGUMENTS) or " ".join(argv))
+        report = check_job(args, keep=False)
     print(report, flush=True)
     if report.problems(): raise SystemExit(1)

@@ -6,13 +6,14 @@
 __all__ = ['register_job', 'register_saved', 'register_command']
 
 # %% ../nbs/90_registering.ipynb #7147dadd
-import os, shlex, sys
+import os, shlex
 from dataclasses import replace
 
 import ftnb.consts as consts
 import ftnb.registry as registry
 import ftnb.runrecord as runrecord
 import ftnb.studio as studio
+from .guards import ends_in_words
 from .problems import raise_problems
 
 # %% ../nbs/90_registering.ipynb #6f3ca178
@@ -102,6 +103,5 @@ def register_command(
 ):
     "The console script `ftnb_register`."
     given = _register_parser().parse_args(argv)
-    try: id = register_saved(**vars(given))
-    except (ValueError, OSError) as e: sys.exit(str(e))
+    with ends_in_words(): id = register_saved(**vars(given))
     print(f"registered: {given.out_dir} as {id}")

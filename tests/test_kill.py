@@ -405,7 +405,7 @@ ONE_ANSWER = ["message,intent\n", *(f"where is it {i},yes\n" for i in range(12))
 @dataclass(frozen=True)
 class Choice:
     "A run that chooses its end, or begins with an adapter."
-    settings: dict  # PARENT and CHECKED are a folder and a file of the test's own
+    settings: dict  # PARENT, FINISHED and CHECKED are folders and a file of the test's own
     steps: int  # after which it ends
     lines: list | None = None  # of its file; default: the demo's
     spread: float = 0.02  # of the base model's random weights: with more, it learns faster
@@ -420,6 +420,7 @@ CHOOSING = {
                      "validation": "CHECKED", "learning_rate": 0.01, "lr_scheduler_type": "constant"}, 12, ONE_ANSWER, 0.3),
     "max_seconds": Choice({"max_seconds": 60, "num_train_epochs": 4}, 8),
     "a parent": Choice({"parent_adapter": "PARENT"}, 6),
+    "more epochs of a finished run": Choice({"parent_adapter": "FINISHED", "num_train_epochs": 3}, 9),
     "a parent, and max_seconds": Choice({"parent_adapter": "PARENT", "max_seconds": 60, "num_train_epochs": 4}, 8),
 }
 MOMENTS = (  # of a job, and how often it comes by at most
@@ -438,6 +439,15 @@ def make_parent(folder, base):
     model.save_pretrained(folder)
 
 
+def make_finished(folder, base):
+    "A run of the same rows that is over, and stays as it is; returns its project."
+    folder.mkdir()
+    place = in_fork(lambda: make_place(folder, base))
+    done = run(place)
+    assert (done.status, done.steps) == (0, tuple(ALL)), done.printed
+    return place.project
+
+
 def paced(at=None):
     "Be killed there; a run with a time budget finds out after its third step that it has time for eight."
     def eight(real, run, pace, ends, step, every):
@@ -445,6 +455,15 @@ def paced(at=None):
     wrapped(stopping, "fitted_steps", eight)
     if at:
         die_at(at)
+
+
+def check_it_goes_on(project, finished):
+    "It begins where the finished run ended, and names it."
+    ended, begun = (json.loads((o.out_dir/"run.json").read_text()) for o in (finished, project))
+    assert begun["metrics"]["eval_loss_before"] == pytest.approx(ended["metrics"]["eval_loss"], rel=1e-3)
+    assert begun["metrics"]["eval_loss"] < ended["metrics"]["eval_loss"]
+    parent = begun["parent"]
+    assert (parent["experimentid"], parent["sha256"]) == (finished.experiment_id, ended["adapter_sha256"])
 
 
 def check_the_choice(project):
@@ -464,12 +483,17 @@ def choosing(request, right, tmp_path_factory):
     in_fork(lambda: make_parent(folder/"parent", base))
     (folder/"checked.csv").write_text("".join(ONE_ANSWER[:3]))
     names = {"PARENT": str(folder/"parent"), "CHECKED": str(folder/"checked.csv")}
+    if "FINISHED" in choice.settings.values():
+        finished = make_finished(folder/"finished", base)
+        names["FINISHED"] = str(finished.out_dir)
     settings = {key: names.get(value, value) for key, value in choice.settings.items()}
     place = in_fork(lambda: make_place(folder, base, choice.lines, **settings))
     done = ended(place, start(place, paced))
     assert (done.status, len(done.steps)) == (0, choice.steps), done.printed
     if settings.get("metric_for_best_model"):
         check_the_choice(place.project)
+    if "FINISHED" in names:
+        check_it_goes_on(place.project, finished)
     return place, state(place.project), random.Random(request.param)
 
 

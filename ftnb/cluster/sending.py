@@ -23,6 +23,7 @@ import ftnb.ui.monitoring as live
 from .api import ClouderaError
 from .workspace import Workspace, workspace_from_env
 from ..findings import Finding
+from ..guards import ends_in_words
 from ..problems import Problem, raise_problems
 
 # %% ../../nbs/cluster/4_sending.ipynb #540a51e1
@@ -548,7 +549,5 @@ def submit_command(
     "The console script `ftnb_submit`."
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv: return print(_HELP, jobargs.job_arguments_help(), sep="\n")
-    try: problem = _send(argv)
-    except KeyboardInterrupt: problem = "stopped; a job that was sent goes on"
-    except (ClouderaError, ValueError) as e: problem = str(e)
+    with ends_in_words(ClouderaError, stopped="stopped; a job that was sent goes on"): problem = _send(argv)
     if problem: raise SystemExit(problem)

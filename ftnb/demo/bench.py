@@ -20,6 +20,7 @@ from ..adapters import apply_lora
 from ..models import choose_precision, load_base_model, load_tokenizer
 from ..consts import DEFAULT_LORA_CONFIG
 from ..gpu_layers import liger_problem
+from ..guards import ends_in_words
 from ..problems import Problem, raise_problems
 from .project import demo_base_model, demo_data
 from ..packing import keeps_prefix, packing_attention
@@ -605,9 +606,10 @@ def run_bench_command(
     "The console script `ftnb_bench`."
     asked = vars(_bench_parser().parse_args(argv))
     out, job = Path(asked.pop("out")), BenchJob(**asked)
-    raise_problems(folder_problems("out", out) + bench_problems(job), "The benchmark can't run")
-    if job.model == "smollm2": job = replace(job, model=str(demo_base_model()))
-    result = run_bench(job)
+    with ends_in_words():
+        raise_problems(folder_problems("out", out) + bench_problems(job), "The benchmark can't run")
+        if job.model == "smollm2": job = replace(job, model=str(demo_base_model()))
+        result = run_bench(job)
     out.mkdir(parents=True, exist_ok=True)
     save_bench(result, out/"bench.json")
     plot_bench([result]).savefig(out/"bench.png", dpi=120)

@@ -23,6 +23,7 @@ from ..consts import STUDIO_DB
 from ..problems import raise_problems
 from ..corpus import load_dataset_into_memory
 from ..evaluate import answer_table
+from ..guards import ends_in_words
 from ..scoring import answers_to_match, exact_match
 from ..jobargs import JobArgs, format_job_arguments, parse_job_arguments
 from ..prompts import PromptTemplate, format_row, parse_template
@@ -535,4 +536,4 @@ def run_demo_command(
                              "shows that everything works, learns little), or a folder with a model (default: %(default)s)")
     args = parser.parse_args(argv)
     _quiet()
-    run_demo(args.folder, args.base)
+    with ends_in_words(): run_demo(args.folder, args.base)
