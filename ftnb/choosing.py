@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DATA_KEYS', 'MOST_WEIGHT', 'HUB_NAME', 'DataChoice', 'twice_problem', 'choice_problems', 'read_choice',
-           'dataset_columns', 'find_dataset', 'itself_problems', 'DataParts', 'usual_parts', 'ChosenCorpus',
-           'with_chosen']
+           'is_file_name', 'dataset_columns', 'find_dataset', 'itself_problems', 'DataParts', 'usual_parts',
+           'ChosenCorpus', 'with_chosen']
 
 # %% ../nbs/18_choosing.ipynb #0201a83b
 import json, math, os, re
@@ -153,6 +153,20 @@ _SHEET = "a spreadsheet: save it as a .csv file, and name that"
 _OTHER_FILES = dict.fromkeys((".xlsx", ".xls", ".ods"), _SHEET) | {".parquet": "a Parquet file: put it in a folder of its own, and name the folder"}
 HUB_NAME = r"\w([\w.-]*\w)?(/\w([\w.-]*\w)?)?"  # letters, digits, _, - and ., of which the last two stand within a name
 
+# %% ../nbs/18_choosing.ipynb #bdb8ad84
+def _ending(
+    path: str,  # of a file, packed or not
+) -> str:  # such as ".csv"
+    "What a file's name says of its format."
+    return Path(re.sub(r"\.(gz|bz2|xz|zst|zip)$", "", path.lower())).suffix
+
+# %% ../nbs/18_choosing.ipynb #22a0d250
+def is_file_name(
+    name: str,  # of a data set
+) -> bool:
+    "Whether a name is that of a file with rows, here or not."
+    return _ending(name) in {*_KINDS, *_OTHER_FILES}
+
 # %% ../nbs/18_choosing.ipynb #ef7347c9
 def dataset_columns(
     source: str,  # a file, a folder, or a name on the hub
@@ -162,13 +176,11 @@ def dataset_columns(
     place = corpus.parse_dataset_name(expanded).place
     path, part = os.path.abspath(place) if source else "", expanded[len(place):]
     if os.path.isdir(path): return dict(type="project", location=path + part)
-    unpacked = re.sub(r"\.(gz|bz2|xz|zst|zip)$", "", path.lower())
-    kind = _KINDS.get(Path(unpacked).suffix)
+    kind, ending = _KINDS.get(_ending(path)), _ending(path)
     if kind and part not in ("", "[train]"):
         raise ValueError(f"{place} is a single file, and has neither configurations nor splits: leave out {part}")
     if kind: return dict(type=kind, location=path)
-    for ending, right in _OTHER_FILES.items():
-        if unpacked.endswith(ending): raise ValueError(f"{place} is {right}")
+    if ending in _OTHER_FILES: raise ValueError(f"{place} is {_OTHER_FILES[ending]}")
     on_hub = not os.path.exists(path) and re.fullmatch(HUB_NAME, place)
     if on_hub: return dict(type="huggingface", huggingface_name=source)
     raise ValueError(f"{source or 'nothing'} is no .csv, .tsv, .json or .jsonl file, no folder and no name on the hub")

@@ -110,7 +110,9 @@ def _with_role(
     if not isinstance(turn, dict):
         raise ValueError(f"turn {number} is no object with a role and a content")
     if "from" in turn and "role" not in turn: turn = _sharegpt_turn(turn, number)
-    if "role" not in turn: raise ValueError(f"turn {number} has no role")
+    if "role" not in turn:
+        raise ValueError(f"turn {number} has no role: it has {', '.join(map(repr, turn)) or 'nothing'}; "
+                         "write role and content, or from and value")
     if turn["role"] not in ROLES:
         raise ValueError(f"turn {number} has the role {turn['role']!r}; it must be one of {', '.join(ROLES)}")
     return turn
@@ -296,4 +298,5 @@ def usual_prompt(
     if {"prompt", "completion"} <= set(columns): return "{prompt}", "{completion}"
     shown = ", ".join(map(repr, columns[:20]))
     raise ValueError(f"say what the model is asked and what it answers: prompt and completion, with slots for the columns {shown}; "
-                     "only data with messages, conversations, or prompt and completion need none")
+                     "only data with messages, conversations, or prompt and completion need none, "
+                     "and where another column holds the turns of a chat, prompt is that slot alone")

@@ -14,6 +14,15 @@ from .files import MOST_COLUMNS, NUL_MARK, Chunk, Faults, Place, bad_text, chunk
 # %% ../nbs/11_csv_files.ipynb #05eebcbb
 _SEPARATORS = (",", ";", "\t", "|")  # that a CSV file may have
 
+# %% ../nbs/11_csv_files.ipynb #34f43ecb
+def _named(
+    header: list,  # the first record of a file
+) -> bool:
+    "Whether a header names two columns or more; a spreadsheet leaves empty ones at the right."
+    names = [name.strip() for name in header]
+    while names and not names[-1]: names.pop()
+    return len(names) > 1 and all(names)
+
 # %% ../nbs/11_csv_files.ipynb #6f99b047
 def _fits(
     head: list,  # the first lines of a file
@@ -26,7 +35,7 @@ def _fits(
     except csv.Error: return False
     if not records or len(records[0]) < 2: return False
     header, rows = records[0], records[1:]
-    if not all(name.strip() for name in header): return False
+    if not _named(header): return False
     return sum(len(fields) == len(header) for fields in rows) >= 0.9 * len(rows)
 
 # %% ../nbs/11_csv_files.ipynb #95dda92c

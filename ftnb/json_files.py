@@ -125,7 +125,7 @@ def _not_lines(
 ) -> str:  # what is wrong and what would be right; "" when all is well
     "What to say of a file that isn't JSON Lines."
     wrong = "this is not JSON Lines, where each line is one object"
-    if first.startswith("["): return f"{wrong}: a file that is one list is of type project_json"
+    if first.startswith("["): return f'{wrong}: a file that is one list ends in .json (type project_json); a line of turns is {{"messages": [...]}}'
     if first == "{": return f"{wrong}: write each object on a line of its own"
     return ""
 

@@ -188,7 +188,7 @@ def ledger_notes(
     if more > 0: lines.append(f"and {more:,} more, all in the job's ledger.json")
     if ledger.repeated: lines.append(f"rows that come again in an epoch, by their weight: {ledger.repeated:,}")
     unused = ledger.splits_not_used.items()
-    lines += [f"not used: split {name!r} with {rows:,} rows" for name, rows in unused]
+    lines += [f"not used: split {name!r} with {rows:,} rows; validation, test or more_data may name it" for name, rows in unused]
     return problems_with("dataset_id", *lines)
 
 # %% ../nbs/39_ledger.ipynb #1f441341

@@ -27,6 +27,7 @@ from .bench import machine_words, save_bench
 from .project import demo_base_model
 from .tasks import TASKS, make_task, write_task
 from ..evaluate import load_models
+from ..guards import ends_in_words
 from ..models import choose_precision, load_base_model, load_tokenizer
 from ..package import python_command
 from ..plots import new_figure
@@ -484,12 +485,13 @@ def learn_command(
     "The console script `ftnb_learn`."
     asked = vars(_learn_parser().parse_args(argv))
     out = Path(asked["out"]).expanduser().absolute()
-    raise_problems(folder_problems("out", out) + _source_problems(asked), "Nothing can be measured")
-    job = _job_of(asked, out)
-    raise_problems(learn_problems(job), "Nothing can be measured")
-    if job.model == "smollm2": job = replace(job, model=str(demo_base_model()))
-    out.mkdir(parents=True, exist_ok=True)
-    kinds = (asked["only"],) if asked["only"] else LEARNERS
-    result = run_learn(job, tuple(range(1, asked["seeds"] + 1)), kinds=kinds, path=out/"learn.json")
+    with ends_in_words():
+        raise_problems(folder_problems("out", out) + _source_problems(asked), "Nothing can be measured")
+        job = _job_of(asked, out)
+        raise_problems(learn_problems(job), "Nothing can be measured")
+        if job.model == "smollm2": job = replace(job, model=str(demo_base_model()))
+        out.mkdir(parents=True, exist_ok=True)
+        kinds = (asked["only"],) if asked["only"] else LEARNERS
+        result = run_learn(job, tuple(range(1, asked["seeds"] + 1)), kinds=kinds, path=out/"learn.json")
     plot_learn(result).savefig(out/"learn.png", dpi=120)
     print(result, f"written: {out}/learn.json, {out}/learn.png", sep="\n")

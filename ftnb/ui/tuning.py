@@ -29,9 +29,11 @@ import ftnb.preflight as preflight
 import ftnb.progress as progress
 import ftnb.prompts as prompts
 import ftnb.quantisation as quantisation
+import ftnb.reading as reading
 import ftnb.runrecord as runrecord
 import ftnb.storage as storage
 import ftnb.studio as studio
+import ftnb.training_fields as training_fields
 
 # %% ../../nbs/ui/09_tuning.ipynb #5836233a
 import ftnb.ui.additions as additions
@@ -39,20 +41,50 @@ import ftnb.ui.chats as chats
 import ftnb.ui.draft as drafts
 import ftnb.ui.monitoring as monitoring
 from ..findings import RunCache
+from ..guards import ends_in_words
 from ..hub import hub_or_cache
 from ..lora_settings import LORA_RULES
 from ..problems import raise_problems
 from ..saving import publish_folder
 
+# %% ../../nbs/ui/09_tuning.ipynb #a3f293c7
+def _is_whole(
+    values,  # a column of a DataFrame
+) -> bool:
+    "Whether pandas made floats of whole numbers, since some are missing."
+    there = values.dropna()
+    if values.dtype.kind != "f" or not 0 < len(there) < len(values): return False
+    return bool(((there % 1 == 0) & (there.abs() < 2**53)).all())
+
+# %% ../../nbs/ui/09_tuning.ipynb #e81fba07
+def _from_frame(
+    frame,  # a pandas DataFrame
+):  # a `Dataset`; raises where a column can't be one
+    "The rows of a DataFrame."
+    import datasets
+    import pyarrow as pa
+    named = {name for name in frame.index.names if name is not None}
+    if named and not named & set(frame.columns): frame = frame.reset_index()
+    twice = frame.columns[frame.columns.duplicated()]
+    if len(twice): raise ValueError(f"the DataFrame has several columns {twice[0]!r}: names must differ")
+    whole = {name: "Int64" for name in frame.columns if _is_whole(frame[name])}
+    try: return datasets.Dataset.from_pandas(frame.astype(whole), preserve_index=False)
+    except pa.ArrowException as e:
+        why = "; ".join(map(str, e.args))
+        raise ValueError(f"the DataFrame has a column with values of several kinds ({why}): make them one, "
+                         "such as df[column] = df[column].astype(str)") from None
+
 # %% ../../nbs/ui/09_tuning.ipynb #6f99b27d
 def _as_splits(
-    data,  # a pandas DataFrame, a list of dicts, a `Dataset` or a `DatasetDict`
+    data,  # a pandas DataFrame, a list of dicts, a dict of columns, a `Dataset` or a `DatasetDict`
 ):  # a `DatasetDict`
     "Rows in memory, by split."
     import datasets
     if isinstance(data, datasets.DatasetDict): return data
     if isinstance(data, list): data = datasets.Dataset.from_list(data)
-    elif type(data).__name__ == "DataFrame": data = datasets.Dataset.from_pandas(data, preserve_index=False)
+    elif isinstance(data, dict): data = datasets.Dataset.from_dict(data)
+    elif type(data).__name__ == "DataFrame": data = _from_frame(data)
+    if isinstance(data, datasets.Dataset) and not len(data): raise ValueError("data has no rows: there must be one at least")
     if isinstance(data, datasets.Dataset): return datasets.DatasetDict(train=data)
     right = "a path, a name on the hub, a DataFrame, a list of dicts, or a Dataset (of an IterableDataset: a list of its rows)"
     raise ValueError(f"data is a {type(data).__name__}: give {right}")
@@ -83,6 +115,23 @@ def _store_rows(
         publish_folder(f"{place}.part", str(place))
     return place
 
+# %% ../../nbs/ui/09_tuning.ipynb #e2096b37
+def _parquet_folder(
+    path: "str | Path",  # of a data set, or its name on the hub
+    folder: Path,  # of the project
+) -> "str | Path":  # a folder for a Parquet file, else what was given
+    "Give a Parquet file a folder of its own."
+    file = Path(path).expanduser()
+    if file.suffix.lower() != ".parquet" or file.is_dir(): return path
+    if not file.is_file(): raise ValueError(f"{path}: there is no such file, seen from {os.getcwd()}")
+    place = folder/"data"/_content_hash(file)[:16]
+    if place.exists(): return place
+    part = Path(f"{place}.part")
+    part.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(file, part/"train.parquet")
+    publish_folder(str(part), str(place))
+    return place
+
 # %% ../../nbs/ui/09_tuning.ipynb #76b6cc11
 @dataclass(frozen=True)
 class Source:
@@ -98,7 +147,7 @@ def find_source(
     split: "str | list | None" = None,  # the one to train on; and the one to hold out, behind a comma
 ) -> Source:
     "Where a job finds rows that somebody gives."
-    if not isinstance(data, (str, Path)): data = _store_rows(data, folder)
+    data = _parquet_folder(data, folder) if isinstance(data, (str, Path)) else _store_rows(data, folder)
     whole = os.path.expanduser(str(data))
     if config: whole += f":{config}"
     if split: whole += f"[{split if isinstance(split, str) else ','.join(split)}]"
@@ -120,11 +169,13 @@ def _held_out_source(
 def _weighed(
     data,  # one data set, a list of several, or an object of names and weights
 ) -> list:  # of (data set, weight)
-    "Data sets with their weights; a list of dicts is one data set."
+    "Data sets with their weights; a list of dicts is one data set, and so is a dict of columns."
     import datasets
     if isinstance(data, (list, tuple, dict)) and not len(data):
         raise ValueError("data has no rows: give a path, a name on the hub, a DataFrame, or a list of dicts")
-    if isinstance(data, dict) and not isinstance(data, datasets.DatasetDict): return list(data.items())
+    if isinstance(data, dict) and not isinstance(data, datasets.DatasetDict):
+        is_table = all(isinstance(column, (list, tuple)) for column in data.values())
+        return [(data, 1.0)] if is_table else list(data.items())
     several = isinstance(data, (list, tuple)) and data and not isinstance(data[0], dict)
     return [(one, 1.0) for one in data] if several else [(data, 1.0)]
 
@@ -382,6 +433,18 @@ def compare(
     "Base against adapter on the rows that the run held out."
     return compare_held_out(self.args, self.env, n)
 
+# %% ../../nbs/ui/09_tuning.ipynb #64cd4a82
+@patch
+def calibration(
+    self: Run,
+    compared: evaluate.Comparison | None = None,  # from `compare`; default: made now
+) -> reading.Calibration:  # shows as a table
+    "Whether the adapter knows when it is wrong: how sure it is of its answers, and how many of them are right."
+    check = preflight.check_job(self.args, self.env, keep=False)
+    compared = compared or compare_held_out(self.args, self.env, check=check)
+    adapter = {list(compared.models)[-1]: self.args.out_dir}
+    return reading.calibration(evaluate.load_models(check.job.source, adapter, precision=check.job.precision), compared)
+
 # %% ../../nbs/ui/09_tuning.ipynb #47244251
 @patch
 def explain(self: Run) -> advice.Explanation:  # a line a setting
@@ -482,10 +545,12 @@ def _complete(
     given: dict,  # from `sort_settings`
 ) -> dict:  # the same, with good values where none was given
     "Settings, filled in."
-    chosen = advice.advise(width, rows, given["training"])
-    advised = chosen.training | LOGS
+    asked = {training_fields.RENAMED.get(key, key): value for key, value in given["training"].items()}
+    chosen = advice.advise(width, rows, asked)
+    advised = {key: value for key, value in (chosen.training | LOGS).items() if key not in asked}
+    lora = {} if "parent_adapter" in asked else chosen.lora  # a parent has its own
     bnb = given["bnb"] or {"load_in_4bit": False}
-    return given | {"training": advised | given["training"], "lora": chosen.lora | given["lora"], "bnb": bnb}
+    return given | {"training": advised | given["training"], "lora": lora | given["lora"], "bnb": bnb}
 
 # %% ../../nbs/ui/09_tuning.ipynb #f39a2bae
 def _show_live(
@@ -655,7 +720,8 @@ def _hub_names(
     found = {}
     for source, kind in [(model, "model"), *named]:
         place = corpus.parse_dataset_name(os.path.expanduser(source)).place
-        if os.path.exists(place) or not re.fullmatch(choosing.HUB_NAME, place): continue
+        if os.path.exists(place) or choosing.is_file_name(place): continue
+        if not re.fullmatch(choosing.HUB_NAME, place): continue
         found[place] = kind
     return found
 
@@ -772,6 +838,5 @@ def tune_command(
     for key in {"prompt", "completion"} & set(asked): asked[key] = asked[key].replace("\\n", "\n")
     model, data = asked.pop("model"), asked.pop("data")
     progress.quiet_libraries()
-    try: run = tune(model, data[0] if len(data) == 1 else data, **asked, **_shell_settings(rest))
-    except (ValueError, OSError) as e: sys.exit(str(e))
-    print(run)
+    with ends_in_words(stopped="stopped; the same command goes on from the last checkpoint, if there is one"):
+        print(tune(model, data[0] if len(data) == 1 else data, **asked, **_shell_settings(rest)))
