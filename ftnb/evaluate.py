@@ -256,6 +256,7 @@ def notes(self: Comparison) -> list:  # sentences
     "What the figures are of, and how far they can be trusted."
     asked, first = self.questions, next(iter(self.models.values()))
     rows = f"{len(asked):,} of {asked.total:,} held-out rows"
+    if asked.unusable: rows += f" ({asked.unusable:,} can't be asked: too long, unreadable, or without an answer)"
     used = f"{rows}; loss and perplexity over their {first.tokens:,} tokens that carry loss"
     if not asked.references: return [used, "no answers: the prompt has no completion template"]
     changed = f"{len(self.changed):,} of {len(asked.references):,} answers differ between the models"

@@ -6,7 +6,7 @@
 __all__ = ['Questions', 'make_questions']
 
 # %% ../nbs/70_questions.ipynb #c62fd476
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .chat_rows import ask_conversation, tokenize_conversations
 from .chat_templates import Loss, answer_opening, open_chat_template
@@ -27,6 +27,7 @@ class Questions:
     total: int  # rows that these were taken from
     ends: tuple = field(default=(), repr=False)  # ids of tokens that end an answer, beside the model's own
     opening: tuple = field(default=(), repr=False)  # ids of tokens before the text of an answer
+    unusable: int = field(default=0, repr=False)  # rows that can't be asked: too long, unreadable, or without an answer
 
     def __len__(self): return len(self.features)
 
@@ -160,4 +161,5 @@ def make_questions(
     if completion_only is None: completion_only = template.asks and not assistant_only
     loss = Loss(completion_only, assistant_only)
     make = _chat_questions if template.chat else _template_questions
-    return make(data, tokenizer, template, loss, max_length, total)
+    found = make(data, tokenizer, template, loss, max_length, total)
+    return replace(found, unusable=len(data) - len(found))

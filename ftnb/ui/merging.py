@@ -14,6 +14,7 @@ from fastcore.basics import patch
 
 import ftnb.saving as saving
 import ftnb.models as models
+import ftnb.progress as progress
 import ftnb.quantisation as quantisation
 import ftnb.tokenizer_files as tokenizer_files
 import ftnb.usage as usage
@@ -136,6 +137,7 @@ def merge_adapter(
 ) -> Path:  # the folder
     "Write base and adapter as one model that any program loads; raises where its logits aren't theirs."
     out_dir, place = Path(out_dir).expanduser(), new_folder(folder)
+    progress.quiet_libraries()
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=".merging-") as work:
         made = os.path.join(work, "model")
         _check_merged(made, _write_merged(out_dir, made, token))
