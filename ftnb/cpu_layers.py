@@ -151,17 +151,27 @@ def _mlp_forward(
     def forward(x): return mlp.down_proj(_gated()(mlp.gate_proj(x), mlp.up_proj(x)))
     return forward
 
+# %% ../nbs/44_cpu_layers.ipynb #9b839f63
+def _gate_width(
+    mlp,  # a module
+) -> int:  # numbers that it is given of a token; 0 where its parts are others
+    "How wide an MLP is whose parts have the names and the kind of one with a gate of SiLU."
+    import torch
+    parts = ("gate_proj", "up_proj", "down_proj")
+    if not all(isinstance(getattr(mlp, name, None), torch.nn.Module) for name in parts): return 0
+    if type(getattr(mlp, "act_fn", None)).__name__ not in ("SiLU", "SiLUActivation"): return 0
+    return getattr(mlp.gate_proj, "in_features", None) or 0
+
 # %% ../nbs/44_cpu_layers.ipynb #b0b1cfe8
 def _is_gated(
     mlp,  # a module
 ) -> bool:  # and nothing more
     "Whether a module is an MLP with a gate of SiLU."
     import torch
-    parts = ("gate_proj", "up_proj", "down_proj")
-    if not all(isinstance(getattr(mlp, name, None), torch.nn.Module) for name in parts): return False
+    wide = _gate_width(mlp)
+    if not wide: return False
     weight = next(mlp.down_proj.parameters())
-    wide = getattr(mlp.gate_proj, "in_features", None)
-    if type(getattr(mlp, "act_fn", None)).__name__ not in ("SiLU", "SiLUActivation") or not wide or weight.is_meta: return False
+    if weight.is_meta: return False
     modes = [(m, m.training) for m in mlp.modules()]
     try:
         x = torch.linspace(-1, 1, 3 * wide, dtype=weight.dtype, device=weight.device).view(1, 3, wide)

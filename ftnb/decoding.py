@@ -56,7 +56,8 @@ class ReadPrompts:
     ) -> list:  # of each layer: (keys, values) of those; empty for none
         "What the next batch needn't read again."
         if not tokens: return []
-        places = places_of(self.paths[-1])[:tokens]
+        import torch
+        places = moved(torch.from_numpy(places_of(self.paths[-1])[:tokens]), self.positions.device)
         return [(k[places], v[places]) for k, v in self.keys]
 
 # %% ../nbs/71_decoding.ipynb #82118ed7
@@ -241,10 +242,12 @@ def keep(
     rows: list,  # places of those that go on, rising
 ):
     "Let the other rows go."
+    import torch
     def places(run): return Run(bisect_left(rows, run.start), bisect_left(rows, run.end))
     runs = [SharedRun(places(o.rows), o.keys) for o in self.shared]
     self.shared = [o for o in runs if o.rows.start < o.rows.end]
-    self.own = _Own([(k[rows], v[rows]) for k, v in self.own.keys], self.own.real[rows], self.own.positions[rows])
+    at = moved(torch.tensor(rows), self.own.real.device)
+    self.own = _Own([(k[at], v[at]) for k, v in self.own.keys], self.own.real[at], self.own.positions[at])
     self.lengths = [self.lengths[i] for i in rows]
 
 # %% ../nbs/71_decoding.ipynb #45218d4b

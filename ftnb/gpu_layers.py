@@ -184,8 +184,9 @@ def _tried_out(
     "Within this, nothing is dropped at random; modes and the random state are put back."
     import torch
     modes = {module: module.training for module in model.modules()}
+    gpus = {p.device.index or 0 for p in model.parameters() if p.is_cuda}
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=sorted(gpus)):
             model.eval()
             yield
     finally:

@@ -158,6 +158,20 @@ def _fit_noise(
     embeddings.neftune_noise_alpha = alpha * sqrt(batch.input_ids.shape[1] / longest)
     return batch
 
+# %% ../nbs/61_passes.ipynb #da788524
+def _laid_out(
+    trainer,  # a `RowTrainer`
+    model,  # as the trainer wrapped it
+    inputs: dict,  # a padded batch: the rows of an optimizer step, the same on all processes
+    train: bool,  # with gradients
+) -> list:  # of `PackedBatch`, on the CPU
+    "This process's rows as flat passes."
+    rows, _ = trainer.share(inputs)
+    prompt_weight = trainer.prompt_weight if train else 0.0
+    on_gpu = trainer.accelerator.device.type != "cpu"
+    passes = packed_passes(rows, trainer.run.budget, keeps_prefix(model), prompt_weight, on_gpu)
+    return _even_passes(trainer, passes)
+
 # %% ../nbs/61_passes.ipynb #d7d650de
 def _flat_passes(
     trainer,  # a `RowTrainer`
@@ -167,12 +181,7 @@ def _flat_passes(
     train: bool = True,  # with gradients
 ) -> _Passed:
     "Forward, and backward while training, of this process's rows in flat passes."
-    rows, _ = trainer.share(inputs)
-    longest = inputs["input_ids"].shape[1]
-    prompt_weight = trainer.prompt_weight if train else 0.0
-    on_gpu = trainer.accelerator.device.type != "cpu"
-    passes = packed_passes(rows, trainer.run.budget, keeps_prefix(model), prompt_weight, on_gpu)
-    passes = _even_passes(trainer, passes)
+    longest, passes = inputs["input_ids"].shape[1], _laid_out(trainer, model, inputs, train)
     computed = sum(batch.tokens_computed for batch in passes)
     factor = trainer.accelerator.num_processes if train and num_items is not None else 1
     if num_items is None: num_items = sum(batch.num_items for batch in passes)
@@ -290,11 +299,13 @@ def _padded_passes(
 
 # %% ../nbs/61_passes.ipynb #4adf45a0
 def out_of_memory(
-    e: Exception,  # raised by torch
+    e: Exception,  # raised by torch, or by a library below it
 ) -> bool:  # did memory run out?
-    "torch says it in its own way on each device."
+    "Each device says it in its own way, and so does each library."
     import torch
-    return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e)
+    if isinstance(e, (torch.OutOfMemoryError, MemoryError)): return True
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(e, RuntimeError) and any(word in str(e) for word in words)
 
 # %% ../nbs/61_passes.ipynb #79528462
 def _make_smaller(

@@ -366,6 +366,28 @@ def _cost(
     each = min(budget / 4, 512)
     return sizes + each * (1 + (sizes / budget) ** 2 / 2)
 
+# %% ../nbs/42_prefix.ipynb #c505cc9b
+def _cheapest_start(
+    best,  # array: the least that the rows before each place cost
+    sizes,  # array: tokens of a last pass that begins there
+    budget: int,  # computed tokens that a pass may have
+) -> tuple:  # (place where the last pass begins, the least that all rows cost)
+    "Where the last pass of some rows begins."
+    import numpy as np
+    cost = best + np.where(sizes <= budget, _cost(sizes, budget), np.inf)
+    if np.isinf(cost[-1]): cost[-1] = best[-1] + sizes[-1]
+    at = int(cost.argmin())
+    return at, cost[at]
+
+# %% ../nbs/42_prefix.ipynb #a9f1f46e
+def _way_back(
+    came: list,  # of each number of rows: where the last of their passes begins
+) -> list:  # the first row of each pass
+    "Follow the cheapest way from the last row to the first."
+    cuts = [came[-1]]
+    while cuts[-1]: cuts.append(came[cuts[-1]])
+    return cuts[::-1]
+
 # %% ../nbs/42_prefix.ipynb #c8b98441
 def cut_passes(
     lengths: list,  # tokens of each row, in dictionary order
@@ -382,14 +404,9 @@ def cut_passes(
     for last in range(1, len(upto)):
         while first < last - 1 and upto[last] - upto[first] > budget: first += 1
         sizes = upto[last] - upto[first:last] + shared[first:last]
-        cost = best[first:last] + np.where(sizes <= budget, _cost(sizes, budget), np.inf)
-        if np.isinf(cost[-1]): cost[-1] = best[last - 1] + sizes[-1]
-        at = int(cost.argmin())
-        best[last] = cost[at]
+        at, best[last] = _cheapest_start(best[first:last], sizes, budget)
         came[last] = first + at
-    cuts = [came[-1]]
-    while cuts[-1]: cuts.append(came[cuts[-1]])
-    return cuts[::-1]
+    return _way_back(came)
 
 # %% ../nbs/42_prefix.ipynb #109ab63c
 def _cut_paths(
@@ -418,6 +435,16 @@ def _known_places(
     found[-1] = max(found[-1], left, key=path_length)
     return tuple(found[::-1])
 
+# %% ../nbs/42_prefix.ipynb #3dea3b3a
+def _at_kept(
+    pairs: tuple,  # from `_loss_pairs`
+    kept: int,  # keys that come first
+) -> tuple:  # (pairs at these keys, pairs at the others, whose places are counted from the first of them)
+    "Divide predictions by where they are made."
+    at, *said = pairs
+    early = at < kept
+    return (at[early], *(part[early] for part in said)), (at[~early] - kept, *(part[~early] for part in said))
+
 # %% ../nbs/42_prefix.ipynb #20379931
 def _kept_passes(
     trie: Trie,  # the rows of a step
@@ -432,13 +459,11 @@ def _kept_passes(
         rows = slice(first, last)
         known = _known_places(trie, first, last, left, right)
         paths, added = lay_out(trie.lengths[rows], trie.shared[rows], kept, known)
-        at, *said = _loss_pairs(paths, trie.labels[rows], trie.weights[rows])
-        early = at < kept
-        early_pairs.append((at[early], *(part[early] for part in said)))
+        early, late = _at_kept(_loss_pairs(paths, trie.labels[rows], trie.weights[rows]), kept)
+        early_pairs.append(early)
         if not added: continue
-        pairs = at[~early] - kept, *(part[~early] for part in said)
         tree = Tree(tuple(added), None, kept, keys=keys)
-        passes.append(_flat_batch(trie.rows[rows], paths, tree, pairs, last - first))
+        passes.append(_flat_batch(trie.rows[rows], paths, tree, late, last - first))
     ids, paths = zip(*((row, path) for row, path in zip(tokens, through) if path))
     pairs = tuple(map(np.concatenate, zip(*early_pairs)))
     return [_flat_batch(ids, paths, Tree(tuple(segments), None, keys=keys), pairs, 0), *passes]

@@ -10,8 +10,9 @@ __all__ = ['ANOTHER_LOSS', 'OtherLoss', 'router_coefficient', 'packing_obstacles
 import contextlib
 from dataclasses import dataclass, field
 
+from .attention import cascade_attention, has_kernel, kernel_calls, row_attention
 from .packing import causal_model, flat_hidden, output_logits, packing_attention
-from .prefix import PackedBatch, lay_out, make_trie, pack_rows, places_of
+from .prefix import PackedBatch, Tree, lay_out, make_trie, pack_rows, places_of
 from .problems import Problem
 
 # %% ../nbs/50_sharing.ipynb #e16ec561
@@ -130,11 +131,13 @@ class _Watch:
     "What attention layers are given and give."
     at: object  # (tokens,), places in the sequence
     layers: list = field(default_factory=list)  # (queries, keys, results) of each, all of them (tokens, numbers)
+    heads: set = field(default_factory=set)  # of all layers: (heads, key heads, size)
 
     def note(self, query, key, out):
         "Of a layer: (1, heads, tokens, size), (1, key heads, tokens, size), (1, tokens, heads, size)."
         def picked(tensor): return tensor[0, self.at].flatten(1)
         self.layers.append((picked(query.transpose(1, 2)), picked(key.transpose(1, 2)), picked(out)))
+        self.heads.add((query.shape[1], key.shape[1], query.shape[3]))
 
 # %% ../nbs/50_sharing.ipynb #bfbc1cd9
 def _some_places(
@@ -175,7 +178,7 @@ def _layers_off(
     rows: list,  # token ids of each row
     paths: list,  # where the tokens of each are in the pass
     batch: PackedBatch,  # the same rows, on the model's device
-) -> tuple:  # (flat hidden states; of each layer: what -> difference)
+) -> tuple:  # (flat hidden states; of each layer: what -> difference; heads of the layers)
     "Packed against one by one: queries, keys and what attention gives, in each layer."
     import torch
     alone, places = [], []
@@ -189,7 +192,41 @@ def _layers_off(
     for packed, *of_rows in zip(flat.layers, *alone):
         right = [torch.cat(parts) for parts in zip(*of_rows)]
         layers.append({name: _off(mine, theirs) for name, mine, theirs in zip(names, packed, right)})
-    return hidden, layers
+    return hidden, layers, flat.heads
+
+# %% ../nbs/50_sharing.ipynb #cc40ad21
+def _attention_gradients(
+    attention,  # `cascade_attention` or `row_attention`
+    tree: Tree,  # of a pass
+    numbers: list,  # queries, keys, values, and the gradient of what comes out
+    window: int | None,  # positions that a query sees, itself included
+) -> tuple:  # of queries, keys and values
+    "What an attention hands back, outside any autocast."
+    import torch
+    *leaves, slope = (t.detach().requires_grad_() for t in numbers)
+    with torch.enable_grad(), torch.autocast(slope.device.type, enabled=False): out = attention(tree, *leaves, window)
+    return torch.autograd.grad(out, leaves, slope)
+
+# %% ../nbs/50_sharing.ipynb #c813e015
+def _gradients_off(
+    heads: tuple,  # (heads, key heads, size)
+    window: int | None,  # positions that a query sees, itself included
+    dtype,  # of the numbers
+    device="cpu",  # torch device
+) -> float:  # relative; 0 where no kernel takes such heads
+    "How far the gradients of attention's kernels are from those of attention row by row."
+    import torch
+    rows, draw = _branching_rows([*range(200)], [*range(200, 400)]), torch.Generator().manual_seed(0)
+    tree = pack_rows([{"input_ids": row, "labels": row} for row in rows], 1).tree.to(device)
+    many, few, size = heads
+    shapes = [(len(tree.positions), n, size) for n in (many, few, few, many)]
+    numbers = [torch.randn(shape, generator=draw).to(device, dtype) for shape in shapes]
+    if not has_kernel(*numbers[:3]): return 0.0
+    window = window and min(window, 100)
+    mine = _attention_gradients(cascade_attention, tree, numbers, window)
+    finer = [t.to(torch.promote_types(dtype, torch.float32)) for t in numbers]
+    right = _attention_gradients(row_attention, tree, finer, window)
+    return max(_off(a.flatten()[None], b.flatten()[None]) for a, b in zip(mine, right))
 
 # %% ../nbs/50_sharing.ipynb #c0067a22
 @dataclass(frozen=True)
@@ -199,12 +236,23 @@ class _Differences:
     hidden: float  # of the last hidden states
     logits: float  # of the output layer
     alone: list = field(repr=False)  # the model's own last hidden states, row by row
+    gradients: float = 0.0  # of attention's kernels, where they are tried
 
     @property
     def worst(self) -> float:
         "The largest of them."
         of_layers = [difference for layer in self.layers for difference in layer.values()]
-        return max(self.hidden, self.logits, *of_layers)
+        return max(self.hidden, self.logits, self.gradients, *of_layers)
+
+# %% ../nbs/50_sharing.ipynb #f71739a7
+def _kernels_off(
+    tree: Tree,  # of a pass that went through a model
+    heads: set,  # of its layers: (heads, key heads, size)
+    device="cpu",  # torch device
+) -> float:  # relative; 0 where no kernel was called
+    "The largest difference of gradients, over all ways in which kernels were called."
+    ways = [(some, *call) for some in sorted(heads) for call in kernel_calls(tree)]
+    return max((_gradients_off(*way, device) for way in ways), default=0.0)
 
 # %% ../nbs/50_sharing.ipynb #4e818bb8
 def _sharing_differences(
@@ -220,10 +268,11 @@ def _sharing_differences(
     trie, batch = make_trie(features, 1), pack_rows(features, 1).to(device)
     paths, _ = lay_out(trie.lengths, trie.shared)
     logits = model(input_ids=batch.input_ids[:, :4], use_cache=False).logits[0]
-    with packing_attention(model): flat, layers = _layers_off(model, rows, paths, batch)
+    with packing_attention(model): flat, layers, heads = _layers_off(model, rows, paths, batch)
     right = torch.empty_like(flat)
     for hidden, path in zip(alone, paths): right[places_of(path)] = hidden.to(right.dtype)
-    return _Differences(layers, _off(flat, right), _off(output_logits(model, alone[0][:4]), logits), alone)
+    gradients = _kernels_off(batch.tree, heads, device) if device.type != "cpu" else 0.0
+    return _Differences(layers, _off(flat, right), _off(output_logits(model, alone[0][:4]), logits), alone, gradients)
 
 # %% ../nbs/50_sharing.ipynb #95fa3256
 def _autocast_dtype(
@@ -321,7 +370,8 @@ def _compared(
     for i, layer in enumerate(off.layers):
         within = 2 * most if i else max(1e-5, 2 * rounding)
         found += [(f"{what} of layer {i}", difference, within) for what, difference in layer.items()]
-    return [*found, ("hidden states", off.hidden, most), ("logits", off.logits, most)]
+    found += [("hidden states", off.hidden, most), ("logits", off.logits, most)]
+    return [*found, ("gradients of attention", off.gradients, max(1e-5, 8 * rounding))]
 
 # %% ../nbs/50_sharing.ipynb #2198d578
 def _too_far(
@@ -354,10 +404,11 @@ def _tried_out(
     "Evaluation mode, no gradients, the autocast of training; modes and random state are put back."
     import torch
     modes = {module: module.training for module in model.modules()}
-    device = model.get_input_embeddings().weight.device.type
-    autocast = torch.autocast(device, _autocast_dtype(mixed), enabled=bool(mixed))
+    device = model.get_input_embeddings().weight.device
+    gpus = [device.index or 0] if device.type == "cuda" else []
+    autocast = torch.autocast(device.type, _autocast_dtype(mixed), enabled=bool(mixed))
     try:
-        with torch.random.fork_rng(), torch.no_grad(), autocast: yield causal_model(model.eval())
+        with torch.random.fork_rng(devices=gpus), torch.no_grad(), autocast: yield causal_model(model.eval())
     finally:
         for module, mode in modes.items(): module.training = mode
 

@@ -1,6 +1,8 @@
-"""Trees of rows on a GPU: exact, end to end, with memory running out; their speed is `test_speed.py`. One command, a few minutes on one card:
+"""Trees of rows on a GPU: exact, end to end, with memory running out; their speed is `test_speed.py`. One command, five minutes on one card:
 
-    pytest tests/gpu
+    python tests/gpu/run.py
+
+It runs these tests in parts and writes a report. `pytest tests/gpu` runs them in one process.
 
 The tests of exactness run on a CPU, too; all others need a GPU and are skipped without one.
 """
@@ -80,6 +82,16 @@ def loss_and_gradient(way, model, rows):
         loss = way(model, rows)
         grads = torch.autograd.grad(loss, trained)
     return loss.item(), torch.cat([g.flatten().double() for g in grads])
+
+
+@pytest.mark.gpu
+def test_machine(tell):
+    "What the figures are from."
+    import torch
+    from ftnb.demo.bench import machine_words
+    words = machine_words() | {"memory": f"{torch.cuda.mem_get_info()[1] / 2**30:.0f} GiB", "CUDA": torch.version.cuda}
+    for name, word in words.items():
+        tell("machine", name, word)
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3, 4])
@@ -183,7 +195,7 @@ def trained(folder, base, bnb, asked, rows=256):
     from ftnb.consts import DEFAULT_LORA_CONFIG
     from ftnb.models import choose_precision, load_base_model, load_tokenizer
     from ftnb.settings import settle_training
-    from ftnb.tokens import configure_tokenizer_padding
+    from ftnb.tokenizer import configure_tokenizer_padding
     from ftnb.trainer import train_adapter
     from datasets import Dataset
     g = random.Random(0)
@@ -196,17 +208,45 @@ def trained(folder, base, bnb, asked, rows=256):
     return train_adapter(model, tokenizer, data, data.select(range(9)), settle_training(asked, precision, folder), False)
 
 
+JOB_SETTINGS = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "learning_rate": 1e-3, "num_train_epochs": 2}
+
+
+def asked_for(what):
+    "(training arguments, quantisation) of a job: the Studio's own with steps that are fewer and larger, or bf16."
+    from ftnb.consts import DEFAULT_BNB_CONFIG, DEFAULT_TRAINING_ARGUMENTS
+    if what == "bf16":
+        return JOB_SETTINGS | {"bf16": True}, {}
+    return DEFAULT_TRAINING_ARGUMENTS | JOB_SETTINGS | {"report_to": "none"}, DEFAULT_BNB_CONFIG
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("what", ["the Studio's default, 4-bit and fp16", "bf16"])
+@pytest.mark.parametrize("what", ["the Studio's default: 4-bit, fp16, paged optimizer", "bf16"])
 def test_job(what, tmp_path, tiny_base, tell):
     "A job shares its prefix, and its loss falls."
-    from ftnb.consts import DEFAULT_BNB_CONFIG
-    four_bit = what != "bf16"
-    asked = {"per_device_train_batch_size": 16, "learning_rate": 1e-3, "num_train_epochs": 2} | ({"fp16": True} if four_bit else {"bf16": True})
-    run = trained(tmp_path, tiny_base, DEFAULT_BNB_CONFIG if four_bit else {}, asked)
+    asked, bnb = asked_for(what)
+    run = trained(tmp_path, tiny_base, bnb, asked)
+    before, after = run.metrics["eval_loss_before"], run.metrics["eval_loss"]
+    fewer = run.metrics["tokens_given"] / run.metrics["tokens_computed"]
+    tell(f"a job: {what}", "held-out loss", f"{before:.3f} to {after:.3f}")
+    tell(f"a job: {what}", "rows share" if not run.unshared else "rows don't share", run.unshared or f"{fewer:.1f} times fewer tokens")
     assert run.unshared == ""
-    assert run.metrics["eval_loss"] < run.metrics["eval_loss_before"]
-    tell(f"a job: {what}", "held-out loss", f"{run.metrics['eval_loss_before']:.3f} to {run.metrics['eval_loss']:.3f}")
+    assert after < before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("what", ["the Studio's default: 4-bit, fp16, paged optimizer", "bf16"])
+def test_script_of_a_job(what, tmp_path, tiny_base, tell):
+    "From a record in the Studio's database to a proven adapter, in a process of its own."
+    import json
+    from ftnb.demo.project import make_demo_project, run_demo_job
+    asked, bnb = asked_for(what)
+    project = make_demo_project(tmp_path/"project", tiny_base, training=asked | {"max_steps": 8}, bnb=bnb, fraction=0.2)
+    seconds = run_demo_job(project)
+    record = json.loads((project.out_dir/"run.json").read_text(encoding="utf-8"))
+    used = record["used"]
+    tell(f"a job's script: {what}", f"{used['precision']['device']}, {used['precision']['dtype']}", f"{seconds:.0f} s")
+    assert used["precision"]["device"].startswith("cuda")
+    assert used["training"]["shared_prefix"] is True
 
 
 @pytest.mark.gpu
