@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['merge_part', 'Branch', 'branch_levels', 'similar_lengths', 'Padded', 'pad_segments', 'has_kernel',
-           'cascade_attention', 'dot_product', 'row_attention', 'on_cpu_in_half', 'attend']
+           'cascade_attention', 'kernel_calls', 'dot_product', 'row_attention', 'on_cpu_in_half', 'attend']
 
 # %% ../nbs/43_attention.ipynb #09d73ef9
 from dataclasses import dataclass
@@ -262,10 +262,10 @@ def _varlen_kernels():  # (forward, backward)
 def _edges(
     lengths: list,  # of sequences
     device,  # where they are needed
-) -> tuple:  # (where each begins, and the end; the longest)
-    "Sequences side by side, as the kernel wants them told."
+) -> tuple:  # (where each begins, and the end; the longest, or 2)
+    "Sequences side by side, as the kernel wants them told; of length 1 it would take another way, for a token that is written."
     import torch
-    return moved(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), device), max(lengths)
+    return moved(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), device), max(2, *lengths)
 
 # %% ../nbs/43_attention.ipynb #9f11ef19
 @dataclass(frozen=True)
@@ -458,6 +458,41 @@ def cascade_attention(
     if sinks is not None: sinks = sinks.view(heads)
     return _cascade()(q.unflatten(1, heads), k, v, sinks, tree.cache[key], scaling).flatten(1, 2)
 
+# %% ../nbs/43_attention.ipynb #d250f601
+def kernel_calls(
+    tree: Tree,  # of a pass that went through layers
+) -> list:  # of (window, number format)
+    "How flash kernels were called on a pass."
+    return [(window, dtype) for kind, window, dtype in tree.cache if kind == "parts"]
+
+# %% ../nbs/43_attention.ipynb #527e777b
+def _capped_scores(
+    q,  # (batch, heads, queries, size)
+    k,  # (batch, heads, keys, size)
+    scaling: float | None,  # of the scores; default 1/sqrt(size)
+    softcap: float | None,  # bound on the scores, as in Gemma 2
+):  # (batch, heads, queries, keys)
+    "Scores of all pairs."
+    import torch
+    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    return softcap * torch.tanh(scores / softcap) if softcap else scores
+
+# %% ../nbs/43_attention.ipynb #eddcc92c
+def _attention_weights(
+    scores,  # (batch, heads, queries, keys)
+    allowed,  # mask, or None for plain causal
+    sinks,  # a score a head that no key stands behind, or None
+):  # (batch, heads, queries, keys), float32 or better
+    "What each key counts."
+    import torch
+    keys = scores.shape[-1]
+    if allowed is None: allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
+    if sinks is not None:
+        beside = sinks.to(scores.dtype)[:, None, None].expand(len(scores), -1, scores.shape[2], 1)
+        scores = torch.cat([scores, beside], -1)
+    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))[..., :keys]
+
 # %% ../nbs/43_attention.ipynb #f14f0336
 def dot_product(
     q,  # (batch, heads, queries, size)
@@ -469,18 +504,12 @@ def dot_product(
     softcap: float | None,  # bound on the scores, as in Gemma 2
     sinks=None,  # a score a head that no key stands behind
 ):  # (batch, heads, queries, size)
-    "Attention by torch's own kernel, or step by step where scores are capped or have a sink."
-    import torch
+    "Attention by torch's own kernel, or written out where scores are capped or have a sink."
     from torch.nn import functional as F
     if softcap is None and sinks is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout, is_causal=allowed is None, scale=scaling, enable_gqa=True)
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
-    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
-    if softcap: scores = softcap * torch.tanh(scores / softcap)
-    if allowed is None: allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
-    if sinks is not None: scores = torch.cat([scores, sinks.to(scores.dtype)[:, None, None].expand(len(q), -1, scores.shape[2], 1)], -1)
-    weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))[..., :k.shape[2]]
+    weights = _attention_weights(_capped_scores(q, k, scaling, softcap), allowed, sinks)
     return F.dropout(weights.to(q.dtype), dropout) @ v
 
 # %% ../nbs/43_attention.ipynb #f21fbf63

@@ -83,13 +83,15 @@ def read_prompts(
     before: list,  # from `ReadPrompts.beginning`, of `shared[0]` tokens; empty where that is 0
 ) -> ReadPrompts:  # with what comes after each
     "One flat pass over prompts."
+    import torch
     device, kept = model.get_input_embeddings().weight.device, shared[0]
     known = ((Run(0, kept),) if kept else (), *[()] * (len(rows) - 1))
     paths, segments = lay_out([len(row) for row in rows], shared, kept, known)
     ids, positions = (moved(t, device) for t in _flat_tokens(rows, paths, kept))
     reading = _Reading(Tree(tuple(segments), positions, kept, max(map(len, rows))), before)
     hidden = flat_hidden(model, ids[None], positions[None, kept:], reading)
-    logits = output_logits(model, hidden[[s.end - 1 for s in segments]])
+    last = moved(torch.tensor([s.end - 1 for s in segments]), device)
+    logits = output_logits(model, hidden.index_select(0, last))
     return ReadPrompts(paths, positions, reading.keys, logits)
 
 # %% ../nbs/71_decoding.ipynb #9b934988
@@ -162,8 +164,9 @@ def _own_keys(
     import torch
     longest = max(map(path_length, own))
     places = [[at for run in runs for at in range(*run)] for runs in own]
-    padded = torch.tensor([[0] * (longest - len(at)) + at for at in places], device=read.positions.device)
-    real = torch.tensor([[False] * (longest - len(at)) + [True] * len(at) for at in places], device=read.positions.device)
+    padded = torch.tensor([[0] * (longest - len(at)) + at for at in places])
+    real = torch.tensor([[False] * (longest - len(at)) + [True] * len(at) for at in places])
+    padded, real = (moved(t, read.positions.device) for t in (padded, real))
     return _Own([(k[padded], v[padded]) for k, v in read.keys], real, read.positions[padded])
 
 # %% ../nbs/71_decoding.ipynb #da01f794
@@ -185,7 +188,7 @@ class Decoder:
         "One token more."
         import torch
         real, positions = self.own.real, self.own.positions
-        new = torch.tensor([tokens, self.lengths], device=positions.device)
+        new = moved(torch.tensor([tokens, self.lengths]), positions.device)
         self.own.positions = torch.cat([positions, new[1, :, None]], 1)
         self.own.real = torch.cat([real, torch.ones_like(real[:, :1])], 1)
         self.layer, self.masks = 0, {}

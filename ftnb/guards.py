@@ -11,6 +11,7 @@ __all__ = ['INSIST_SECONDS', 'step_rows', 'weights_finite', 'unsound_base', 'wha
 import contextlib, os, time
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import compress
 
 from .metrics import RunState
 from .models import made_in, unsound_weight
@@ -42,10 +43,10 @@ def step_rows(
     return f"its rows are {shown} of the {where}, counted from 1"
 
 # %% ../nbs/52_guards.ipynb #8f1cfff6
-def weights_finite(
+def _finite_weights(
     model,  # in training
-) -> bool:
-    "Can the trained weights be computed with?"
+):  # a tensor, true or false
+    "Are the squares of all trained weights finite? On a GPU nobody waits for the answer here."
     import torch
     squares = []
     for weight in model.parameters():
@@ -53,9 +54,15 @@ def weights_finite(
         part = weight.detach()
         if hasattr(part, "to_local"): part = part.to_local()  # this process's, under FSDP
         squares.append(part.float().square().sum())
-    if not squares: return True
-    together = torch.stack([square.to(squares[0].device) for square in squares])
-    return bool(together.isfinite().all())
+    if not squares: return torch.tensor(True)
+    return torch.stack([square.to(squares[0].device) for square in squares]).isfinite().all()
+
+# %% ../nbs/52_guards.ipynb #717de681
+def weights_finite(
+    model,  # in training
+) -> bool:
+    "Can the trained weights be computed with?"
+    return bool(_finite_weights(model))
 
 # %% ../nbs/52_guards.ipynb #f51c444f
 def _computes_in_fp16(
@@ -123,6 +130,17 @@ def _is_left_out(
     scaler = getattr(accelerator, "scaler", None)
     return scaler is not None and isfinite(loss) and scaler.get_scale() >= 1
 
+# %% ../nbs/52_guards.ipynb #1e4afa43
+def _read_together(
+    *numbers,  # of one step: tensors of one number each, or plain numbers
+) -> list:  # of plain numbers
+    "Read numbers, those of a GPU with a single wait."
+    import torch
+    whole = [torch.is_tensor(n) and not hasattr(n, "full_tensor") for n in numbers]  # not spread by FSDP
+    tensors = [n.detach().double() for n in compress(numbers, whole)]
+    read = iter(torch.stack([t.to(tensors[0].device) for t in tensors]).tolist() if tensors else [])
+    return [next(read) if there else float(n) for n, there in zip(numbers, whole)]
+
 # %% ../nbs/52_guards.ipynb #63babeb5
 def check_finite(
     trainer,  # with a `run`, in training
@@ -131,11 +149,11 @@ def check_finite(
     "Stop where a loss or a gradient isn't a number: an adapter trained past that point is worthless."
     from math import isfinite
     run, step = trainer.run, trainer.state.global_step
-    loss, norm = float(run.step_loss), float(norm)
+    loss, norm, sound = _read_together(run.step_loss, norm, _finite_weights(trainer.model))
     run.step_loss = 0.0
     fine = isfinite(loss) and isfinite(norm)
     if not fine: fine = _is_left_out(trainer.accelerator, loss)
-    if fine and weights_finite(trainer.model): return
+    if fine and sound: return
     raise FloatingPointError(f"the {_not_finite(loss, norm)} at step {step + 1}; {step_rows(run, step)}."
                              f" Nothing of it is saved. {what_helps(trainer.model, trainer.args)}")
 
