@@ -17,7 +17,7 @@ from .problems import Problem, raise_problems
 LEAST_STEPS = 100  # of a run; fewer can't follow a schedule of the learning rate
 
 # %% ../nbs/62_advice.ipynb #adf5a1e2
-EPOCHS = 3  # passes over the rows, where there are enough of them
+EPOCHS = 4  # passes over the rows, where there are enough of them
 
 # %% ../nbs/62_advice.ipynb #ed7342ed
 def advised_batch(
@@ -25,7 +25,7 @@ def advised_batch(
 ) -> int:  # rows of an optimizer step
     "How many rows a step should have: 32, and fewer where a few passes over the rows would be too few steps."
     batch = 32
-    while batch > 8 and rows * EPOCHS < batch * LEAST_STEPS: batch //= 2
+    while batch > 8 and 3 * rows < batch * LEAST_STEPS: batch //= 2
     return batch
 
 # %% ../nbs/62_advice.ipynb #501bb0ca
@@ -41,12 +41,14 @@ def batch_in_time(
 # %% ../nbs/62_advice.ipynb #bf4bd83e
 def advised_epochs(
     rows: int,  # to train on
+    timed: bool = False,  # does `max_seconds` end the run? then these are the most it goes to
 ) -> int:  # passes over them
     "How often each row should be trained."
     enough = ceil(advised_batch(rows) * LEAST_STEPS / max(rows, 1))
     if rows > 50_000: usual = 1
     elif rows > 10_000: usual = 2
     else: usual = EPOCHS
+    if timed: usual = ceil(1.5 * usual)
     return min(10, max(usual, enough))
 
 # %% ../nbs/62_advice.ipynb #0a8ff92c
@@ -130,8 +132,9 @@ def advise(
     given = given or {}
     each = _number(given, "per_device_train_batch_size", advised_batch(rows))
     batch = each * _number(given, "gradient_accumulation_steps", 1)
-    epochs = _number(given, "num_train_epochs", advised_epochs(rows))
-    training = {"num_train_epochs": advised_epochs(rows), "per_device_train_batch_size": advised_batch(rows),
+    usual = advised_epochs(rows, timed=given.get("max_seconds") is not None)
+    epochs = _number(given, "num_train_epochs", usual)
+    training = {"num_train_epochs": usual, "per_device_train_batch_size": advised_batch(rows),
                 "learning_rate": advised_rate(width, batch)}
     if "max_steps" in given: del training["num_train_epochs"]
     return Advice(training | USUAL, reasons=_reasons(width, rows, batch, epochs))
