@@ -154,6 +154,26 @@ def measured_as_trl(model, batch):
     return seconds, memory, together
 
 
+def test_padded_batches_that_do_not_fit(monkeypatch):
+    "They are run in halves until they do, and the memory that all rows would take is reckoned."
+    import torch
+    most_rows, seen = 16, []
+
+    def step(model, batch, together):
+        seen.append(min(together, len(batch["input_ids"])))
+        if seen[-1] > most_rows:
+            raise torch.OutOfMemoryError("there is no room")
+
+    def measure(model, step, repeats=4):
+        step()
+        return 0.5, 100 + 10 * seen[-1], None
+    monkeypatch.setitem(globals(), "step_as_trl", step)
+    monkeypatch.setitem(globals(), "measured", measure)
+    model = torch.nn.Linear(1, 1)
+    assert measured_as_trl(model, {"input_ids": torch.zeros(64, 3)}) == (0.5, 100 + 10 * 64, 16)
+    assert measured_as_trl(model, {"input_ids": torch.zeros(16, 3)}) == (0.5, 100 + 10 * 16, 16)
+
+
 @pytest.mark.parametrize("rows, prefix, own, times, of_peak", [
     (64, 1000, (60, 200), 10, 0.45), (64, 235, (16, 32), 4.5, 0), (16, 235, (16, 32), 1.5, 0)])
 def test_speed(llama, rows, prefix, own, times, of_peak, tell):
