@@ -494,6 +494,8 @@ def last_error(text):
     "What a program ended with: the message of its last traceback, else its last lines."
     lines = text.rstrip().splitlines()
     begins = [i for i, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
+    if lines and lines[-1].startswith("stopped by "):  # a sentence that says how to go on
+        return lines[-1]
     if not begins:
         return "\\n".join(lines[-10:])
     after = lines[begins[-1] + 1:]

@@ -10,12 +10,14 @@ __all__ = ['ROWS_COUNTED', 'STEPS_COUNTED', 'SMALL_PASS', 'plan_model', 'ModelPl
            'largest_pass', 'probe_pass', 'run_seconds', 'estimate_time', 'tell_time', 'shallow_token_seconds']
 
 # %% ../nbs/69_estimate.ipynb #80ec9fb0
+import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import ftnb.adapters as adapters
 import ftnb.checkpoints as checkpoints
 import ftnb.guards as guards
+import ftnb.manifest as manifest
 import ftnb.matching as matching
 import ftnb.models as models
 import ftnb.packing as packing
@@ -593,11 +595,13 @@ def _plan_time(
     each: float,  # seconds for a computed token
     layout: StepLayout,  # of the steps
     tree: EpochTokens,  # of an epoch
+    done: int = 0,  # steps of earlier sessions
 ) -> tuple:  # (`StepPlan`, seconds)
-    "A run's steps, and how long they take."
+    "A run's steps, and how long those take that are left."
     train, test = rows.counts["train"], rows.counts["test"]
     steps = plan_steps(train, job.settings, layout.budget, layout.processes, layout.keeps, tree)
-    return steps, run_seconds(each, steps, test, layout.budget, layout.keeps)
+    left = max(0, steps.steps - done) / steps.steps
+    return steps, left * run_seconds(each, steps, test, layout.budget, layout.keeps)
 
 # %% ../nbs/69_estimate.ipynb #d8f58e07
 def _time_sentence(
@@ -605,17 +609,27 @@ def _time_sentence(
     rows: JobRows,  # from `prepare_rows`
     probed: tuple,  # from `probe_pass`
     layout: StepLayout,  # of the steps
+    done: int = 0,  # steps of earlier sessions
 ) -> str:
     "What a probed pass says of the run."
     computed, took = probed
     each, grouped = took / computed, job.settings.group_rows_by_prefix
     gain = grouping_gain(rows_to_count(rows), layout, rows.counts["train"])
-    steps, seconds = _plan_time(job, rows, each, layout, gain.of(grouped))
-    said = (f"a pass of {computed:,} computed tokens takes {took:.2g} s: "
-            f"about {progress.clock_time(seconds)} for {steps.steps:,} steps")
+    steps, seconds = _plan_time(job, rows, each, layout, gain.of(grouped), done)
+    what = f"the {steps.steps - done:,} steps that are left of {steps.steps:,}" if done else f"{steps.steps:,} steps"
+    said = f"a pass of {computed:,} computed tokens takes {took:.2g} s: about {progress.clock_time(seconds)} for {what}"
     if grouped or not gain.pays: return said
-    _, seconds = _plan_time(job, rows, each, layout, gain.grouped)
+    _, seconds = _plan_time(job, rows, each, layout, gain.grouped, done)
     return f"{said}; with group_rows_by_prefix about {progress.clock_time(seconds)}"
+
+# %% ../nbs/69_estimate.ipynb #7acdda1e
+def _steps_done(
+    job: Job,  # from `check_job`
+) -> int:  # 0 where it begins
+    "The step that a run goes on from."
+    folder = job.args.train_out_dir
+    found = manifest.checkpoint_folders(folder) if os.path.isdir(folder) else []
+    return found[0][0] if found else 0
 
 # %% ../nbs/69_estimate.ipynb #27aac968
 def estimate_time(
@@ -636,7 +650,7 @@ def estimate_time(
     probed = _unless_memory_ends(probe_pass, model, chosen, precision)
     if probed is None: return f"memory ran out on a pass of {len(chosen)} rows; training takes smaller ones"
     layout = _layout_of(job, budget, packing.keeps_prefix(model))
-    return _time_sentence(job, rows, probed, layout)
+    return _time_sentence(job, rows, probed, layout, _steps_done(job))
 
 # %% ../nbs/69_estimate.ipynb #4c5b1b68
 def tell_time(

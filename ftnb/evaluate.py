@@ -534,6 +534,7 @@ def describe_scores(
     if before is None or after is None: return {}
     found = Comparison(questions, {"base": before, "adapter": after})
     (_, *columns), *rows = found.figures()
+    if len(questions) < questions.total: print(f"asked:   {len(questions):,} of {questions.total:,} held-out rows", flush=True)
     for name, *figures in rows:
         said = ", ".join(f"{column} {figure}" for column, figure in zip(columns, figures))
         print(f"{name + ':':<9}{said}", flush=True)

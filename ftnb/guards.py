@@ -160,6 +160,7 @@ def check_finite(
 # %% ../nbs/52_guards.ipynb #819c5e3a
 class RunStopped(RuntimeError):
     "A run that was asked to stop, and left a checkpoint."
+    def _render_traceback_(self): return [str(self)]  # all that IPython shows of it
 
 # %% ../nbs/52_guards.ipynb #11c252d4
 INSIST_SECONDS = 2.0  # after which the same signal, come again, is meant

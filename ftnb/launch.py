@@ -505,6 +505,17 @@ def _given_args(
         if ranks.process_rank(): return None
         raise
 
+# %% ../nbs/84_launch.ipynb #c1e1b755
+@contextlib.contextmanager
+def _stopping_in_words():
+    "Within this, a job that was asked to stop ends in a sentence, and with exit status 1; a kernel is told of the error."
+    try: yield
+    except guards.RunStopped as e:
+        if progress.in_notebook(): raise
+        said = str(e)
+    else: return
+    sys.exit(1 if ranks.process_rank() else said)
+
 # %% ../nbs/84_launch.ipynb #325b9c55
 def run_job(
     work,  # runs a job in this process: a function of its arguments
@@ -517,4 +528,4 @@ def run_job(
     if args is None: return
     progress.quiet_libraries()
     run = launch if wanted(args) else work
-    ranks.told_to_launcher(lambda: run_without_token(run, args))
+    with _stopping_in_words(): ranks.told_to_launcher(lambda: run_without_token(run, args))

@@ -217,6 +217,17 @@ def _describe_tokens(
     return (f"{counts.lengths.sum():,} in {len(counts.lengths):,} rows to train on, of which all begin "
             f"with the same {counts.prefix:,}; the longest: {said} (limit {rows.limit:,})")
 
+# %% ../nbs/82_preflight.ipynb #3187a98b
+def _share_notes(
+    args: jobargs.JobArgs,  # of the job
+    parts: choosing.DataParts,  # what the data sets are for
+) -> list:  # of `Problem`
+    "What `dataset_fraction` means where several data sets are trained on."
+    share, sets = args.dataset_fraction, len(parts.train)
+    if share == 1 or sets == 1: return []
+    text = f"dataset_fraction {share:g}: that share is kept of each of the {sets} data sets that are trained on"
+    return [Problem("dataset_fraction", text)]
+
 # %% ../nbs/82_preflight.ipynb #94eb931a
 def _check_twins(
     log: FindingLog,
@@ -286,7 +297,7 @@ def _check_rows(
     if data is None or not _try_tokenizer(log, data, job, base): return None
     rows = log.attempt("rows", job_rows.prepare_rows, job, base.tokenizer, base.config, data, keep)
     if rows is None: return None
-    log.add("ok", "rows", rows.ledger.summary)
+    log.add("ok", "rows", rows.ledger.summary, *_share_notes(log.args, data.parts))
     _check_twins(log, rows.ledger)
     _check_texts(log, rows, data, job.template)
     _check_turns(log, data, job, base)

@@ -412,6 +412,7 @@ def leaves_checkpoint(signal_name, project, reply):
         reply.error,
     )
     assert said, reply.error
+    assert reply.traceback.strip() == reply.content["evalue"]
     step, folder = int(said[1]), project.train_out_dir / f"checkpoint-{said[1]}"
     assert said[2] == str(folder) and not checkpoint_problem(str(folder))
     assert nothing_of_it(project) and step < STEPS and metrics(project)[-1]["state"] == "stopped"

@@ -109,6 +109,7 @@ FAKE = {
             if words[0] == "fail": raise ValueError("no row\\nhas a text")
             if words[0] == "kill": os.kill(os.getpid(), signal.SIGKILL)
             if words[0] == "exit": raise SystemExit("said in words")
+            if words[0] == "stop": raise SystemExit("stopped by SIGTERM at step 3 of 9; a checkpoint is there")
             if words[0] == "wait":
                 came = []
                 for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, lambda n, frame: came.append(n))
@@ -628,6 +629,11 @@ def test_a_job_that_is_killed_is_said_to_be(job):
 def test_a_job_that_ends_with_a_sentence(job):
     code, said = job("exit")
     assert code == 1 and "said in words" in said.splitlines()[-1], said
+
+
+def test_a_job_that_was_stopped_says_that_alone(job):
+    code, said = job("stop")
+    assert code == 1 and said.rstrip().endswith("JobFailed: stopped by SIGTERM at step 3 of 9; a checkpoint is there"), said
 
 
 def test_what_reaches_a_job(job, doors, old):

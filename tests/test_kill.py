@@ -364,7 +364,7 @@ def test_sigterm_in_step_3(place, right):
     (place.folder/"go").write_text("")
     stopped = ended(place, pid)
     assert stopped.status == 1, stopped.printed
-    error = (f"RunStopped: stopped by SIGTERM at step 3 of {STEPS}; a checkpoint is in {folder}/checkpoint-3; "
+    error = (f"stopped by SIGTERM at step 3 of {STEPS}; a checkpoint is in {folder}/checkpoint-3; "
              "run the job again with the same arguments to go on")
     assert error in stopped.printed
     assert not manifest.checkpoint_problem(str(folder/"checkpoint-3"))

@@ -447,7 +447,7 @@ def test_sigterm(job, node):
     )  # passed on to the rank
     time.sleep(2)  # it is said just before it is done
     job.go.write_text("")
-    fails(job, "RunStopped")
+    fails(job, "run the job again with the same arguments to go on")
     step = re.search(
         r"at step ([34]) of 6; a checkpoint is in", job.log.read_text()
     )  # the signal may come as step 3 ends

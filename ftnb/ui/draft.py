@@ -38,11 +38,13 @@ SECTIONS = {  # heading -> field -> label
         target_modules="Target modules", other_lora="Other settings", bnb_config="Quantisation"),
     "Training": dict(
         training_arguments_config="Begin with", completion_only_loss="Learn the completion only",
-        chat_template="Write it as a chat", assistant_only_loss="Learn the assistant's turns", num_train_epochs="Epochs",
-        max_seconds="Seconds at most", learning_rate="Learning rate", lr_scheduler_type="Schedule",
+        chat_template="Write it as a chat", assistant_only_loss="Learn the assistant's turns",
+        prompt_loss_weight="Weight of prompts", num_train_epochs="Epochs",
+        max_seconds="Seconds at most", learning_rate="Learning rate", lr_scheduler_type="Schedule", warmup_ratio="Warm-up",
         per_device_train_batch_size="Batch", gradient_accumulation_steps="Accumulation",
-        max_length="Longest row, in tokens", eval_strategy="Evaluation", early_stopping_patience="Stop early after",
-        other_training="Other settings"),
+        group_rows_by_prefix="Group rows that begin alike", max_length="Longest row, in tokens",
+        eval_strategy="Evaluation", eval_steps="Steps between evaluations", exact_match_rows="Rows to ask each time",
+        early_stopping_patience="Stop early after", other_training="Other settings"),
     "Result": dict(
         adapter_name="Adapter's name", auto_add_adapter="Register it in the Studio",
         out_dir="Folder for it", train_out_dir="Folder for the run"),
@@ -54,7 +56,7 @@ TABLES = {"base_model_id": "models", "dataset_id": "datasets", "prompt_id": "pro
 SUGGESTED = {"validation": "datasets", "test": "datasets", "parent_adapter": "adapters"}  # field of a name -> table that knows some
 READ_TABLES = (*TABLES.values(), "adapters", "configs")  # what a project's rows are
 TICKS = ("auto_add_adapter", "completion_only_loss", "assistant_only_loss", "chat_template",
-         "drop_duplicates", "drop_overlap")  # fields that are True or False
+         "group_rows_by_prefix", "drop_duplicates", "drop_overlap")  # fields that are True or False
 UNTYPED = ("rest", "begun")  # of a draft's values, what no field shows: arguments without one, settings as they were loaded
 
 # %% ../../nbs/ui/07_draft.ipynb #5f0d8b72
@@ -70,9 +72,11 @@ class Part:
 # %% ../../nbs/ui/07_draft.ipynb #683ef379
 _LORA_FIELDS = ("r", "lora_alpha", "lora_dropout", "target_modules")
 _TRAINING_FIELDS = (
-    "num_train_epochs", "learning_rate", "lr_scheduler_type", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "max_length", "completion_only_loss", "eval_strategy", "early_stopping_patience", "max_seconds", "assistant_only_loss",
-    "chat_template", "parent_adapter", "more_data", "data_weight", "validation", "test", "drop_duplicates", "drop_overlap")
+    "num_train_epochs", "learning_rate", "lr_scheduler_type", "warmup_ratio",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "group_rows_by_prefix",
+    "max_length", "completion_only_loss", "prompt_loss_weight", "eval_strategy", "eval_steps", "exact_match_rows",
+    "early_stopping_patience", "max_seconds", "assistant_only_loss", "chat_template", "parent_adapter",
+    "more_data", "data_weight", "validation", "test", "drop_duplicates", "drop_overlap")
 PARTS = {part.argument: part for part in (
     Part("lora_config", _LORA_FIELDS, "other_lora", consts.DEFAULT_LORA_CONFIG, lora_settings.lora_problems),
     Part("training_arguments_config", _TRAINING_FIELDS, "other_training",
@@ -593,7 +597,7 @@ _CHOICES = {  # field -> (label, value) pairs
         ("constant", "constant"), ("constant, after a warm-up", "constant_with_warmup"), ("linear", "linear"),
         ("cosine", "cosine"), ("inverse square root", "inverse_sqrt"), ("transformers' default: linear", "")],
     "eval_strategy": [
-        ("before and after training", ""), ("after each epoch", "epoch"), ("every few steps (eval_steps)", "steps")]}
+        ("before and after training", ""), ("after each epoch", "epoch"), ("every few steps", "steps")]}
 _CONFIG_TYPES = {  # field -> type of rows
     "lora_config": "lora_config", "bnb_config": "bitsandbytes_config", "training_arguments_config": "training_arguments"}
 

@@ -17,6 +17,8 @@ HINTS = {  # field -> what is shown while it is empty
     "validation": "a share of the rows", "test": "the rows held out", "parent_adapter": "a new adapter",
     "target_modules": "those usual for the model", "adapter_name": "letters, digits and -",
     "max_length": "no limit", "max_seconds": "no limit",
+    "prompt_loss_weight": "0: not learnt; 1: as the answer", "warmup_ratio": "none; 0.05: a twentieth of the steps",
+    "eval_steps": "as the log", "exact_match_rows": "none: only the loss is measured",
     "early_stopping_patience": "evaluations without a better loss",
     "other_lora": "JSON", "other_training": "JSON"}
 LINES = {"other_lora": 3, "other_training": 3, "more_data": 2}  # of fields that have more than one
@@ -110,12 +112,14 @@ def hint(
     if name == "dataset_id":
         columns = ", ".join(f"{{{column}}}" for column in self.draft.columns())
         return f"columns: {columns}" if columns else ""
+    if name == "dataset_fraction" and self.draft.values["more_data"]: return "of each data set"
     if name == "more_data":
         known = ", ".join(self.draft.suggestions("validation")[:5])
         return f"known here: {known}" if known else ""
     if name == "completion_only_loss" and self.draft.may_talk(): return "of a conversation: its last turn"
     if name == "assistant_only_loss": return "of a conversation: all that the assistant says"
     if name == "chat_template": return "a user's and an assistant's turn, by the model's template"
+    if name == "exact_match_rows": return "held-out ones; how many answers are right is counted"
     return ""
 
 # %% ../../nbs/ui/16_field_rows.ipynb #d2c85fc9
@@ -123,12 +127,15 @@ def hint(
 def _hidden(
     self: FieldRows,
 ) -> set:  # of fields
-    "The fields that have no meaning for the chosen prompt."
-    template, hidden = self.draft.template(), set()
+    "The fields that have no meaning for what was chosen."
+    template, values, hidden = self.draft.template(), self.draft.values, set()
     is_talk = template is not None and template.chat == "messages"
-    if is_talk and not self.draft.values["chat_template"]: hidden.add("chat_template")
+    if is_talk: hidden.add("chat_template")
     if not self.draft.may_talk(): hidden.add("assistant_only_loss")
-    return hidden
+    if not (values["completion_only_loss"] or values["assistant_only_loss"]): hidden.add("prompt_loss_weight")
+    if values["lr_scheduler_type"] == "constant": hidden.add("warmup_ratio")
+    if values["eval_strategy"] != "steps": hidden.add("eval_steps")
+    return {name for name in hidden if not values[name]}
 
 # %% ../../nbs/ui/16_field_rows.ipynb #ec1355df
 @patch

@@ -478,8 +478,11 @@ def _figures(
     metrics, rows = record.metrics, []
     if "eval_loss" in metrics and "eval_loss_before" in metrics:
         rows.append(("held-out loss", f"{metrics['eval_loss_before']:.3f}", f"{metrics['eval_loss']:.3f}"))
-    scores = [record.comparison.get("models", {}).get(m, {}).get("score") for m in ("base", "adapter")]
-    if None not in scores: rows.append(("right answers", *(f"{s:.0%}" for s in scores)))
+    found = record.comparison
+    scores = [found.get("models", {}).get(m, {}).get("score") for m in ("base", "adapter")]
+    asked, total = found.get("rows", 0), found.get("rows_held_out", 0)
+    of_some = f" of {asked:,} rows" if asked < total else ""
+    if None not in scores: rows.append(("right answers", f"{scores[0]:.0%}", f"{scores[1]:.0%}{of_some}"))
     return rows
 
 # %% ../../nbs/ui/09_tuning.ipynb #536a785c
