@@ -6,10 +6,12 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 import uuid
 from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import nbformat
 import psutil
@@ -138,6 +140,35 @@ def chromium():
             yield browser.new_context(viewport={"width": 1180, "height": 1700}, device_scale_factor=1.5)
         finally:
             browser.close()
+
+
+# The hub
+
+class Unanswering(BaseHTTPRequestHandler):
+    "A hub that takes questions and answers none of them."
+    def wait(self):
+        self.server.asked.append(self.path)
+        self.server.over.wait()
+        self.close_connection = True
+    do_GET = do_HEAD = do_POST = wait
+
+    def log_message(self, *args):
+        pass
+
+
+@contextmanager
+def silent_hub():
+    "A hub that never answers; its `address`, and what it was `asked`."
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Unanswering)
+    server.daemon_threads, server.asked, server.over = True, [], threading.Event()
+    server.address = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.over.set()
+        server.shutdown()
+        server.server_close()
 
 
 # A page of JupyterLab

@@ -8,14 +8,19 @@ import json
 import os
 import re
 import shutil
+import socket
 import sqlite3
-from contextlib import closing
+import subprocess
+import time
+import uuid
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from lab import PICTURE_OF_RUN, Notebook, chromium, end_all, find_chromium, held, jobs, jupyter_lab, until
+from lab import MARK, PICTURE_OF_RUN, Notebook, chromium, end_all, find_chromium, held, jobs, jupyter_lab, silent_hub, until
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from pictures import animation, part, png
 from playwright.sync_api import TimeoutError
@@ -227,13 +232,14 @@ def what_is_not_there_is_marked(notebook):
 
 FIELDS = ["Run", "Base model", "Add a base model", "Data set", "Add a data set", "Prompt", "Write a prompt", "Share of rows to keep",
           "More data sets", "Validation set", "Leave out duplicates", "Go on from", "Rank", "Learn the completion only",
-          "Write it as a chat", "Epochs", "Seconds at most", "Schedule", "Longest row, in tokens", "Evaluation", "Stop early after", "Adapter's name",
-          "Check", "Train here", "This run as text"]
+          "Write it as a chat", "Weight of prompts", "Epochs", "Seconds at most", "Schedule", "Group rows that begin alike",
+          "Longest row, in tokens", "Evaluation", "Rows to ask each time", "Stop early after", "Adapter's name", "Check", "Train here",
+          "This run as text"]
 
 
 def every_control_is_reached(notebook):
     "By the Tab key alone, in the order in which one goes."
-    notebook.page.get_by_label("Run", exact=True).focus()
+    notebook.root.get_by_label("Run", exact=True).focus()
     reached = ["Run", *notebook.tabbed(80)]
     places = [reached.index(name) for name in FIELDS]
     assert places == sorted(places), reached
@@ -309,7 +315,9 @@ def train_and_stop(notebook, moves, shots):
         notebook.until("what will happen is said", lambda: notebook.widgets_say("will stop after this step"))
     notebook.until("the form says that the run has stopped",
                    lambda: notebook.widgets_say(r"stopped at step [\d,]+ of [\d,]+; a checkpoint is saved; Resume goes on"))
-    assert "Traceback" not in notebook.root.get_by_role("log").inner_text()
+    log = notebook.root.get_by_role("log").inner_text()
+    assert "stopped by the file stop at step" in log and "Traceback" not in log
+    assert "Traceback" not in (run_folder(notebook)/"output.log").read_text()
     said = notebook.until("the picture says so, too", lambda: (state := notebook.step()[0]) in ("stopped", "finished") and state)
     assert said == "stopped"  # before its end
     assert not jobs()
@@ -372,22 +380,143 @@ def the_lines_run(notebook):
     assert notebook.output("where is my card").inner_text().strip()
 
 
-AGAIN = [new_code_cell("from ftnb.all import *\nfound = runs('.')\nfound"), new_code_cell("check = check_job(parse_job_arguments(found[0].repeat().job_arguments))\ncheck"),
+AGAIN = [new_code_cell("from ftnb.all import *\nfound = runs('.')\nfound"),
+         new_code_cell("check = check_job(parse_job_arguments(found[0].repeat().job_arguments))\ncheck"),
+         new_code_cell("""\
+run = tune("base", "messages.csv", prompt="{message}", completion=" {intent}", max_steps=2)
+run"""),
+         new_code_cell("run.compare(n=4)"),
          new_code_cell("box = chat('base', {'mine': found[0].record.given['out_dir']}, check.job.template, 8)\nprint(box.ask('Where is my card?'))"),
+         new_code_cell("compare_runs('runs')"),
+         new_code_cell("try: compare_runs('no_such_folder')\nexcept ValueError as e: print(e)"),
          new_code_cell("again = Form()\nagain")]
 
 
 def found_again(notebook):
-    "In another kernel: the run is in the list, and loads; check and chat say nothing in red."
+    "In another kernel, without a word of red: the run is in the list, and loads; it is checked, compared, and another is tuned."
     open_new(notebook, "again.ipynb", AGAIN)
     notebook.run_all()
     notebook.finished()
     outputs_without_errors(notebook)
-    chosen = notebook.page.get_by_label("Run", exact=True)
+    assert notebook.output("compare_runs('runs')").locator("img").count() == 1
+    assert "no_such_folder is not there" in notebook.output("no_such_folder").inner_text()
+    choose_run(notebook, f"shop-intents: trained, {STEPS} steps")
+    notebook.until("its picture is shown", lambda: notebook.step() == ("finished", STEPS))
+    assert notebook.number("Learning rate") == 5e-3
+
+
+def choose_run(notebook, label):
+    "In the list at the form's top."
+    chosen = notebook.root.get_by_label("Run", exact=True)
 
     def listed():
         texts = [text.replace("\xa0", " ") for text in chosen.locator("option").all_inner_texts()]
-        return [i for i, text in enumerate(texts) if text == f"shop-intents: trained, {STEPS} steps"]
-    chosen.select_option(index=notebook.until("the run is in the list", listed)[0])
-    notebook.until("its picture is shown", lambda: notebook.step() == ("finished", STEPS))
-    assert notebook.number("Learning rate") == 5e-3
+        return [i for i, text in enumerate(texts) if text.startswith(label)]
+    chosen.select_option(index=notebook.until(f"the list has {label}", listed)[0])
+
+
+# Runs that another kernel has begun
+
+PROJECT = """\
+from ftnb.all import *
+project = make_demo_project("{name}", save_tiny("{name}/base", kind="qwen"))"""
+
+
+def leave_run(project, state, message=""):
+    "The files of a run as a job leaves them; returns its folder."
+    folder = project/"runs"/state
+    folder.mkdir(parents=True)
+    with closing(sqlite3.connect(project/".app"/"state.db")) as con:
+        ids = [con.execute(f"SELECT id FROM {table}").fetchone()[0] for table in ("models", "datasets", "prompts")]
+    told = dict(zip(("base_model_id", "dataset_id", "prompt_id"), ids)) | {
+        "experimentid": str(uuid.uuid4()), "adapter_name": f"was-{state}", "out_dir": project/"adapters"/state, "train_out_dir": folder}
+    arguments = " ".join(f"--{key} {value}" for key, value in told.items())
+    (folder/"job.json").write_text(json.dumps({"arguments": arguments, "started": time.time()}))
+    lines = [{"step": step, "time": time.time(), "loss": 2.0 / step, "max_steps": 9} for step in (1, 2, 3)] + [
+        {"step": 3, "time": time.time(), "max_steps": 9, "state": state, "message": message}]
+    (folder/"metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder, arguments
+
+
+@contextmanager
+def seems_to_train(folder, arguments):
+    "Within this, a process stands for the job of a run."
+    with subprocess.Popen(["sleep", "100000"], env={**os.environ, **MARK}) as process:
+        try:
+            told = {"pid": process.pid, "created": psutil.Process(process.pid).create_time(), "host": socket.gethostname(), "arguments": arguments}
+            (folder/"process.json").write_text(json.dumps(told))
+            later = time.time() + 1000  # than the process was born, whatever clock that is told by
+            os.utime(folder/"metrics.jsonl", (later, later))
+            yield
+        finally:
+            process.kill()
+
+
+def test_runs_that_this_kernel_has_not_begun(notebook):
+    "Running, stopped and failed ones are in the list and in `runs`, and are opened."
+    open_new(notebook, "others.ipynb", [new_code_cell(PROJECT.format(name="others"))])
+    notebook.run_all()
+    notebook.finished()
+    project = notebook.folder/"others"
+    running = leave_run(project, "running")
+    leave_run(project, "stopped", "stopped by the file stop")
+    leave_run(project, "failed", "the loss is nan")
+    with seems_to_train(*running):
+        notebook.run("sorted((run.name, str(run.status)) for run in runs('others'))")
+        notebook.finished()
+        found = notebook.output("sorted((run.name").inner_text()
+        for words in ("failed at step 3 of 9: the loss is nan", "running, step 3 of 9", "stopped at step 3 of 9; no checkpoint is saved; Resume begins again"):
+            assert words in found, found
+        notebook.run("form = Form(project.db)\nform")
+        notebook.finished()
+        for state, can_stop, can_resume in (("stopped", False, True), ("running", True, False), ("failed", False, True)):
+            choose_run(notebook, f"was-{state}: {state}")
+            notebook.until("its picture is shown", lambda: notebook.step() == (state, 3))
+            notebook.until("Stop is as it should be", lambda: notebook.can("Stop") == can_stop)
+            notebook.until("Resume is as it should be", lambda: notebook.can("Resume") == can_resume)
+            assert notebook.row("Adapter's name").locator("input").input_value() == f"was-{state}"
+
+
+# A hub that doesn't answer
+
+def test_a_hub_that_does_not_answer(notebook):
+    "What isn't there is said beside its field; what takes too long can be given up, and the form is quick meanwhile."
+    with silent_hub() as hub:
+        never = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.address, "HF_HUB_ETAG_TIMEOUT": "100000", "HF_HUB_DOWNLOAD_TIMEOUT": "100000"}
+        cell = f"import os\nos.environ |= {never}\n{PROJECT.format(name='far')}\nform = Form(project.db)\nform"
+        open_new(notebook, "far.ipynb", [new_code_cell(cell)])
+        notebook.run_all()
+        notebook.finished()
+        notebook.until("the form has checked its job", lambda: notebook.widgets_say("the job can run"))
+        base = notebook.row("Base model")
+        notebook.run("form.add('base_model_id', 'somebody/something');")
+        base.get_by_role("alert").wait_for()
+        assert "somebody/something isn't on this machine, and the hub" in base.inner_text()
+        # as if it had said that it is there: from here on it is only slow
+        notebook.run("import ftnb.hub\nftnb.hub.hub_answers = lambda: True")
+        notebook.finished()
+        notebook.press("Check")
+        notebook.until("the hub is asked for the model", lambda: any("somebody/something" in path for path in hub.asked))
+        notebook.until("Give up is on", lambda: notebook.can("Give up"))
+        marked = notebook.row("Rank").get_by_role("alert")
+        for rank, seen in ((-1, "attached"), (16, "detached")):
+            notebook.fill(Rank=rank)
+            marked.wait_for(state=seen)
+        give_up(notebook, "^Given up. Check looks again")
+        base.locator("select").select_option(label="base")
+        notebook.run("form.add('dataset_id', 'somebody/rows');")
+        notebook.until("the hub is asked for the data", lambda: any("somebody/rows" in path for path in hub.asked))
+        give_up(notebook, "^Given up. Check looks again")
+        notebook.press("Write a prompt")
+        notebook.root.get_by_label("Text", exact=True).fill("Question: {question}")
+        notebook.until("rows are read for the preview", lambda: notebook.widgets_say("^reading the first rows"))
+        give_up(notebook, "^the first rows were given up")
+    outputs_without_errors(notebook)
+
+
+def give_up(notebook, words):
+    "By the button; the form says so, and the button is off again."
+    notebook.until("Give up is on", lambda: notebook.can("Give up"))
+    notebook.press("Give up")
+    notebook.until("it is given up", lambda: notebook.widgets_say(words))
+    notebook.until("Give up is off", lambda: not notebook.can("Give up"))
