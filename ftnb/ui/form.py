@@ -400,6 +400,8 @@ def _say_status(self: Form):
     "Say where the run is."
     state = self.status.state
     text = "trained" if state == "trained" else str(self.status)
+    asked = processes.asked_of_job(self.values["train_out_dir"]) if self.running else ""
+    if asked: text += f"; {asked}"
     self.state.value = controls.badge(text, _LEVELS.get(state, "hint")) if state else ""
 
 # %% ../../nbs/ui/18_form.ipynb #39729a58
