@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from math import ceil, sqrt
 
 import ftnb.consts as consts
-from .problems import Problem, raise_problems
+from .problems import Problem, raise_problems, shortened
 
 # %% ../nbs/62_advice.ipynb #010f3324
 LEAST_STEPS = 100  # of a run; fewer can't follow a schedule of the learning rate
@@ -147,14 +147,6 @@ class Explained:
     value: object
     why: str
 
-# %% ../nbs/62_advice.ipynb #1fa788ef
-def _shown(
-    value,  # of a setting
-) -> str:  # 40 letters at most
-    "A value that leaves room for the reason beside it."
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:39]}…"
-
 # %% ../nbs/62_advice.ipynb #b97bcfc0
 @dataclass(frozen=True, repr=False)
 class Explanation:
@@ -162,7 +154,7 @@ class Explanation:
     lines: tuple  # of `Explained`
 
     def __str__(self):
-        named = [(f"{line.key} {_shown(line.value)}", line.why) for line in self.lines]
+        named = [(f"{line.key} {shortened(line.value, 40)}", line.why) for line in self.lines]
         width = max((len(name) for name, _ in named), default=0)
         return "\n".join(f"{name:{width}}  {why}" for name, why in named)
 

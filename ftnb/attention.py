@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['merge_part', 'Branch', 'branch_levels', 'similar_lengths', 'Padded', 'pad_segments', 'has_kernel',
-           'cascade_attention', 'kernel_calls', 'dot_product', 'row_attention', 'on_cpu_in_half', 'attend']
+           'cascade_attention', 'kernel_calls', 'dot_product', 'row_attention', 'attend']
 
 # %% ../nbs/43_attention.ipynb #09d73ef9
 from dataclasses import dataclass
@@ -597,7 +597,7 @@ def row_attention(
     return torch.cat(out).index_select(0, slots)
 
 # %% ../nbs/43_attention.ipynb #68203435
-def on_cpu_in_half(
+def _on_cpu_in_half(
     q,  # a tensor
 ) -> bool:
     "Whether a tensor of 16 bits is on a CPU."
@@ -617,7 +617,7 @@ def attend(
 ):  # (tokens, heads, size): what each row would have got alone
     "Attention over a tree of rows."
     if window and window >= tree.longest: window = None
-    if on_cpu_in_half(q):
+    if _on_cpu_in_half(q):
         wide = attend(tree, q.float(), k.float(), v.float(), window, scaling, dropout, softcap, sinks)
         return wide.to(q.dtype)
     if dropout or softcap or not has_kernel(q, k, v): return row_attention(tree, q, k, v, window, scaling, dropout, softcap, sinks)

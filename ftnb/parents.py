@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass, field
 
 from .lora_settings import LORA_RULES
-from .problems import Problem
+from .problems import Problem, shortened
 from .storage import file_hash, read_json
 from .studio import fetch, list_rows
 
@@ -107,14 +107,6 @@ def parent_problems(
     text = f"parent_adapter {parent.folder} was trained on another base ({parent.base}) than this job's ({source})"
     return [Problem("parent_adapter", f"{text}: its weights mean nothing there; choose its base, or leave the parent out")]
 
-# %% ../nbs/38_parents.ipynb #b9901ed1
-def _shortened(
-    value,  # of a setting
-) -> str:  # 60 letters at most
-    "A value in a few words."
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:59]}…"
-
 # %% ../nbs/38_parents.ipynb #066c1597
 def settings_notes(
     parent: Parent,  # from `read_parent`
@@ -123,7 +115,7 @@ def settings_notes(
     "Which LoRA settings have no effect beside those of a parent."
     differs = [key for key, value in asked.items() if key in parent.lora and parent.lora[key] != value]
     if not differs: return []
-    words = [f"{key} {_shortened(parent.lora[key])} (not {_shortened(asked[key])})" for key in differs]
+    words = [f"{key} {shortened(parent.lora[key])} (not {shortened(asked[key])})" for key in differs]
     text = f"lora_config: the settings are those of the parent adapter: {', '.join(words)}"
     return [Problem("lora_config", text)]
 

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['nearest_folder', 'folder_problem', 'folder_problems', 'named_folder', 'link_problem', 'in_units', 'disk_problems',
            'storage_error', 'file_kind', 'open_plain', 'set_aside', 'clear_way', 'clear_folder', 'flush', 'file_hash',
-           'whole_file', 'write_json', 'read_json', 'group_limits', 'machine_memory', 'only_one', 'only_one_at']
+           'whole_file', 'write_json', 'read_json', 'chosen_once', 'group_limits', 'machine_memory', 'only_one',
+           'only_one_at']
 
 # %% ../nbs/07_storage.ipynb #ea23e6c4
 import contextlib, errno, json, os, shutil, stat
@@ -270,6 +271,19 @@ def read_json(
         if size > most: raise ValueError(f"{path} has {size:,} bytes, where {most:,} are allowed")
         try: return json.load(f)
         except RecursionError: raise ValueError(f"{path} is nested too deeply") from None
+
+# %% ../nbs/07_storage.ipynb #02ee13ab
+def chosen_once(
+    path: "str | Path",  # of a JSON file: what it is chosen for -> value
+    what: str,  # it is chosen for
+    choose: "Callable",  # function that gives a value, as JSON can hold it
+):  # the value
+    "What was chosen the first time."
+    known = read_json(path) if os.path.isfile(path) else {}
+    if what not in known:
+        known[what] = choose()
+        write_json(path, known)
+    return known[what]
 
 # %% ../nbs/07_storage.ipynb #2b191628
 def group_limits(

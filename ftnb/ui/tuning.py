@@ -357,6 +357,17 @@ def _config_rows(
         found[argument] = _same_row(engine, "configs", add, **columns)
     return found
 
+# %% ../../nbs/ui/09_tuning.ipynb #0b74229e
+def _run_key(
+    name: str,  # of the adapter
+    records: dict,  # argument of a job -> id of a row, or settings
+    rows: list,  # what makes the rows what they are
+    job: dict,  # settings of the job itself, from `sort_settings`
+) -> str:  # a UUID
+    "What runs that are the same have in common."
+    alike = {k: v for k, v in job.items() if k != "hf_token"}  # another token makes no other run
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, json.dumps([records, rows, alike, name], sort_keys=True, default=str)))
+
 # %% ../../nbs/ui/09_tuning.ipynb #2fbebde1
 def _job(
     at: "_Place",  # of its records and results
@@ -366,8 +377,7 @@ def _job(
     job: dict,  # settings of the job itself, from `sort_settings`
 ) -> jobargs.JobArgs:  # the job
     "The arguments of a run."
-    alike = {k: v for k, v in job.items() if k != "hf_token"}  # another token makes no other run
-    key = str(uuid.uuid5(uuid.NAMESPACE_URL, json.dumps([records, rows, alike, name], sort_keys=True, default=str)))
+    key = _run_key(name, records, rows, job)
     place = f"{name}-{key[:8]}"
     return jobargs.JobArgs(**records, **job, experimentid=key, adapter_name=name, auto_add_adapter=at.registers,
                            out_dir=str(at.folder/"adapters"/place), train_out_dir=str(at.folder/"runs"/place))
@@ -611,6 +621,22 @@ def _place_all(
     if weight != 1: placed["data_weight"] = weight
     return source, placed, contents
 
+# %% ../../nbs/ui/09_tuning.ipynb #0fcf23c2
+_PRECISION = {"bf16", "fp16", "bnb_4bit_compute_dtype"}  # who gives one has chosen
+
+# %% ../../nbs/ui/09_tuning.ipynb #fc07a90b
+def _fast_precision(
+    folder: Path,  # of the project
+    settings: dict,  # from `_complete`
+    name: str,  # of the adapter
+    records: dict,  # argument of a job -> id of a row
+    rows: list,  # what makes the rows what they are
+) -> dict:  # training arguments
+    "The precision that is fastest here, where nobody chose one."
+    kinds = {kind: settings[kind] for kind in ("training", "lora", "bnb")}
+    if any(_PRECISION & set(given) for given in kinds.values()): return {}
+    return storage.chosen_once(folder/"chosen.json", _run_key(name, records | kinds, rows, settings["job"]), models.fast_precision)
+
 # %% ../../nbs/ui/09_tuning.ipynb #41236a94
 def _prepared(
     place: _Place,
@@ -634,6 +660,7 @@ def _prepared(
     records = _records(place.engine, model, dataset_id, read, texts)
     given["training"] = _for_conversations(given["training"], texts, read)
     filled = _complete(_width(model, token), _rows_an_epoch(whole, given["job"]), given)
+    filled["training"] |= _fast_precision(place.folder, filled, name, records, rows)
     return _job(place, name, records | _config_rows(place.engine, name, filled), rows, filled["job"]), whole
 
 # %% ../../nbs/ui/09_tuning.ipynb #c007aa5a
@@ -649,35 +676,6 @@ def _step_seconds(
         steps = ceil(len(counts.lengths) / batch)
         return each * estimate.computed_tokens(counts, batch, largest) / steps
     return seconds
-
-# %% ../../nbs/ui/09_tuning.ipynb #8b3cc783
-def _chosen_once(
-    folder: Path,  # of the project
-    run: str,  # what they are chosen for
-    choose: "Callable",  # function that gives settings
-) -> dict:  # name -> value
-    "Settings that are chosen once; then they stand in `chosen.json`."
-    path = folder/"chosen.json"
-    known = storage.read_json(path) if path.is_file() else {}
-    if run not in known:
-        known[run] = choose()
-        storage.write_json(path, known)
-    return known[run]
-
-# %% ../../nbs/ui/09_tuning.ipynb #0fcf23c2
-_PRECISION = {"bf16", "fp16", "bnb_4bit_compute_dtype"}  # who gives one has chosen
-
-# %% ../../nbs/ui/09_tuning.ipynb #fc07a90b
-def _prepared_for_machine(
-    place: _Place,
-    settings: dict,  # name -> value
-    prepare: "Callable",  # function of settings that gives what `_prepared` does
-) -> tuple:  # (settings with a precision, `JobArgs`, the rows)
-    "A run's arguments, in the precision that is fastest here where nobody chose one."
-    args, rows = prepare(settings)
-    chosen = {} if _PRECISION & set(settings) else _chosen_once(place.folder, f"{args.experimentid} precision", models.fast_precision)
-    if not chosen: return settings, args, rows
-    return settings | chosen, *prepare(settings | chosen)
 
 # %% ../../nbs/ui/09_tuning.ipynb #971e64d4
 _BATCH = {"per_device_train_batch_size", "per_gpu_train_batch_size", "gradient_accumulation_steps", "max_steps"}  # who gives one has chosen
@@ -706,12 +704,12 @@ def _prepared_in_time(
     cache: RunCache,
     prepare: "Callable",  # function of settings that gives what `_prepared` does
 ) -> tuple:  # (`JobArgs`, the rows)
-    "A run's arguments, with precision and batch that fit the machine and the time where nobody chose any."
-    settings, args, rows = _prepared_for_machine(place, settings, prepare)
+    "A run's arguments, with a batch of which its time holds enough where nobody chose one."
+    args, rows = prepare(settings)
     seconds = settings.get("max_seconds")
     if not isinstance(seconds, (int, float)) or seconds <= 0 or _BATCH & set(settings): return args, rows
     def choose(): return {"per_device_train_batch_size": _batch_in_time(place, args, rows, cache, seconds)}
-    return prepare(settings | _chosen_once(place.folder, args.experimentid, choose))
+    return prepare(settings | storage.chosen_once(place.folder/"chosen.json", args.experimentid, choose))
 
 # %% ../../nbs/ui/09_tuning.ipynb #734b420d
 def _hub_names(
