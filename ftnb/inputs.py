@@ -284,7 +284,7 @@ def _check_parent(
     try: parent = parents.read_parent(parents.parent_folder(engine, name))
     except ValueError as e: raise ProblemsError(problems_of(e, "parent_adapter")) from e
     log.add("ok", "parent", f"the run goes on from the adapter in {parent.folder}")
-    log.add("warning", "parent", *parents.settings_notes(parent, records.lora or {}), *parents.split_notes(parent, log.args))
+    log.add("warning", "parent", *parents.settings_notes(parent, records.lora or {}))
     return replace(records, lora=parent.lora), parent
 
 # %% ../nbs/81_inputs.ipynb #a6d8f20b

@@ -161,6 +161,7 @@ def _check_parent(
     "Whether the adapter that a job goes on from is there, and belongs to its base model."
     if given.parent is None: return not (given.records.training or {}).get("parent_adapter")
     if job is None: return True
+    log.add("warning", "parent", *parents.prompt_notes(job.parent, runrecord.prompt_texts(job)))
     return log.passes("error", "parent", parents.parent_problems, job.parent, job.source, job.base)
 
 # %% ../nbs/82_preflight.ipynb #bcfa2766
@@ -237,6 +238,17 @@ def _check_twins(
     flatters = ledger.overlap and OVERLAP not in ledger.reasons
     log.add("warning" if flatters else "ok", "rows", *twin_notes(ledger))
 
+# %% ../nbs/82_preflight.ipynb #e7ba717a
+def _check_learnt(
+    log: FindingLog,
+    data: choosing.ChosenCorpus,  # from `_read_rows`
+    job: runrecord.Job,
+):
+    "Whether it is known which rows a parent has learnt."
+    if job.parent is None: return
+    columns = data.splits["train"].column_names
+    log.add("warning", "parent", *parents.learnt_notes(parents.read_learnt(job.parent.folder), columns))
+
 # %% ../nbs/82_preflight.ipynb #ae3ba905
 def _check_texts(
     log: FindingLog,
@@ -299,6 +311,7 @@ def _check_rows(
     if rows is None: return None
     log.add("ok", "rows", rows.ledger.summary, *_share_notes(log.args, data.parts))
     _check_twins(log, rows.ledger)
+    _check_learnt(log, data, job)
     _check_texts(log, rows, data, job.template)
     _check_turns(log, data, job, base)
     _check_boundary(log, rows, job, base)
@@ -316,7 +329,8 @@ def _rows_made_from(
     args, settings, records = job.args, job.settings, job.records
     split = (args.dataset_fraction, args.train_test_split, repr(choosing.read_choice(records.training)))
     tokens_by = (job.source, job.template, settings.max_length, settings.loss, job_rows.first_day(args.train_out_dir))
-    return id(log.data), repr(records.dataset), split, tokens_by, args.adapter_name, args.auto_add_adapter, keep
+    parent = job.parent.sha256 if job.parent else None
+    return id(log.data), repr(records.dataset), split, parent, tokens_by, args.adapter_name, args.auto_add_adapter, keep
 
 # %% ../nbs/82_preflight.ipynb #e1460c2c
 def _rows_of_job(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['used_columns', 'share_tools', 'settle_rows', 'fit_rows', 'read_rows', 'some_texts', 'SplitSide', 'Sides',
-           'split_sides', 'weighted_side', 'Twins', 'drop_twins', 'first_day', 'RowTokenizer', 'row_tokenizer',
-           'RowCounts', 'sum_counts', 'count_rows', 'TokenizedSide', 'JobRows', 'prepare_rows']
+           'split_sides', 'weighted_side', 'Twins', 'drop_twins', 'hold_out_new', 'first_day', 'RowTokenizer',
+           'row_tokenizer', 'RowCounts', 'sum_counts', 'count_rows', 'TokenizedSide', 'JobRows', 'prepare_rows']
 
 # %% ../nbs/40_rows.ipynb #9891c8b8
 import hashlib, itertools, json, os
@@ -18,13 +18,14 @@ import ftnb.consts as consts
 import ftnb.conversations as conversations
 import ftnb.corpus as corpus
 import ftnb.jobargs as jobargs
+import ftnb.parents as parents
 import ftnb.prompts as prompts
 import ftnb.splits as splits
 import ftnb.storage as storage
 import ftnb.studio as studio
 import ftnb.tokens as tokens
 from .chat_templates import Loss
-from .ledger import DUPLICATE, OVERLAP, Drop, RowLedger, ledger_notes, row_ledger
+from .ledger import DUPLICATE, LEARNT, OVERLAP, Drop, RowLedger, ledger_notes, row_ledger
 from .problems import Problem, ProblemsError, problems_with, raise_problems
 
 # %% ../nbs/40_rows.ipynb #6222eaed
@@ -239,10 +240,11 @@ def weighted_side(
 # %% ../nbs/40_rows.ipynb #7a4862f3
 @dataclass(frozen=True)
 class Twins:
-    "Rows to train on that stand twice."
+    "Rows that stand twice, in this run or in a parent's training and among what is held out."
     duplicates: int = 0  # say the same as an earlier one
     overlap: int = 0  # are held out too
     dropped: tuple = ()  # of `Drop`: those that were left out
+    learnt: int = 0  # were to be held out, and a parent has learnt them
 
 # %% ../nbs/40_rows.ipynb #2ade8129
 def _digests(
@@ -299,6 +301,33 @@ def drop_twins(
         drops = [Drop(side.source, side.numbers[i] + 1, reason) for i, reason in lost.items()]
         dropped += sorted(drops, key=lambda drop: drop.row)
     return replace(sides, train=train), Twins(len(duplicates), len(overlap), tuple(dropped))
+
+# %% ../nbs/40_rows.ipynb #56e46896
+def _train_learnt(
+    data,  # a `DatasetDict`, as read
+    sides: Sides,  # from `split_sides`, the same data sets on both
+    learnt: list,  # of sets: positions in each held-out side
+) -> Sides:
+    "Train held-out rows that a parent has learnt."
+    moved = [[side.numbers[i] for i in sorted(found)] for side, found in zip(sides.test, learnt)]
+    train = [_taken(data, side.source, side.numbers + more) if more else side for side, more in zip(sides.train, moved)]
+    return replace(sides, train=train, test=list(map(_without, sides.test, learnt)))
+
+# %% ../nbs/40_rows.ipynb #8d04f73f
+def hold_out_new(
+    data,  # a `DatasetDict`, as read
+    sides: Sides,  # from `split_sides`
+    learnt: dict,  # from `parents.read_learnt`
+    shares: bool,  # is a share of the rows held out? False: a set of its own
+) -> tuple:  # (the sides, `Twins`)
+    "Hold out no row that a parent has learnt."
+    def known(some): return [parents.learnt_positions(side.rows, learnt) for side in some]
+    test, asked = known(sides.test), known(sides.asked)
+    own = [*zip(sides.asked, asked), *([] if shares else zip(sides.test, test))]
+    dropped = tuple(Drop(side.source, side.numbers[i] + 1, LEARNT) for side, found in own for i in sorted(found))
+    sides = replace(sides, asked=list(map(_without, sides.asked, asked)))
+    if shares: return _train_learnt(data, sides, test), Twins(dropped=dropped, learnt=sum(map(len, test)))
+    return replace(sides, test=list(map(_without, sides.test, test))), Twins(dropped=dropped)
 
 # %% ../nbs/40_rows.ipynb #4e2313e6
 def first_day(
@@ -467,6 +496,7 @@ class JobRows:
     numbers: list = field(default_factory=list, repr=False)  # of each row to train on: its name, from `_row_names`
     held_out: object = field(default=None, repr=False)  # `Dataset`: what the template uses of the rows that are asked
     day: "datetime.date | None" = field(default=None, repr=False)  # that a chat template has written, where it writes one
+    learnt: dict = field(default_factory=dict, repr=False)  # columns -> digests of the rows to train on, and of those of a parent
 
 # %% ../nbs/40_rows.ipynb #ec613fe6
 def _side_hash(
@@ -575,7 +605,7 @@ def _counted(
     repeated = sum(len(_repeats(*both)) for both in zip(sides.train, done.train))
     sizes = {name: len(ds) for name, ds in read.items()}
     return row_ledger(sizes, parts.names, sampled, kept, dropped, repeated=repeated,
-                      duplicates=twins.duplicates, overlap=twins.overlap)
+                      duplicates=twins.duplicates, overlap=twins.overlap, learnt=twins.learnt)
 
 # %% ../nbs/40_rows.ipynb #ad27fa6c
 def _as_chosen(
@@ -592,12 +622,16 @@ def _rows_read(
     data,  # a `DatasetDict` or a `Corpus`; None: what the job's data set holds
     choice: choosing.DataChoice,  # of more data sets
     keep: bool,  # all columns; False: what the template uses
+    learnt: dict = {},  # from `parents.read_learnt`; its columns are used too
 ) -> choosing.ChosenCorpus:
     "The rows of a job before they are split."
     if data is None: data = read_rows(job.records.dataset, job.template, job.token, choice, job.engine)
     found = share_tools(_as_chosen(data), job.template)
     if keep: return found
-    return replace(found, splits={name: used_columns(ds, job.template) for name, ds in found.splits.items()})
+    if not job.template.fields: return found
+    used = {*job.template.fields, *itertools.chain(*learnt)}
+    def narrow(ds): return ds.select_columns([name for name in ds.column_names if name in used])
+    return replace(found, splits={name: narrow(ds) for name, ds in found.splits.items()})
 
 # %% ../nbs/40_rows.ipynb #61bc1cf4
 def _job_sides(
@@ -605,11 +639,29 @@ def _job_sides(
     parts: choosing.DataParts,  # what the splits are for
     job: "Job",  # for fraction, split and template
     choice: choosing.DataChoice,  # says what is dropped
+    learnt: dict = {},  # from `parents.read_learnt`
 ) -> tuple:  # (the sides, `Twins`)
-    "Split, leave out what stands twice where that is asked for, and weigh."
-    sides, twins = drop_twins(split_sides(read, parts, job.args), job.template, choice)
+    "Split, hold out nothing that a parent has learnt, leave out what stands twice where that is asked for, and weigh."
+    sides, before = split_sides(read, parts, job.args), Twins()
+    if learnt: sides, before = hold_out_new(read, sides, learnt, not parts.held_out)
+    sides, twins = drop_twins(sides, job.template, choice)
     train = [weighted_side(side, parts.train[side.source]) for side in sides.train]
-    return replace(sides, train=train), twins
+    return replace(sides, train=train), replace(twins, dropped=before.dropped + twins.dropped, learnt=before.learnt)
+
+# %% ../nbs/40_rows.ipynb #a0a5ec67
+def _learnt_with(
+    sides: list,  # of `SplitSide`, to train on
+    done: list,  # of `TokenizedSide`, the same
+    template: prompts.PromptTemplate,  # of the job
+    before: dict,  # from `parents.read_learnt`
+) -> dict:  # the same, with these rows
+    "What an adapter that is trained on these rows has learnt."
+    if not template.fields: return before
+    columns, digests = tuple(template.fields), set()
+    for side, found in zip(sides, done):
+        every = _digests(side, columns)
+        digests.update(every[i] for i in found.rows.kept)
+    return before | {columns: (before.get(columns, set()) | digests) - {None}}
 
 # %% ../nbs/40_rows.ipynb #cd9ebd6c
 def _job_rows(
@@ -648,13 +700,14 @@ def prepare_rows(
 ) -> JobRows:  # tokenized, with the ledger
     "Read, sample, split, format and tokenize; raises where no row is left to train on."
     choice = choosing.read_choice(job.records.training)
-    read = _rows_read(job, data, choice, keep)
-    sides, twins = _job_sides(read.splits, read.parts, job, choice)
+    before = parents.read_learnt(job.parent.folder) or {} if job.parent else {}
+    read = _rows_read(job, data, choice, keep, before)
+    sides, twins = _job_sides(read.splits, read.parts, job, choice, before)
     tokenize = row_tokenizer(job, tokenizer, config, keep)
     def tokenized(side): return _tokenize_side(side, tokenize, read.unread.get(side.source, {}))
     done = sides.each(tokenized)
     raise_problems(_vocabulary_problems(config, tokenizer, done), f"The model {job.source} can't be used")
     ledger = _counted(read.splits, read.parts, sides, done, twins)
     raise_problems(_none_left(ledger), "The job can't run")
-    hashes = _hashes(read.splits, sides) if keep else {}
-    return _job_rows(sides, done, tokenize, ledger, hashes)
+    rows = _job_rows(sides, done, tokenize, ledger, _hashes(read.splits, sides) if keep else {})
+    return replace(rows, learnt=_learnt_with(sides.train, done.train, job.template, before)) if keep else rows

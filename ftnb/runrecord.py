@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Job', 'SavedAdapter', 'trained_logits', 'job_identity', 'Proof', 'RunRecord', 'library_versions', 'used_settings',
-           'Stopwatch', 'describe_run', 'write_run', 'read_object', 'read_run', 'read_record', 'experiment_of',
-           'finished_run', 'checkpoint_differences', 'checkpoint_problems', 'check_checkpoints', 'note_job',
-           'saved_arguments']
+           'Stopwatch', 'prompt_texts', 'describe_run', 'write_run', 'read_object', 'read_run', 'read_record',
+           'experiment_of', 'finished_run', 'checkpoint_differences', 'checkpoint_problems', 'check_checkpoints',
+           'note_job', 'saved_arguments']
 
 # %% ../nbs/67_runrecord.ipynb #321d6691
 import json, os, time
@@ -326,7 +326,7 @@ def _named_records(
     return named
 
 # %% ../nbs/67_runrecord.ipynb #13634433
-def _prompt_texts(
+def prompt_texts(
     job: Job,  # from `preflight.check_job`
 ) -> dict:  # name of a column -> text; "chat": as in `PromptTemplate`
     "What the model was asked, and what it was to answer, as templates."
@@ -356,7 +356,7 @@ def _parts(
     parts = {
         "records": tell("records", _named_records, job),
         "used": tell("used", used_settings, job, rows, saved),
-        "prompt": tell("prompt", _prompt_texts, job),
+        "prompt": tell("prompt", prompt_texts, job),
         "versions": tell("versions", library_versions),
         "processes": tell("processes", ranks.process_count)}
     return {name: part for name, part in parts.items() if part is not None}
