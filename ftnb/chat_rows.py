@@ -321,6 +321,8 @@ def _conversation_notes(
     if not _learns_to_stop(plain, done):
         notes.append("no special token ends what the assistant says, by this chat template: "
                      "the model doesn't learn to stop")
+    if conversation.tools and chat.render(conversation.turns) == own:
+        notes.append("the model's chat template leaves out the column tools: the model never sees which functions it has")
     if done.text != own:
         notes.append("the assistant's turns are trained as TRL's template for training writes them, and the model's "
                      "own chat template writes them otherwise once a conversation goes on; completion_only_loss trains "

@@ -487,13 +487,13 @@ def compare(
     progress: bool | None = None,  # show bars; default: where somebody is watching
     assistant_only: bool = False,  # loss on what the assistant says in conversations
     chat_template: bool = False,  # a plain prompt and completion are a user's and an assistant's turn
+    max_length: int = 2048,  # tokens; a longer row is left out
 ) -> Comparison:  # shows as a table
     "Score a base model and its adapters on the same held-out rows."
     models = load_models(base, adapters, tokenizer, precision)
-    if progress is None: progress = wants_bar()
     try:
-        questions = make_questions(rows, models.tokenizer, template, n, completion_only, 2048, assistant_only, chat_template)
-        return _score_each(models, questions, metric, max_new_tokens, batch_size, stop, progress)
+        questions = make_questions(rows, models.tokenizer, template, n, completion_only, max_length, assistant_only, chat_template)
+        return _score_each(models, questions, metric, max_new_tokens, batch_size, stop, wants_bar() if progress is None else progress)
     finally:
         if hasattr(base, "forward") and models.model is not base: models.model.unload()  # found again without adapters
 

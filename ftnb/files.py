@@ -99,6 +99,19 @@ def lose(
     if len(lost) < 100_000: why = str(self.problem(place, what))
     lost.setdefault(place.row - 1, why)
 
+# %% ../nbs/10_files.ipynb #d0ba24c4
+_NOT_UTF8 = "is not UTF-8"  # what is said of a byte
+
+# %% ../nbs/10_files.ipynb #e2ca393b
+def _told_once(
+    reasons: list,  # why rows can't be read, in order
+) -> list:  # the same; those of another encoding as one
+    "Say once that a file isn't UTF-8."
+    other = [why for why in reasons if _NOT_UTF8 in why]
+    if len(other) < 2: return reasons
+    first = f"{other[0]}; {len(other) - 1:,} more of its rows aren't UTF-8 either"
+    return [first, *(why for why in reasons if _NOT_UTF8 not in why)]
+
 # %% ../nbs/10_files.ipynb #9b3bc2d9
 @patch
 def refuse(
@@ -108,9 +121,10 @@ def refuse(
 ):
     "Make the rows lost in a file problems of their own."
     lost = self.unread.pop(file, {})
+    told = _told_once(list(lost.values()))
     room = max(0, self.limit - len(self.problems))
-    self.problems += [Problem(file, why) for why in list(lost.values())[:room]]
-    self.count += len(lost)
+    self.problems += [Problem(file, why) for why in told[:room]]
+    self.count += len(told)
     if 0 < len(lost) < rows:
         self.add(file, f"{len(lost):,} of {rows:,} rows can't be read: up to a tenth would be left out")
 
@@ -263,7 +277,7 @@ def _bad_byte(
     at: int,  # where it is
 ) -> str:  # what is wrong and what would be right
     "What to say of a byte that isn't UTF-8, with the words around it as Windows-1252 would read them."
-    byte = f"the byte 0x{ord(text[at]) - 0xdc00:02X} is not UTF-8"
+    byte = f"the byte 0x{ord(text[at]) - 0xdc00:02X} {_NOT_UTF8}"
     near = re.sub("[\ud800-\udc7f\udd00-\udfff]", "?", text[max(0, at - 12):at + 13])
     try: seen = near.encode("utf-8", "surrogateescape").decode("cp1252")
     except UnicodeDecodeError: return f"{byte}: save the file as UTF-8"

@@ -501,9 +501,11 @@ def _given_args(
     "The arguments of a job, from the environment or a command line."
     given = os.environ.get(consts.JOB_ARGUMENTS) or " ".join(argv)
     try: return jobargs.parse_job_arguments(given)
-    except ValueError:
+    except ValueError as e:
         if ranks.process_rank(): return None
-        raise
+        if progress.in_notebook(): raise
+        said = str(e)
+    sys.exit(said)
 
 # %% ../nbs/84_launch.ipynb #c1e1b755
 @contextlib.contextmanager

@@ -162,7 +162,9 @@ def twin_notes(
         done = "left out" if DUPLICATE in reasons else "drop_duplicates leaves them out"
         found.append(f"rows to train on that say the same as an earlier one: {ledger.duplicates:,}; {done}")
     if ledger.learnt:
-        found.append(f"rows of the held-out share that the parent adapter was trained on: {ledger.learnt:,}; trained again, not held out")
+        left = "" if ledger.held_out else ", and no row is left to hold out: name rows of your own by validation"
+        known = f"rows of the held-out share that the parent adapter was trained on: {ledger.learnt:,}"
+        found.append(f"{known}; trained again, not held out{left}")
     return problems_with("dataset_id", *found)
 
 # %% ../nbs/39_ledger.ipynb #6bd66b5a

@@ -131,6 +131,7 @@ def prompt_notes(
     before = parent.run.get("prompt") or {}
     differs = [name for name in {**before, **prompt} if before.get(name) != prompt.get(name)]
     if not before or not differs: return []
+    if len(differs) > 1: differs = [name for name in differs if name != "prompt_template"]  # the others put together
     words = [f"{name} {shortened(before.get(name, ''))!r} (now {shortened(prompt.get(name, ''))!r})" for name in differs]
     text = "the parent adapter was trained with another prompt template, and knows only that one"
     return [Problem("prompt_id", f"{text}: {', '.join(words)}")]

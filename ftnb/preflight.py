@@ -234,9 +234,10 @@ def _check_twins(
     log: FindingLog,
     ledger: RowLedger,
 ):
-    "Rows that stand twice; a warning where the held-out loss can't be trusted."
+    "Rows that stand twice; a warning where the held-out loss can't be trusted, or had."
     flatters = ledger.overlap and OVERLAP not in ledger.reasons
-    log.add("warning" if flatters else "ok", "rows", *twin_notes(ledger))
+    none_left = ledger.learnt and not ledger.held_out
+    log.add("warning" if flatters or none_left else "ok", "rows", *twin_notes(ledger))
 
 # %% ../nbs/82_preflight.ipynb #e7ba717a
 def _check_learnt(

@@ -224,7 +224,9 @@ def _compared_html(
     record: runrecord.RunRecord,  # of the run
 ) -> str:  # HTML; "" where they weren't compared
     "How base and adapter did, and the answers that the adapter changed."
-    figures = [[name, *pair] for name, pair in comparison_figures(record).items()]
+    asked, score = record.comparison.get("rows"), record.comparison.get("metric")
+    of = f", of {asked:,} rows" if isinstance(asked, int) else ""
+    figures = [[f"{name}{of}" if name == score else name, *pair] for name, pair in comparison_figures(record).items()]
     answers = html_table(["asked", "expected", "base", "adapter"], _answer_rows(record))
     return html_table(["figure", "base", "adapter"], figures) + answers
 

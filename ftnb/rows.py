@@ -180,11 +180,12 @@ def _split_one(
     fraction: float,  # share of rows to keep, in (0, 1]
     share: float,  # of the kept rows for training, in (0, 1]
 ) -> tuple:  # two lists of row numbers: training, held out
-    "Split one data set; where it isn't the job's own, an error names it."
+    "Split one data set; an error names the job's arguments, and a data set that isn't the job's own."
     try: return splits.split_rows(n, fraction, share)
-    except ProblemsError as e:
-        if name == "train": raise
-        raise_problems([Problem(p.where, f"{name}: {p}") for p in e.problems], "The rows can't be split")
+    except ProblemsError as e: found = e.problems
+    names, begin = {"fraction": "dataset_fraction", "split": "train_test_split"}, "" if name == "train" else f"{name}: "
+    told = [Problem(names[p.where], begin + str(p).replace(f"{p.where}=", f"{names[p.where]}=")) for p in found]
+    raise_problems(told, "The rows can't be split")
 
 # %% ../nbs/40_rows.ipynb #533220f7
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@
 __all__ = ['STUDIO_TABLES', 'NEEDED_TABLES', 'ModelRecord', 'DatasetRecord', 'PromptRecord', 'ConfigRecord', 'AdapterRecord',
            'JobRecord', 'EvaluationRecord', 'RECORDS', 'Record', 'studio_url', 'studio_place', 'will_pass',
            'open_studio', 'create_studio', 'known_columns', 'fetch', 'list_rows', 'read_config', 'Records',
-           'find_records', 'resolve_records', 'record_hash', 'model_source', 'write_studio', 'upsert', 'add_row']
+           'find_records', 'resolve_records', 'record_hash', 'model_source', 'write_studio', 'upsert', 'add_row',
+           'delete_rows']
 
 # %% ../nbs/08_studio.ipynb #28a2676a
 import json, os, re, sqlite3, time, uuid
@@ -607,3 +608,15 @@ def add_row(
     except sa.exc.DBAPIError as e: why = e.orig
     else: return id
     raise ValueError(f"{table}: the row can't be added to {studio_place(engine)}: {why}")
+
+# %% ../nbs/08_studio.ipynb #2e68c68b
+def delete_rows(
+    engine: "Engine",  # from `open_studio`
+    table: str,  # one of `STUDIO_TABLES`
+    ids: "Iterable[str]",  # of the rows
+):
+    "Delete rows."
+    import sqlalchemy as sa
+    _check_table(table)
+    ids, rows = list(ids), sa.table(table, sa.column("id"))
+    if ids: write_studio(engine, lambda con: con.execute(sa.delete(rows).where(rows.c.id.in_(ids))))

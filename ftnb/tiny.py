@@ -187,8 +187,13 @@ def save_tiny(
 ) -> "Path":  # the folder
     "Write a tiny model and its tokenizer as `from_pretrained` reads them."
     from pathlib import Path
+    from transformers.utils import logging
     path, tokenizer = Path(path), tiny_tokenizer(kind)
     path.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(path)
-    tiny_model(tokenizer, arch, **kwargs).save_pretrained(path)
+    barred = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # over within the blink of an eye
+    try: tiny_model(tokenizer, arch, **kwargs).save_pretrained(path)
+    finally:
+        if barred: logging.enable_progress_bar()
     return path

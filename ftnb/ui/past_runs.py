@@ -153,7 +153,8 @@ def _result_cells(
 ) -> list:  # [held-out loss, exact match, time]
     "What came of a run, in three cells."
     shares = comparison_figures(record).get("exact match", ())
-    right = " → ".join(f"{share:.0%}" for share in shares)
+    right, asked = " → ".join(f"{share:.0%}" for share in shares), record.comparison.get("rows")
+    if right and isinstance(asked, int): right += f" of {asked:,} rows"
     took = "" if record.seconds is None else progress.short_time(record.seconds)
     return [_loss_cell(record), right, took]
 

@@ -18,6 +18,7 @@ from fastcore.basics import patch
 import ftnb.findings as findings
 import ftnb.models as models
 import ftnb.plots as plots
+import ftnb.sources as sources
 import ftnb.storage as storage
 import ftnb.ui.tuning as tuning
 from ..guards import RunStopped, one_line
@@ -446,7 +447,7 @@ def sweep(
     _optuna()
     axes, place = read_search(search, given), storage.named_folder("folder", folder or "ftnb_runs")
     _check_values(axes, given := _usual(given))
-    content = tuning.data_content(data, place, given.get("config"), given.get("split"))
+    content = sources.data_content(data, place, given.get("config"), given.get("split"))
     same = {name: value for name, value in given.items() if name not in _SAME}
     home, cache = _home(place, given["name"], str(model), content, same, search, seed), findings.RunCache()
     def train(chosen, judging):
