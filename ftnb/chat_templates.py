@@ -254,6 +254,29 @@ class RenderedConversation:
     spans: tuple  # (start, end) of what carries loss, in order
     values: tuple = ()  # (start, end) of what somebody typed and a tokenizer would take for a special token
 
+# %% ../nbs/25_chat_templates.ipynb #51664e6b
+def _call(
+    chat: ChatTemplate,  # with a template with marks
+    conversation: Conversation,  # from `read_conversation`
+) -> str:  # "" where there are none
+    "The words by which a template calls the assistant."
+    roles = [turn["role"] for turn in conversation.turns]
+    before = conversation.turns[:roles.index("assistant")] if "assistant" in roles else ()
+    if not before: return ""
+    try: told, asked = (chat.render(before, conversation.tools, asking, True) for asking in (False, True))
+    except ValueError: return ""
+    return asked[len(told):] if asked.startswith(told) else ""
+
+# %% ../nbs/25_chat_templates.ipynb #ed481304
+def _without_call(
+    text: str,  # of a conversation
+    spans: list,  # (start, end) of what the assistant says
+    call: str,  # from `_call`
+) -> list:  # of (start, end)
+    "Leave the words that call the assistant out of what it says."
+    if not call: return spans
+    return [(a + len(call) * text.startswith(call, a, b), b) for a, b in spans]
+
 # %% ../nbs/25_chat_templates.ipynb #ea5e3257
 def _marked_spans(
     chat: ChatTemplate,  # with a template with marks
@@ -262,6 +285,7 @@ def _marked_spans(
 ) -> tuple:  # (text, [(start, end) of what the assistant says])
     "Where the assistant speaks, by the marks; the answer's turns are the last ones."
     text, spans = chat.render_marked(conversation.turns, conversation.tools)
+    spans = _without_call(text, spans, _call(chat, conversation))
     if not completion: return text, spans
     roles = [turn["role"] for turn in conversation.turns]
     before = roles[:conversation.answer].count("assistant")

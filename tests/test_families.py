@@ -219,7 +219,15 @@ def right_mask(tokenizer, talk, tools, ids, marked):
         return grown_mask(tokenizer, talk, tools, ids)
     found = tokenizer.apply_chat_template(talk, tools=tools, chat_template=marked, return_dict=True, return_assistant_tokens_mask=True)
     assert found["input_ids"] == ids
-    return [bool(token) for token in found["assistant_masks"]]
+    return without_call(tokenizer, ids, [bool(token) for token in found["assistant_masks"]])
+
+
+def without_call(tokenizer, ids, mask):
+    "The words that call the assistant are given to the model, also where a template's marks take them in."
+    told, asked = (tokenizer.apply_chat_template([asks("x")], add_generation_prompt=asking, tokenize=False) for asking in (False, True))
+    call = ids_of(tokenizer, asked.removeprefix(told))
+    starts = [k for k, on in enumerate(mask) if on and not mask[k - 1] and ids[k:k + len(call)] == call]
+    return [on and not any(k <= at < k + len(call) for k in starts) for at, on in enumerate(mask)]
 
 
 def last_turn(mask):
