@@ -10,6 +10,8 @@ __all__ = ['TIE_REMARKS', 'badge', 'badges', 'field_input', 'field_row', 'Asked'
 from dataclasses import dataclass
 from html import escape
 
+from fastcore.basics import patch
+
 from ..problems import problems_of
 
 # %% ../../nbs/ui/01_controls.ipynb #e216863e
@@ -22,10 +24,11 @@ def badge(
 ) -> str:  # HTML, readable on light and dark pages
     "A remark."
     if not text: return ""
-    if level == "hint": return f'<span class="ftnb-remark" style="line-height:1.4">{escape(text)}</span>'
-    look = f"background:{_COLOURS[level]};color:#000;border-radius:4px;padding:1px 7px;line-height:1.4;display:inline-block"
-    role = "alert" if level == "error" else "status"
-    return f'<span class="ftnb-remark" role="{role}" style="{look}">{escape(text)}</span>'
+    look, role = "line-height:1.4;display:inline-block", ""
+    if level != "hint":
+        look += f";background:{_COLOURS[level]};color:#000;border-radius:4px;padding:1px 7px"
+        role = f' role="{"alert" if level == "error" else "status"}"'
+    return f'<span class="ftnb-remark"{role} style="{look}">{escape(text)}</span>'
 
 # %% ../../nbs/ui/01_controls.ipynb #169e55d5
 def badges(
@@ -33,6 +36,10 @@ def badges(
 ) -> str:  # HTML
     "Errors below one another."
     return "".join(f"<div>{badge(str(problem))}</div>" for problem in problems)
+
+# %% ../../nbs/ui/01_controls.ipynb #e699dba3
+_LABEL = {"description_width": "160px"}
+_BELOW = "2px 2px 2px 168px"  # margin of what stands below a field, and begins where it does
 
 # %% ../../nbs/ui/01_controls.ipynb #afa4bc23
 def field_input(
@@ -45,7 +52,7 @@ def field_input(
 ):  # a widget
     "The widget of a field, with its label."
     import ipywidgets as w
-    look = dict(description=label, style={"description_width": "160px"}, layout=w.Layout(width="410px", flex="0 0 auto"))
+    look = dict(description=label, style=_LABEL, layout=w.Layout(width="410px", flex="0 0 auto"))
     if options is not None: return w.Dropdown(options=options, value=value, **look)
     if isinstance(value, bool): return w.Checkbox(value=value, **look)
     if lines > 1: return w.Textarea(value=value, rows=lines, placeholder=hint, **look)
@@ -97,7 +104,7 @@ class Asked:
     def widget(self):
         "Where it is typed."
         import ipywidgets as w
-        look = dict(layout=w.Layout(width="98%"), style={"description_width": "90px"})
+        look = dict(layout=w.Layout(width="auto"), style=_LABEL)
         words = dict(description=self.label, placeholder=self.hint)
         if self.lines > 1: return w.Textarea(rows=self.lines, **words, **look)
         return w.Text(**words, **look)
@@ -110,19 +117,32 @@ class Pane:
         asked: tuple,  # of `Asked`
         label: str,  # of the button
         icon: str,  # of the button
-        work: "Callable",  # takes the texts, gives what to say, and raises with what is wrong
+        work: "Callable",  # takes the texts, gives what to say ("": that comes later), and raises with what is wrong
     ):
         import ipywidgets as w
         self.texts, self.work = [text.widget() for text in asked], work
         self.button = w.Button(description=label, icon=icon)
         self.button.on_click(lambda _: self.press())
-        self.said = w.HTML(layout=w.Layout(width="98%"))
-        self.box = w.VBox([*self.texts, w.HBox([self.button, self.said])])
+        self.said = w.HTML(layout=w.Layout(flex="1 1 auto", min_width="0", margin="2px 0 2px 8px"))
+        self.box = w.VBox([*self.texts, w.HBox([self.button, self.said], layout=w.Layout(margin=_BELOW))])
 
-    def press(self):
-        "Do what the button is for, and say what came of it."
-        try: self.said.value = badge(self.work(*(text.value for text in self.texts)), "ok")
-        except Exception as e: self.said.value = badges(problems_of(e))
+# %% ../../nbs/ui/01_controls.ipynb #a187ffec
+@patch
+def tell(
+    self: Pane,
+    work: "Callable",  # without arguments; gives what to say
+):
+    "Do something, and say what came of it."
+    try: said = badge(work(), "ok")
+    except Exception as e: said = badges(problems_of(e))
+    if said: self.said.value = said
+
+# %% ../../nbs/ui/01_controls.ipynb #44828e60
+@patch
+def press(self: Pane):
+    "Do what the button is for, and say what came of it."
+    self.said.value = badge("one moment …", "hint")
+    self.tell(lambda: self.work(*(text.value for text in self.texts)))
 
 # %% ../../nbs/ui/01_controls.ipynb #600a4ddd
 def fold(
@@ -132,7 +152,7 @@ def fold(
 ):  # a widget
     "A button that opens and closes what is below it."
     import ipywidgets as w
-    look = w.Layout(width="max-content", margin="2px 0 2px 168px")
+    look = w.Layout(width="max-content", margin=_BELOW)
     button = w.ToggleButton(value=is_open, description=title, layout=look)
     def show(_=None):
         pane.layout.display = "" if button.value else "none"

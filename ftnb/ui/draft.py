@@ -405,6 +405,18 @@ def read_project(
     if place.parent.name == ".app": folder = place.parent.parent  # as the Studio lays a project out
     return Project(url, folder, engine, rows=rows, configs=_readable_configs(rows["configs"]))
 
+# %% ../../nbs/ui/07_draft.ipynb #0f113eef
+@patch
+def hub_name(
+    self: Project,
+    field: str,  # base_model_id or dataset_id
+    id: str,  # of a row
+) -> str:  # "" where the row is about something here
+    "What a row is called on the hub."
+    row = next((row for row in self.rows[TABLES[field]] if row.id == id), None)
+    if row is None or row.type != "huggingface": return ""
+    return row.huggingface_model_name if field == "base_model_id" else row.huggingface_name
+
 # %% ../../nbs/ui/07_draft.ipynb #4ad437f0
 def machine_settings(
     gpu: bool,  # is there one that torch can use?
@@ -428,6 +440,7 @@ class Draft:
     values: dict  # field -> text, or True or False for a tick
     defaults: dict  # argument -> settings of a config that isn't picked
     touched: set = field(default_factory=set)  # fields that somebody has filled in
+    seen: dict = field(default_factory=dict)  # id of a data set -> its columns, where its rows were read
     token: "jobargs.Secret | None" = None  # of loaded arguments; handed on, never shown
 
     def set(
@@ -517,9 +530,10 @@ def new_draft(
 @patch
 def columns(
     self: Draft,
-) -> list:  # names; empty where the database doesn't say
+) -> list:  # names; empty where they aren't known
     "The columns of the data set."
     chosen = self.values["dataset_id"]
+    if chosen in self.seen: return self.seen[chosen]
     features = next((row.features for row in self.project.rows["datasets"] if row.id == chosen), None)
     try: found = json.loads(features or "[]")
     except ValueError: return []

@@ -6,6 +6,8 @@
 __all__ = ['HINTS', 'LINES', 'FieldRows']
 
 # %% ../../nbs/ui/16_field_rows.ipynb #db8d2eb2
+import threading
+
 from fastcore.basics import patch
 
 import ftnb.ui.controls as controls
@@ -33,7 +35,7 @@ class FieldRows:
     ):
         self.draft, self.changed = draft, changed
         self.inputs, self.notes, self.rows = {}, {}, {}  # field -> widget
-        self.filling = False  # then a change of a widget isn't typing
+        self.filling = None  # the thread that fills in: then a change of a widget isn't typing
 
 # %% ../../nbs/ui/16_field_rows.ipynb #0ea8399d
 @patch
@@ -69,7 +71,7 @@ def _typed(
     value,  # as typed or picked
 ):
     "Take over what was typed."
-    if self.filling: return
+    if self.filling == threading.get_ident(): return
     self.draft.set(**{name: value})
     if name in drafts.PARTS or name in drafts.TABLES: self.fill()
     self.changed(name)
@@ -78,13 +80,13 @@ def _typed(
 @patch
 def fill(self: FieldRows):
     "Bring the widgets to the draft's values."
-    self.filling = True
+    self.filling = threading.get_ident()
     try:
         for name, field in self.inputs.items():
             options = self.draft.suggestions(name) if name in drafts.SUGGESTED else self.draft.options(name)
             if options is not None and tuple(options) != tuple(field.options): field.options = options
             field.value = self.draft.values[name]
-    finally: self.filling = False
+    finally: self.filling = None
 
 # %% ../../nbs/ui/16_field_rows.ipynb #7fe45d81
 @patch
@@ -96,7 +98,7 @@ def remark(
 ) -> str:  # HTML
     "What stands beside a field."
     if name in self.draft.still_open():
-        todo = "choose one, or add yours below" if name in drafts.TABLES else "give it a name"
+        todo = "choose or add one" if name in drafts.TABLES else "give it a name"
         return controls.badge(todo, "hint")
     if name in problems: return controls.badge(problems[name])
     if name in oddities: return controls.badge(oddities[name], "warning")

@@ -154,7 +154,7 @@ def compare(
 def add(
     self: Form,
     field: str,  # base_model_id, dataset_id or prompt_id
-    *given: str,  # source and name; of a prompt: name, input template, completion template
+    *given,  # source and name; of a prompt: name, input template, completion template
 ) -> str:  # id of the row
     "Add a model, a data set or a prompt to the database, and choose it."
     project = self.draft.project
@@ -169,7 +169,7 @@ def add(
 def _add_row(
     engine: "Engine",  # of the Studio database
     field: str,  # that picks from the row's table
-    given: tuple,  # of texts, as for `Form.add`
+    given: tuple,  # of texts, as for `Form.add`; of a data set its rows, too, where they were read
     dataset_id: str,  # of the data set that a prompt is for
     sample: "Sample | None" = None,  # of some data set
 ) -> str:  # id of the row
@@ -201,6 +201,7 @@ def _make_state(self: Form):
     self.running, self.followed = False, False  # is the run training; was it, at the last look?
     self.followed_at = time.monotonic()  # when that was
     self.waiting, self.listing = False, False  # is somebody waiting who may give up; is the list of runs being filled?
+    self.asked = None  # (field, texts) of a row that is to be added
     self.status = processes.RunStatus()
     self.shown, self.watched = None, None  # the run below the form: its folder, its monitor
     self.used = None  # folder of the adapter whose use is shown
@@ -230,10 +231,13 @@ def _found_beside(
     self: Form,
     level: str,  # "error" or "warning"
 ) -> dict:  # field -> sentence, the first about it
-    "What preflight found about single fields."
-    if self.check is None or self.check.args != self.args: return {}
-    found = [problem for problem in self.check.problems(level) if problem.where in self.fields.notes]
-    return {problem.where: problem.text for problem in reversed(found)}
+    "What preflight found about single fields, and why a data set's columns aren't known."
+    found, sample = {}, self.sample
+    if level == "warning" and sample and sample.problem and sample.dataset_id == self.values["dataset_id"]:
+        found["dataset_id"] = sample.problem
+    if self.check is None or self.check.args != self.args: return found
+    problems = [problem for problem in self.check.problems(level) if problem.where in self.fields.notes]
+    return found | {problem.where: problem.text for problem in reversed(problems)}
 
 # %% ../../nbs/ui/18_form.ipynb #c3067f2e
 _TEXT_LOOK = ("box-sizing:border-box;width:98%;white-space:pre-wrap;word-break:break-all;user-select:all;"
@@ -249,6 +253,16 @@ def _texts_html(
         if text: found.append(f'<div>{label}<pre style="{_TEXT_LOOK}">{escape(text)}</pre></div>')
     return "".join(found)
 
+# %% ../../nbs/ui/18_form.ipynb #9ef612e2
+def _database_html(
+    project: "Project",  # of a draft
+) -> str:  # HTML; "" where its database can be read
+    "Why there is nothing to choose."
+    place = project.url.removeprefix("sqlite:///")
+    if "://" in place or os.path.exists(place): return controls.badge(project.problem, "warning")
+    words = f"Models, data sets and prompts are kept in a database. There is none yet; the button makes it, as {place}."
+    return controls.badge(words, "hint")
+
 # %% ../../nbs/ui/18_form.ipynb #ea513fa2
 @patch
 def _show_problems(self: Form):
@@ -259,8 +273,7 @@ def _show_problems(self: Form):
         oddities = self._found_beside("warning") | draft.unusual(self.values)
         self.fields.show_remarks(problems, oddities)
         other = [text for name, text in problems.items() if name not in self.fields.notes]
-        unreadable = controls.badge(self.draft.project.problem, "warning")
-        self.general.value = controls.badges(other) + unreadable
+        self.general.value = controls.badges(other) + _database_html(self.draft.project)
         self.texts.value = _texts_html(self.as_text())
         self._set_buttons()
 
@@ -568,7 +581,7 @@ def _work(
                 form.closed.wait(form.pause)
             form._show_problems()
         if form.closed.is_set(): return form.still.renew()
-        for work in (form._look_ahead, form._preview, form._follow): form._try(work)
+        for work in (form._add_asked, form._look_ahead, form._preview, form._follow): form._try(work)
         form.still.renew()
 
 # %% ../../nbs/ui/18_form.ipynb #aec2eb7f
@@ -601,7 +614,9 @@ def _sampled(
     try: rows = self._wait_for(lambda: additions.first_rows(dataset))
     except GivenUp: problem = "the first rows were given up: Check reads them again"
     except Exception as e: problem = "; ".join(map(str, problems_of(e)))
-    self.sample = Sample(id, rows, problem)
+    self.preview.value, self.sample = "", Sample(id, rows, problem)
+    if rows: self.draft.seen[id] = list(rows[0])
+    self._show_problems()
     self._set_buttons()
     return self.sample
 
@@ -623,10 +638,13 @@ def _preview_html(
 # %% ../../nbs/ui/18_form.ipynb #5c406624
 @patch
 def _preview(self: Form):
-    "Show what the prompt that is being written makes of the data set's first rows."
+    "Show what the prompt that is being written makes of the data set's first rows, and learn its columns."
     _, given, completion = (text.value for text in self.panes["prompt_id"].texts)
     page = self._preview_html(given, completion)
     if self.preview.value != page: self.preview.value = page
+    id, known = self.values["dataset_id"], {row.id for row in self.draft.project.rows["datasets"]}
+    looked = self.args is None or self.check is not None  # else somebody gave up, and doesn't want to wait again
+    if id in known and looked and not self.draft.columns(): self._sampled(id)
 
 # %% ../../nbs/ui/18_form.ipynb #99ce39e5
 _BUTTONS = {  # method -> description, style, icon
@@ -641,27 +659,50 @@ _TITLES = {"base_model_id": "Add a base model", "dataset_id": "Add a data set", 
 
 # %% ../../nbs/ui/18_form.ipynb #69005b69
 @patch
-def _check_sampled(self: Form):
-    "Raise where a prompt can't be held against the first rows of its data set yet."
-    id, sample = self.values["dataset_id"], self.sample
-    on_hub = [row.id for row in self.draft.project.rows["datasets"] if row.type == "huggingface"]
-    if id not in on_hub: return
-    if sample is None or sample.dataset_id != id: raise ValueError("the first rows are being read: add it when the preview is there")
-    if sample.problem: raise ValueError(sample.problem)
+def _read_first(
+    self: Form,
+    field: str,  # a key of `_ASKED`
+    texts: tuple,  # that were typed
+) -> tuple:  # the same, with the rows of a file
+    "Read what a row is held against before it is added; raises with what is wrong."
+    if field == "dataset_id":
+        try: data = self._wait_for(lambda: additions.read_rows(texts[0]))
+        except GivenUp: raise ValueError("given up; nothing is added") from None
+        return (*texts, data)
+    id = self.values["dataset_id"]
+    if field == "prompt_id" and studio.fetch(self.draft.project.engine, "datasets", id):
+        if problem := self._sampled(id).problem: raise ValueError(problem)
+    return texts
 
 # %% ../../nbs/ui/18_form.ipynb #79c041d0
+@patch
+def _add_asked(self: Form):
+    "Add the row that somebody has asked for, and choose it."
+    if self.asked is None: return
+    (field, texts), self.asked = self.asked, None
+    def add():
+        project = self.draft.project
+        if project.engine is None: raise ValueError(project.problem)
+        given = self._read_first(field, texts)
+        with self.lock: id = self.add(field, *given)
+        if field == "dataset_id" and given[-1]: self.sample = Sample(id, additions.head(given[-1]))
+        self._show_problems()
+        name = "" if field == "prompt_id" else self.draft.project.hub_name(field, id)
+        return f"added and chosen, as a name on the hub: nothing here is called {name}" if name else "added and chosen"
+    self.panes[field].tell(add)
+
+# %% ../../nbs/ui/18_form.ipynb #50298820
 @patch
 def _pane(
     self: Form,
     field: str,  # a key of `_ASKED`
 ) -> controls.Pane:
     "Where a row of a table is added, and chosen."
-    def add(*texts):
-        if field == "prompt_id": self._check_sampled()
-        self.add(field, *texts)
-        if self.ready.is_set(): self._show_problems()
-        return "added and chosen"
-    return controls.Pane(_ASKED[field], "Add", "plus", add)
+    def ask(*texts):
+        self.asked = field, texts
+        self.changed.set()
+        return ""
+    return controls.Pane(_ASKED[field], "Add", "plus", ask)
 
 # %% ../../nbs/ui/18_form.ipynb #b44e16f1
 @patch
@@ -694,8 +735,8 @@ def _make_parts(self: Form):
     "The widgets that say something, the buttons, and the panes."
     import ipywidgets as w
     self._make_state()
-    def text(): return w.HTML(layout=w.Layout(width="100%"))
-    self.general, self.texts, self.panel, self.state = text(), text(), text(), text()
+    def text(**look): return w.HTML(layout=w.Layout(width="auto", **look))
+    self.general, self.texts, self.panel, self.state = text(), text(), text(), text(flex="1 1 300px")
     self.log, self.preview, self.usage = text(), text(), text()
     self.panel.value, self.picture = "<i>loading …</i>", w.VBox([])
     self.buttons = {name: self._button(name) for name in _BUTTONS}
