@@ -26,7 +26,7 @@ def badge(
     if not text: return ""
     look, role = "line-height:1.4;display:inline-block", ""
     if level != "hint":
-        look += f";background:{_COLOURS[level]};color:#000;border-radius:4px;padding:1px 7px"
+        look += f";background:{_COLOURS[level]};color:#000;border-radius:4px;padding:1px 7px;overflow-wrap:anywhere"
         role = f' role="{"alert" if level == "error" else "status"}"'
     return f'<span class="ftnb-remark"{role} style="{look}">{escape(text)}</span>'
 

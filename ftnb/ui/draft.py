@@ -589,6 +589,7 @@ def load(
 ) -> Draft:  # the same
     "Fill in everything from text; raises with what is wrong, and then leaves the draft as it was."
     found = run_arguments(text) if os.path.isdir(text) else find_arguments(str(text))
+    if "--" not in found: raise ValueError(f"{found or 'nothing'} is neither the folder of a run nor the arguments of a job, such as --base_model_id …")
     args = jobargs.parse_job_arguments(found, {})
     self.touched = set(self.values)
     self.values = values_of(args, self.project.configs)
