@@ -280,8 +280,8 @@ def fresh_place(
     new = str(uuid.uuid4())
     def place(folder):
         if experimentid and experimentid in folder: return folder.replace(experimentid, new)
-        parent, name = os.path.split(folder)
-        if len(experimentid) > 8 and experimentid[:8] in name: return os.path.join(parent, name.replace(experimentid[:8], new[:8]))
+        begin = f"-{experimentid[:8]}"
+        if len(begin) == 9 and folder.endswith(begin): return f"{folder.removesuffix(begin)}-{new[:8]}"
         return os.path.join(folder, new)
     return dict(experimentid=new, out_dir=place(out_dir), train_out_dir=place(train_out_dir))
 
