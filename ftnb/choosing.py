@@ -150,7 +150,9 @@ def read_choice(
 # %% ../nbs/18_choosing.ipynb #0a3f3d40
 _KINDS = {".csv": "project_csv", ".tsv": "project_csv", ".json": "project_json", ".jsonl": "project_jsonl"}
 _SHEET = "a spreadsheet: save it as a .csv file, and name that"
-_OTHER_FILES = dict.fromkeys((".xlsx", ".xls", ".ods"), _SHEET) | {".parquet": "a Parquet file: put it in a folder of its own, and name the folder"}
+_OTHER_FILES = dict.fromkeys((".xlsx", ".xls", ".ods"), _SHEET) | {
+    ".parquet": "a Parquet file: put it in a folder of its own, and name the folder",
+    ".txt": "a text file: if it is a table with tabs, as Excel saves one, call it .tsv, and name that"}
 HUB_NAME = r"\w([\w.-]*\w)?(/\w([\w.-]*\w)?)?"  # letters, digits, _, - and ., of which the last two stand within a name
 
 # %% ../nbs/18_choosing.ipynb #bdb8ad84
