@@ -206,6 +206,7 @@ FOCUSED = """() => {
     const e = document.activeElement, label = e.labels?.[0]?.innerText || e.getAttribute('aria-label') || e.innerText || e.title
     return e === document.body ? null : label.trim()
 }"""
+RESTART = "() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()"
 SHUT_DOWN = "() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()"
 
 

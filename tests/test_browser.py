@@ -20,7 +20,7 @@ import nbformat
 import psutil
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from lab import MARK, PICTURE_OF_RUN, Notebook, chromium, end_all, find_chromium, held, jobs, jupyter_lab, silent_hub, until
+from lab import MARK, PICTURE_OF_RUN, RESTART, Notebook, chromium, end_all, find_chromium, held, jobs, jupyter_lab, silent_hub, until
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from pictures import animation, part, png
 from playwright.sync_api import TimeoutError
@@ -153,6 +153,7 @@ def test_the_form(notebook, keep):
     shots = []
     open_form(notebook)
     nothing_is_red(notebook)
+    panes_are_as_the_fields(notebook)
     a_wrong_field_is_marked(notebook, keep)
     what_is_not_there_is_marked(notebook)
     every_control_is_reached(notebook)
@@ -192,6 +193,33 @@ def nothing_is_red(notebook):
     notebook.until("a time is told", lambda: notebook.widgets_say(r"time\s+about"))
 
 
+PANES = ("Add a base model", "Add a data set", "Write a prompt", "This run as text")
+
+
+def open_or_close_panes(notebook):
+    for name in PANES:
+        notebook.press(name)
+
+
+def panes_are_as_the_fields(notebook):
+    "Folded-up parts begin where the fields do, are as legible, and need no scroll bar; a prompt is shown in rows."
+    open_or_close_panes(notebook)
+    text = notebook.root.get_by_label("Text", exact=True)
+    text.fill("Message: {massage}")
+    notebook.root.get_by_role("alert").get_by_text("did you mean 'message'?").wait_for()
+    text.fill("Message: {message}\nIntent:")
+    notebook.root.get_by_label("Completion", exact=True).fill(" {intent}")
+    notebook.until("the preview is there", lambda: notebook.widgets_say("^Message: "))
+    left = notebook.row("Rank").locator("input").bounding_box()["x"]
+    for label in ("Model", "Data", "Text", "Completion", "Load"):
+        field = notebook.root.get_by_label(label, exact=True)
+        assert abs(field.bounding_box()["x"] - left) < 2, label
+    everybody_can_read_it(notebook)
+    for label in ("Text", "Completion"):
+        notebook.root.get_by_label(label, exact=True).fill("")
+    open_or_close_panes(notebook)
+
+
 def a_wrong_field_is_marked(notebook, keep):
     "A remark stands beside its field while it is wrong, and the run can't be started."
     rank, dropout = notebook.row("Rank").get_by_role("alert"), notebook.row("Dropout").get_by_role("status")
@@ -208,6 +236,7 @@ def a_wrong_field_is_marked(notebook, keep):
     assert not notebook.can("Resume")
     notebook.until("the panel tells of it", lambda: notebook.widgets_say("^Put right what is marked"))
     top = notebook.root.locator(".widget-hbox:has(> .widget-vbox)").first
+    top.evaluate("e => e.scrollIntoView()")  # the panes that were open have moved the page
     keep("form_error.png", png(part(notebook, top, notebook.row("Quantisation"), above=2)))
     notebook.fill(Rank=8, Dropout=0)
     rank.wait_for(state="detached")
@@ -475,6 +504,69 @@ def test_runs_that_this_kernel_has_not_begun(notebook):
             notebook.until("Stop is as it should be", lambda: notebook.can("Stop") == can_stop)
             notebook.until("Resume is as it should be", lambda: notebook.can("Resume") == can_resume)
             assert notebook.row("Adapter's name").locator("input").input_value() == f"was-{state}"
+
+
+# The kernel itself
+
+TRAIN = """\
+run = tune("others/base", data, prompt="Q: {q}", completion=" {a}", folder="mine", name="mine", num_train_epochs=4000,
+           watch=True)"""
+
+
+def test_the_kernel_is_interrupted_and_restarted(notebook):
+    "A run that trains in the notebook stops in words, with a checkpoint; another kernel finds it, and goes on with it."
+    rows = "data = [dict(q=f'{word} {i}', a=word) for i in range(4) for word in ('red', 'blue')]"
+    first = new_code_cell(f"from ftnb.all import *\nsave_tiny('others/base', kind='qwen')\n{rows}")
+    open_new(notebook, "mine.ipynb", [first, new_code_cell(TRAIN)])
+    notebook.run_all()
+    notebook.until("the picture says that it trains", lambda: notebook.step()[0] == "running" and notebook.step()[1] > 0)
+    notebook.command("notebook:interrupt-kernel")
+    state = notebook.wait("the cell has ended", lambda s: s["errors"] and s["kernel"] == "idle")
+    said, = (o for c in notebook.saved().cells for o in c.get("outputs", ()) if o.output_type == "error")
+    assert re.fullmatch(r"RunStopped: stopped by SIGINT at step \d+ of \d+; a checkpoint is in \S+; run the job again .*", *state["errors"])
+    assert said.traceback == [said.evalue]  # a sentence alone
+    notebook.until("the picture says so, too", lambda: notebook.step()[0] == "stopped")
+    everybody_can_read_it(notebook)
+    restarted_form(notebook)
+
+
+def restarted_form(notebook):
+    "In a kernel that was restarted: the form finds the run, by its list and by its folder; wrong folders are said, and nothing is lost."
+    notebook.page.evaluate(RESTART)
+    form = "from ftnb.all import *\nform = Form('mine/.app/state.db')\nform"
+    open_new(notebook, "restarted.ipynb", [new_code_cell(form)])
+    notebook.run_all()
+    notebook.finished()
+    folder, = (notebook.folder/"mine"/"runs").iterdir()
+    for way in (lambda: choose_run(notebook, "mine: stopped at step"), lambda: load_run(notebook, folder)):
+        choose_run(notebook, "a new run")
+        notebook.until("no picture is shown", lambda: notebook.step()[1] < 0)
+        notebook.until("another run like it can be started", lambda: notebook.can("Train here") and notebook.widgets_say("the job can run"))
+        assert notebook.root.get_by_role("alert").count() == 0
+        way()
+        notebook.until("its picture is shown", lambda: notebook.step()[0] == "stopped")
+        notebook.until("Resume is on", lambda: notebook.can("Resume"))
+        assert notebook.number("Epochs") == 4000
+    notebook.run(f"form.load({str(folder)!r});")
+    notebook.finished()
+    notebook.press("Resume")
+    notebook.until("the run goes on", lambda: notebook.step()[0] == "running")
+    notebook.press("Finish now")
+    notebook.until("the form says that the run is done", lambda: notebook.widgets_say(r"^trained$"))
+    assert not jobs()
+    outputs_without_errors(notebook)
+
+
+def load_run(notebook, folder):
+    "By the pane that takes a run as text."
+    notebook.press("This run as text")
+    box = notebook.root.get_by_role("textbox", name="Load", exact=True)
+    button = notebook.page.get_by_role("button", name=re.compile(r"^\W*Load$"))
+    for text, said in (("nowhere", "alert"), (str(folder), "status")):
+        box.fill(text)
+        notebook.press("Load")
+        notebook.root.locator(".widget-hbox", has=button).last.get_by_role(said).wait_for()
+    notebook.press("This run as text")
 
 
 # A hub that doesn't answer
