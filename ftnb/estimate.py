@@ -173,12 +173,12 @@ def computed_tokens(
     budget: int,  # computed tokens of a flat pass
     keeps: bool = False,  # is the prefix computed once a batch?
 ) -> int:  # of all rows once, about
-    "Tokens that flat passes compute."
+    "Tokens that flat passes compute: all but each row's last, which predicts nothing."
     import numpy as np
     n = len(counts.lengths)
     if not n: return 0
     starts = np.arange(0, n, size)
-    after = np.add.reduceat(counts.lengths.astype(np.int64) - counts.prefix, starts)
+    after = np.add.reduceat(counts.lengths.astype(np.int64) - 1 - counts.prefix, starts)
     needed = np.ceil(after / max(1, budget - counts.prefix))  # passes of each batch
     at_most = np.diff(starts, append=n)
     number = len(starts) if keeps else np.minimum(needed, at_most).sum()
@@ -193,9 +193,9 @@ def _flat_tokens(
 ) -> tuple:  # (tokens of an epoch, tokens of the largest pass at most)
     "What flat passes compute."
     import numpy as np
-    after = np.sort(counts.lengths.astype(np.int64) - counts.prefix)
+    after = np.sort(counts.lengths.astype(np.int64) - 1 - counts.prefix)
     step = counts.prefix + int(after[-size:].sum())  # the largest there can be
-    longest = int(counts.lengths.max())  # a row is never divided
+    longest = int(counts.lengths.max()) - 1  # a row is never divided
     return computed_tokens(counts, size, budget, keeps), min(step, max(budget, longest))
 
 # %% ../nbs/69_estimate.ipynb #1a15d3fb

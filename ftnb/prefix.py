@@ -203,16 +203,15 @@ def _all_places(
 
 # %% ../nbs/42_prefix.ipynb #ac7b0412
 def _loss_pairs(
-    paths: list,  # of each row
+    paths: list,  # of each row, with or without its last token
     labels: list,  # arrays as long as the rows; -100 carries no loss
     weights: list,  # arrays as long as those: what a label counts
 ) -> tuple:  # (key that predicts, target, weight), one for each label token
-    "What each row predicts, and where."
+    "What each row predicts, and where: at each token but its last, the label of the next one."
     import numpy as np
     lengths = np.array([len(row) for row in labels])
-    ends = lengths.cumsum()
-    before = np.delete(_all_places(paths), ends - 1)
-    targets, counted = (np.delete(np.concatenate(each), ends - lengths) for each in (labels, weights))
+    before = _all_places([_beginning(path, length - 1) for path, length in zip(paths, lengths)])
+    targets, counted = (np.delete(np.concatenate(each), lengths.cumsum() - lengths) for each in (labels, weights))
     keep = targets != -100
     return before[keep], targets[keep], counted[keep]
 
@@ -264,14 +263,14 @@ class PackedBatch:
 @dataclass(frozen=True)
 class Trie:
     "Rows in dictionary order."
-    rows: tuple = field(repr=False)  # arrays of token ids
-    labels: tuple = field(repr=False)  # arrays as long as those
+    rows: tuple = field(repr=False)  # arrays of token ids, with or without the last one
+    labels: tuple = field(repr=False)  # arrays as long as whole rows
     weights: tuple = field(repr=False)  # arrays as long as those: what a label counts
     shared: tuple  # tokens of each row that are the row's before it, too, as far as sharing pays
 
     @property
     def lengths(self) -> list:
-        "Tokens of each row."
+        "Tokens of each row that are computed."
         return [len(row) for row in self.rows]
 
     def part(
@@ -302,11 +301,13 @@ def _check_rows(
 def make_trie(
     features: list,  # of {"input_ids": token ids, "labels": as long, -100 carries no loss, "weights": what a label counts; default 1}
     least: float = LEAST,  # tokens that a branch point must save, or it isn't shared
+    whole: bool = True,  # with each row's last token, which predicts nothing
 ) -> Trie:  # of the rows
     "Bring rows into dictionary order, and settle what they share."
     import numpy as np
     _check_rows(features)
     ids = [np.asarray(f["input_ids"], dtype=np.int64) for f in features]
+    if not whole: ids = [row[:max(1, len(row) - 1)] for row in ids]
     labels = [np.asarray(f["labels"], dtype=np.int64) for f in features]
     weights = [np.asarray(f.get("weights", np.ones_like(row))) for f, row in zip(features, labels)]
     order = _dictionary_order(ids)
@@ -321,7 +322,7 @@ def _flat_batch(
     paths: list,  # where each row's tokens are
     tree: Tree,  # its positions yet to be filled in
     pairs: tuple,  # (position, target, weight) of each label token that this pass predicts
-    given: int,  # rows that this pass counts; 0 for what passes share
+    given: list,  # labels of each row that this pass counts; none for what passes share
 ) -> PackedBatch:  # on the CPU
     "Token ids, positions and loss of a pass."
     import numpy as np, torch
@@ -336,7 +337,7 @@ def _flat_batch(
         input_ids=torch.from_numpy(ids[None, tree.kept:]),
         position_ids=positions[None, tree.kept:],
         tree=replace(tree, positions=positions, longest=max(lengths)),
-        rows=given, tokens_given=sum(lengths) if given else 0,
+        rows=len(given), tokens_given=sum(len(row) for row in given),
         tokens_computed=keys - tree.kept,
         **_predictions(*pairs))
 
@@ -347,7 +348,7 @@ def _one_pass(
     "A pass that stands for itself."
     paths, segments = lay_out(trie.lengths, trie.shared)
     tree = Tree(tuple(segments), None)
-    return _flat_batch(trie.rows, paths, tree, _loss_pairs(paths, trie.labels, trie.weights), len(trie.rows))
+    return _flat_batch(trie.rows, paths, tree, _loss_pairs(paths, trie.labels, trie.weights), trie.labels)
 
 # %% ../nbs/42_prefix.ipynb #fd3aab7d
 def pack_rows(
@@ -463,10 +464,10 @@ def _kept_passes(
         early_pairs.append(early)
         if not added: continue
         tree = Tree(tuple(added), None, kept, keys=keys)
-        passes.append(_flat_batch(trie.rows[rows], paths, tree, late, last - first))
+        passes.append(_flat_batch(trie.rows[rows], paths, tree, late, trie.labels[rows]))
     ids, paths = zip(*((row, path) for row, path in zip(tokens, through) if path))
     pairs = tuple(map(np.concatenate, zip(*early_pairs)))
-    return [_flat_batch(ids, paths, Tree(tuple(segments), None, keys=keys), pairs, 0), *passes]
+    return [_flat_batch(ids, paths, Tree(tuple(segments), None, keys=keys), pairs, ()), *passes]
 
 # %% ../nbs/42_prefix.ipynb #07555d84
 def tree_passes(
@@ -476,7 +477,7 @@ def tree_passes(
     least: float = LEAST,  # tokens that a branch point must save, or it isn't shared
 ) -> list:  # of `PackedBatch`; the first has no row (`rows` 0) where it holds what the others share
     "The rows of a step as flat passes, on the CPU."
-    trie = make_trie(features, least)
+    trie = make_trie(features, least, whole=False)
     cuts = cut_passes(trie.lengths, trie.shared, budget)
     if keep and any(trie.shared[cut] for cut in cuts): return _kept_passes(trie, cuts)
     edges = zip(cuts, [*cuts[1:], len(trie.rows)])
@@ -579,7 +580,7 @@ def tokens_in_steps(
     features = [{"input_ids": row, "labels": row} for row in rows]
     computed = 0
     for at in range(0, len(order), size):
-        trie = make_trie([features[i] for i in order[at:at + size]], least)
+        trie = make_trie([features[i] for i in order[at:at + size]], least, whole=False)
         computed += sum(trie.lengths) - sum(trie.shared)
         if not budget: continue
         cuts = cut_passes(trie.lengths, trie.shared, budget)
