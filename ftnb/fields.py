@@ -150,6 +150,6 @@ def field_table(
     from IPython.display import HTML
     table = ""
     for line in [("kind", "reason", "fields"), *_alike(rules)]:
-        cells = "".join(f"<td align=left>{escape(text)}</td>" for text in line)
+        cells = "".join(f"<td style='text-align:left'>{escape(text)}</td>" for text in line)
         table += f"<tr>{cells}</tr>"
     return HTML(f"<table>{table}</table>")

@@ -99,8 +99,8 @@ def _repr_html_(self: Preflight):
     rows = []
     for f in self.findings:
         level = f"<td style='background:{colours[f.level]};color:#000'>{f.level}</td>"
-        rows.append(f"<tr>{level}<td>{escape(f.about)}</td><td align=left>{escape(f.text)}</td></tr>")
-    return f"<table><caption>{escape(self.headline())}</caption>{''.join(rows)}</table>"
+        rows.append(f"<tr>{level}<td>{escape(f.about)}</td><td style='text-align:left'>{escape(f.text)}</td></tr>")
+    return f"<table><caption style='text-align:left'>{escape(self.headline())}</caption>{''.join(rows)}</table>"
 
 # %% ../nbs/80_findings.ipynb #347732c9
 def _shows_token(

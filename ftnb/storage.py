@@ -68,8 +68,8 @@ def in_units(
     size: float,  # bytes
 ) -> str:  # such as "1.5 GiB"
     "A size as a person reads it."
-    if size < 2**30: return f"{size / 2**20:,.3g} MiB"
-    return f"{size / 2**30:,.3g} GiB"
+    number, unit = (size / 2**20, "MiB") if size < 2**30 else (size / 2**30, "GiB")
+    return f"{number:,.0f} {unit}" if number > 999 else f"{number:.3g} {unit}"
 
 # %% ../nbs/07_storage.ipynb #053e8d4d
 def disk_problems(

@@ -258,7 +258,7 @@ def _repr_html_(self: SubmittedJob):
     link = f'<a href="{escape(self.link)}">{escape(self.job_id)}</a>'
     rows = {"job": link, "run": escape(self.run_id), "state": escape(self.state),
             "metrics": escape(self.args.train_out_dir), "adapter": escape(self.args.out_dir)}
-    lines = [f"<tr><th align=left>{k}</th><td align=left>{v}</td></tr>" for k, v in rows.items()]
+    lines = [f"<tr><th style='text-align:left'>{k}</th><td style='text-align:left'>{v}</td></tr>" for k, v in rows.items()]
     return f"<table>{''.join(lines)}</table>"
 
 # %% ../../nbs/cluster/4_sending.ipynb #ddecd4af

@@ -115,7 +115,7 @@ def _visible(
     return "".join(map(mark, text)) or "▯"
 
 # %% ../../nbs/ui/00_previews.ipynb #821fe572
-_LOSS = "background:rgba(255,190,0,.35);color:inherit;border-bottom:2px solid rgb(200,130,0)"
+_LOSS = "background:rgba(255,190,0,.35);border-bottom:2px solid rgb(200,130,0)"
 _SPECIAL = "outline:1px solid;outline-offset:-1px"
 _SHARED = "opacity:.6;text-decoration:underline dotted"
 _EDGE = "border-right:1px solid rgba(128,128,128,.5)"
@@ -130,11 +130,10 @@ def _token_html(
     "A token, marked up."
     from html import escape
     style = ";".join([_EDGE] + [_LOSS] * trained + [_SPECIAL] * special)
-    tag = "mark" if trained else "span"
     shown = escape(_visible(text))
     if special: shown = f"<b>{shown}</b>"
     line_may_end = "<wbr>" if text.startswith(" ") else ""
-    return f'{line_may_end}<{tag} style="{style}">{shown}</{tag}>'
+    return f'{line_may_end}<span style="{style}">{shown}</span>'
 
 # %% ../../nbs/ui/00_previews.ipynb #af8dc99d
 @patch
