@@ -121,7 +121,7 @@ def refuse(
 ):
     "Make the rows lost in a file problems of their own."
     lost = self.unread.pop(file, {})
-    told = _told_once(list(lost.values()))
+    told = _told_once([why for _, why in sorted(lost.items())])
     room = max(0, self.limit - len(self.problems))
     self.problems += [Problem(file, why) for why in told[:room]]
     self.count += len(told)
