@@ -746,7 +746,7 @@ def test_a_job_of_the_studio_with_ftnb_itself(pressed, kernel):
 def test_a_wrong_argument_fails_the_job_in_ftnbs_own_words(pressed):
     env, folder = pressed.env | {"JOB_ARGUMENTS": "--base_modl_id 1"}, pressed.studio.folder
     code, said = run([pressed.studio.python, "-c", AS_A_CELL, folder/JOB], env, folder)
-    words = "JobFailed: ftnb.problems.ProblemsError: The job's arguments are wrong:\n- --base_modl_id is no key"
+    words = "JobFailed: The job's arguments are wrong:\n- --base_modl_id is no key"
     assert code == 1 and words in said, said[-2000:]
 
 
