@@ -143,7 +143,7 @@ def publish(
         proof = prove(job, saved, load)
         run = replace(runrecord.describe_run(job, rows, saved), proof=proof, **watch.took())
         runrecord.write_run(run, saved.folder)
-        parents.write_learnt(saved.folder, rows.learnt)
+        guards.best_effort("trained_rows.npz", lambda: parents.write_learnt(saved.folder, rows.learnt))
         guards.best_effort("README.md", lambda: model_card.write_card(saved.folder, run))
         saving.publish_folder(saved.folder, out)
     return run
