@@ -16,7 +16,7 @@ from pathlib import Path
 import ftnb.corpus as corpus
 import ftnb.splits as splits
 import ftnb.studio as studio
-from .problems import Problem, problems_of, raise_problems
+from .problems import Problem, nearest_path, problems_of, raise_problems
 
 # %% ../nbs/18_choosing.ipynb #9fabaafa
 @dataclass(frozen=True, repr=False)
@@ -185,7 +185,7 @@ def dataset_columns(
     if ending in _OTHER_FILES: raise ValueError(f"{place} is {_OTHER_FILES[ending]}")
     on_hub = not os.path.exists(path) and re.fullmatch(HUB_NAME, place)
     if on_hub: return dict(type="huggingface", huggingface_name=source)
-    raise ValueError(f"{source or 'nothing'} is no .csv, .tsv, .json or .jsonl file, no folder and no name on the hub")
+    raise ValueError(f"{source or 'nothing'} is no .csv, .tsv, .json or .jsonl file, no folder and no name on the hub{nearest_path(path)}")
 
 # %% ../nbs/18_choosing.ipynb #cded33bc
 def _studio_record(

@@ -16,7 +16,7 @@ from .csv_files import csv_table
 from .files import Faults, Place, most_bytes, not_regular, text_table
 from .hub import hub_problem, reaching_hub
 from .json_files import json_file_table, json_table, jsonl_table
-from .problems import Problem, nearest, problems_with
+from .problems import Problem, nearest, nearest_path, problems_with
 
 # %% ../nbs/14_corpus.ipynb #88d0deca
 def library_error(
@@ -469,7 +469,7 @@ def _place_problem(
     "What is wrong with the place of a data set."
     if os.path.exists(source): return _file_problem(source) if file else _folder_problem(source)
     if hub and not source.startswith(("/", ".")): return ""
-    return f"there is no such {'file' if file else 'folder'}, seen from {os.getcwd()}"
+    return f"there is no such {'file' if file else 'folder'}, seen from {os.getcwd()}{nearest_path(source)}"
 
 # %% ../nbs/14_corpus.ipynb #1a53f068
 def _source(

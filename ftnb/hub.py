@@ -10,7 +10,7 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
-from .problems import Problem, raise_problems
+from .problems import Problem, nearest_path, raise_problems
 
 # %% ../nbs/05_hub.ipynb #6f928ca8
 def hub_answers(
@@ -93,7 +93,7 @@ def hub_problem(
     if is_cached(kind, name): return ""
     from huggingface_hub import constants
     right = "give a folder, or try again when there is a network"
-    return f"{name} isn't on this machine, and the hub ({constants.ENDPOINT}) can't be reached: {right}"
+    return f"{name} isn't on this machine, and the hub ({constants.ENDPOINT}) can't be reached: {right}{nearest_path(name)}"
 
 # %% ../nbs/05_hub.ipynb #8495f631
 @contextmanager

@@ -30,7 +30,7 @@ from .fields import in_argument
 from .findings import FindingLog
 from .nodes import processes_problems
 from .places import place_problems
-from .problems import Problem, ProblemsError, problems_of, problems_with
+from .problems import Problem, ProblemsError, nearest_path, problems_of, problems_with
 
 # %% ../nbs/81_inputs.ipynb #694760d7
 def _describe_records(
@@ -149,7 +149,7 @@ def model_folder_problem(
 ) -> str:  # the end of a sentence, or ""
     "Why a folder holds no base model."
     seen = f", seen from {os.getcwd()}"
-    if not os.path.exists(place): return f"isn't there{seen}"
+    if not os.path.exists(place): return f"isn't there{seen}{nearest_path(place)}"
     files = os.listdir(place) if os.path.isdir(place) else []
     if "config.json" not in files: return f"holds no model; name a folder with a config.json{seen}"
     if any(name.endswith(".safetensors") for name in files): return ""
@@ -168,7 +168,7 @@ def location_problems(
     place, problem = os.path.expanduser(record.location.strip()), ""
     if kind == "dataset" and record.type == "project": place = corpus.parse_dataset_name(place).place
     if kind == "model": problem = model_folder_problem(place)
-    elif not os.path.exists(place): problem = f"isn't there, seen from {os.getcwd()}"
+    elif not os.path.exists(place): problem = f"isn't there, seen from {os.getcwd()}{nearest_path(place)}"
     if not problem: return []
     return [Problem(_NAMED_BY[kind], f"{kind}s {record.id}: location {place} {problem}")]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from zipfile import BadZipFile
 
 from .lora_settings import LORA_RULES
-from .problems import Problem, shortened
+from .problems import Problem, nearest_path, shortened
 from .splits import row_digests
 from .storage import file_hash, read_json
 from .studio import fetch, list_rows
@@ -39,11 +39,11 @@ def parent_folder(
     "Where an adapter lies."
     if os.path.isdir(name): return os.path.abspath(name)
     begin = f"parent_adapter {name}: "
-    if os.sep in name or engine is None: raise ValueError(f"{begin}there is no such folder")
+    if os.sep in name or engine is None: raise ValueError(f"{begin}there is no such folder{nearest_path(name)}")
     named = [row for row in list_rows(engine, "adapters") if row.name == name]
     record = fetch(engine, "adapters", name) or (named[0] if named else None)
     if record is None:
-        raise ValueError(f"{begin}the Studio has no adapter of this id or name, and there is no such folder")
+        raise ValueError(f"{begin}the Studio has no adapter of this id or name, and there is no such folder{nearest_path(name)}")
     if record.location and os.path.isdir(record.location): return os.path.abspath(record.location)
     raise ValueError(f"{begin}the adapter {record.name} has no folder here (location {record.location}); "
                      "download it, and name its folder")

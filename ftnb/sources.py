@@ -13,7 +13,7 @@ from pathlib import Path
 import ftnb.choosing as choosing
 import ftnb.corpus as corpus
 import ftnb.storage as storage
-from .problems import raise_problems
+from .problems import nearest_path, raise_problems
 from .saving import publish_folder
 
 # %% ../nbs/93_sources.ipynb #a3f293c7
@@ -108,7 +108,7 @@ def _store_parquet(
     folder: Path,  # of the project
 ) -> tuple:  # (a folder in it, hash of its content)
     "Give a Parquet file a folder of its own."
-    if not path.is_file(): raise ValueError(f"{path}: there is no such file, seen from {os.getcwd()}")
+    if not path.is_file(): raise ValueError(f"{path}: there is no such file, seen from {os.getcwd()}{nearest_path(path)}")
     hashed = storage.file_hash(path)
     place = _kept(folder, hashed, lambda part: shutil.copyfile(path, part/"train.parquet"))
     return place, _files_hash({"train.parquet": hashed})

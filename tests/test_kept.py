@@ -15,8 +15,8 @@ import pytest
 import transformers
 
 import ftnb
-from ftnb import (card, checkpoint_files, checkpoints, estimate, evaluate, finetune, manifest, models, plots, progress,
-                  registry, report, runrecord, saving, studio, trainer)
+from ftnb import (card, checkpoint_files, checkpoints, estimate, evaluate, finetune, manifest, models, parents, plots,
+                  progress, registry, report, runrecord, saving, studio, trainer)
 from ftnb.demo.project import demo_data, make_demo_project
 from ftnb.jobargs import parse_job_arguments
 
@@ -49,6 +49,7 @@ CASES = [
     Case("versions", runrecord, "library_versions", "versions of run.json: failed"),
     Case("a library without metadata", importlib.metadata, "version", "loaded back", steps=2),
     Case("what was used", runrecord, "used_settings", "used of run.json: failed"),
+    Case("which rows it has learnt", parents, "write_learnt", "trained_rows.npz: failed", steps=2),
     Case("hashes of the records", studio, "record_hash", "records of run.json: failed", steps=2),
     Case("the model card", card, "card_text", "README.md: failed"),
     Case("the report", report, "write_report", "report.html: failed"),

@@ -17,7 +17,7 @@ import ftnb.inputs as inputs
 import ftnb.prompts as prompts
 import ftnb.studio as studio
 import ftnb.ui.controls as controls
-from ..problems import problems_of, raise_problems
+from ..problems import nearest_path, problems_of, raise_problems
 
 # %% ../../nbs/ui/08_additions.ipynb #fd11b975
 def add_model(
@@ -35,7 +35,7 @@ def add_model(
     elif re.fullmatch(choosing.HUB_NAME, source): row = dict(type="huggingface", huggingface_model_name=source)
     else:
         right = "neither a folder with a model nor a name on the hub, such as HuggingFaceTB/SmolLM2-135M"
-        raise ValueError(f"{source or 'nothing'} is {right}")
+        raise ValueError(f"{source or 'nothing'} is {right}{nearest_path(folder)}")
     return studio.add_row(engine, "models", framework="pytorch", name=name, **row)
 
 # %% ../../nbs/ui/08_additions.ipynb #0d1a773b
