@@ -30,6 +30,7 @@ from .fields import in_argument
 from .findings import FindingLog
 from .nodes import processes_problems
 from .places import place_problems
+from .plan import began_in_bf16
 from .problems import Problem, ProblemsError, nearest_path, problems_of, problems_with
 
 # %% ../nbs/81_inputs.ipynb #694760d7
@@ -81,6 +82,7 @@ def _check_blobs(
 def _choose_precision(
     records: studio.Records,  # with settings that can be used
     token: str | None,  # for gated models
+    output_dir: str,  # of the run, which may have begun
 ) -> models.Precision | None:  # None where the settings don't say it
     "How the base model is to be held and computed."
     bnb, training = records.bnb, records.training
@@ -88,7 +90,7 @@ def _choose_precision(
     on_cpu = training.get("use_cpu") or training.get("no_cuda")
     config = models.base_config(studio.model_source(records.model), token) if records.model else {}
     asked = training_fields.current_names(training)
-    return models.choose_precision(asked, bnb, "cpu" if on_cpu else None, config)
+    return models.choose_precision(asked, bnb, "cpu" if on_cpu else None, config, began_in_bf16(output_dir))
 
 # %% ../nbs/81_inputs.ipynb #e37e1972
 def _check_lora(
@@ -120,7 +122,7 @@ def _check_settings(
 ) -> tuple:  # (`Precision`, `TrainingSettings`), or two None
     "What the settings come to on this machine."
     args, settle = log.args, training_settings.settle_training
-    precision = log.attempt("settings", _choose_precision, records, args.token)
+    precision = log.attempt("settings", _choose_precision, records, args.token, args.train_out_dir)
     log.add("error", "settings", *processes_problems(args, precision, env))
     if precision is None: return None, None
     settings = log.attempt("settings", settle, records.training, precision, args.train_out_dir)

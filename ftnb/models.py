@@ -82,10 +82,13 @@ def held_as(
 # %% ../nbs/34_models.ipynb #ee650fbd
 def _cpu_dtype(
     asked: str,  # "bfloat16" or "float16"
+    began: bool | None = None,  # in bf16, of a run that goes on; None: it begins
 ) -> tuple:  # (dtype used, notes)
     "The nearest precision that this CPU runs fast."
     if asked == "float16":
         return "float32", [Problem("fp16", "fp16 was asked for; on a CPU it is far slower than fp32, so fp32 is used")]
+    if began: return "bfloat16", []
+    if began is False: return "float32", [Problem("bf16", "bf16 was asked for; the run began in fp32, and goes on in it")]
     speedup = bf16_speedup()
     if speedup >= WORTH_BF16: return "bfloat16", []
     text = f"bf16 was asked for; this CPU multiplies it at {speedup:.2g} times the speed of fp32, so fp32 is used"
@@ -95,11 +98,12 @@ def _cpu_dtype(
 def _dtype(
     asked: str,  # "float32", "bfloat16" or "float16"
     device: str,  # where the model will be
+    began: bool | None = None,  # in bf16, of a run that goes on; None: it begins
 ) -> tuple:  # (dtype used, notes)
     "The nearest precision that this device runs fast."
     import torch
     if asked == "float32": return asked, []
-    if device == "cpu": return _cpu_dtype(asked)
+    if device == "cpu": return _cpu_dtype(asked, began)
     if asked == "float16" or torch.cuda.is_bf16_supported(including_emulation=False): return asked, []
     return "float16", [Problem("bf16", "bf16 was asked for; this GPU has no bf16, so fp16 is used")]
 
@@ -198,13 +202,14 @@ def choose_precision(
     bnb: dict | None,  # bitsandbytes settings as asked for; `{}` for none
     device: str | None = None,  # default: this process's own
     config: dict | None = None,  # of the base model, from `weights.read_config`
+    began: bool | None = None,  # in bf16, of a run that goes on, from `plan.began_in_bf16`; None: it begins
 ) -> Precision:  # what will be used, with notes
     "Settle device, precision and quantisation from what was asked for, what the base is and what the machine has."
     device, bnb, config = device or local_device(), dict(bnb or {}), config or {}
     stored = quantisation.stored_quantisation(config)
     packed = _packed_as(bnb, stored)
     unpacks = stored.get("quant_method") == "mxfp4" and device != "cpu" and not training.get("fp16")
-    dtype, notes = _dtype("bfloat16" if unpacks else _asked_type(training, packed), device)
+    dtype, notes = _dtype("bfloat16" if unpacks else _asked_type(training, packed), device, began)
     notes += quantisation.bnb_notes(bnb) + _base_notes(bnb, stored, dtype)
     notes += _type_notes(training, bnb, config, dtype)
     asked = training.get("gradient_checkpointing")
