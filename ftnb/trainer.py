@@ -16,7 +16,7 @@ from .guards import RunStopped, best_effort, one_line, stop_on_signals, tracker_
 from .manifest import run_identity
 from .metrics import RunState, RunTotals, append_metrics
 from .packing import packing_attention
-from .passes import fast_layers, in_passes, run_step, settle_budget, tell_all
+from .passes import fast_layers, in_passes, passes_at_once, run_step, settle_budget, tell_all
 from .plan import RunPlan
 from .prefix import PrefixSampler
 from .progress import clock_time, progress_bar, wants_bar
@@ -394,7 +394,7 @@ def train_adapter(
     with fast_layers(model, train, settings) as liger:
         budget, unshared = settle_budget(model, train, settings)
         trainer = make_trainer(model, tokenizer, train, test, settings, budget, bar, ask, callbacks)
-        trainer.run.row_numbers = row_numbers
+        trainer.run.row_numbers, trainer.run.at_once = row_numbers, passes_at_once(model, train, settings) if budget else 1
         identity = run_identity(_asked_settings(settings, unshared), model, train, test, identity)
         checkpoint = begin_or_resume(trainer, identity)
         metrics = _train_and_evaluate(trainer, checkpoint, shared=not unshared)
