@@ -533,22 +533,27 @@ def _as_in_training(
     import torch
     kind = precision.device.split(":")[0]
     devices = [] if kind == "cpu" else [precision.device]
-    dtype = getattr(torch, precision.dtype)
     with (_training_mode(model),
           _checkpointing(model, precision.gradient_checkpointing),
           torch.random.fork_rng(devices),
-          packing.packing_attention(model),
-          torch.autocast(kind, dtype, enabled=precision.mixed is not None)): yield
+          packing.packing_attention(model)): yield
 
 # %% ../nbs/69_estimate.ipynb #d6a1daaf
 def _pass_seconds(
     model,  # a `PeftModel`, as in training
-    batch: prefix.PackedBatch,  # a flat pass
+    batches: list,  # flat passes
+    precision: models.Precision,  # of the run
+    at_once: int,  # passes side by side
 ) -> float:
-    "Time a pass, forward and backward."
+    "Time passes, forward and backward."
     import time, torch
+    kind, dtype = precision.device.split(":")[0], getattr(torch, precision.dtype)
+    def loss_of(batch):
+        with torch.autocast(kind, dtype, enabled=precision.mixed is not None): return packing.packed_loss(model, batch)
+    def in_turn(batches):
+        for batch in batches: loss_of(batch).backward()
     start = time.perf_counter()
-    packing.packed_loss(model, batch).backward()
+    passes.flat_losses(model, batches, loss_of, at_once, in_turn)
     if next(model.parameters()).is_cuda: torch.cuda.synchronize()
     return time.perf_counter() - start
 
@@ -556,14 +561,16 @@ def _pass_seconds(
 def probe_pass(
     model,  # a `PeftModel`, not trained yet
     features: list,  # of {"input_ids", "labels"}: the rows of the pass
-    precision: models.Precision,  # of the run
+    job: Job,  # from `check_job`
 ) -> tuple:  # (computed tokens, seconds)
-    "Run one pass as training does; the model and the random state stay as they were."
-    batch = prefix.pack_rows(features)
-    with _as_in_training(model, precision):
-        seconds = _pass_seconds(model, batch)
-        if seconds <= 2: seconds = _pass_seconds(model, batch)
-    return batch.tokens_computed, seconds
+    "Run one pass as training does, on a CPU divided among the cores; the model and the random state stay as they were."
+    at_once = passes.passes_at_once(model, features, job.settings)
+    everything = sum(len(row["input_ids"]) for row in features)
+    def laid_out(): return prefix.tree_passes(features, everything, at_once > 1, at_once=at_once)
+    with _as_in_training(model, job.precision):
+        seconds = _pass_seconds(model, laid_out(), job.precision, at_once)
+        if seconds <= 2: seconds = _pass_seconds(model, laid_out(), job.precision, at_once)
+    return sum(batch.tokens_computed for batch in laid_out()), seconds
 
 # %% ../nbs/69_estimate.ipynb #f9868e59
 def _unless_memory_ends(
@@ -647,7 +654,7 @@ def estimate_time(
     budget = pass_budget(model, precision, settings, counts.prefix, free)
     chosen = [rows.train.dataset[i] for i in largest_pass(counts, settings, budget)]
     if settings.prompt_loss_weight: chosen = passes.weigh_prompts(chosen, settings.prompt_loss_weight)
-    probed = _unless_memory_ends(probe_pass, model, chosen, precision)
+    probed = _unless_memory_ends(probe_pass, model, chosen, job)
     if probed is None: return f"memory ran out on a pass of {len(chosen)} rows; training takes smaller ones"
     layout = _layout_of(job, budget, packing.keeps_prefix(model))
     return _time_sentence(job, rows, probed, layout, _steps_done(job))
@@ -690,7 +697,7 @@ def _time_layers(
     with torch.random.fork_rng([] if precision.device == "cpu" else [precision.device]):
         base = AutoModelForCausalLM.from_config(shallow, dtype=dtype, trust_remote_code=False)
         model = adapters.apply_lora(base.to(precision.device), job.records.lora)
-        return probe_pass(model, features, precision)
+        return probe_pass(model, features, job)
 
 # %% ../nbs/69_estimate.ipynb #861586a1
 def _rows_as_long(

@@ -41,7 +41,6 @@ class RunTotals:
 class RunState:
     "Where a run stands, beside what transformers' `TrainerState` says."
     budget: int = 0  # computed tokens of a flat pass; 0: rows are trained in padded batches
-    at_once: int = 1  # flat passes computed side by side
     pass_rows: int = 1  # rows of a padded batch, on each process
     eval_rows: int = 8  # the same, of an evaluation
     rows_per_step: int = 1  # over all processes

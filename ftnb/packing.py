@@ -410,11 +410,10 @@ class KeptPrefix:
     "Shared tokens that have been run, their keys and values ready for the passes that follow."
     def __init__(
         self,
-        model,  # within `packing_attention`, without gradient checkpointing
         batch: PackedBatch,  # the first of `tree_passes`, with `keep`
-        num_items=None,  # label tokens of the whole optimizer step
+        loss,  # of it, from `packed_loss`, without gradient checkpointing
     ):
-        self.loss = packed_loss(model, batch, num_items)  # of what its positions predict
+        self.loss = loss  # of what its positions predict
         kept = batch.tree.keys
         self.made = [tensor for layer in kept for tensor in layer]
         self.leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in self.made]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEAST_ON_GPU', 'token_bytes', 'tokens_per_pass', 'weigh_prompts', 'packed_passes', 'return_memory', 'side_by_side',
-           'passes_at_once', 'counted_tokens', 'out_of_memory', 'tell_all', 'run_step', 'in_passes', 'fast_layers',
-           'sharing_obstacle', 'settle_budget']
+           'passes_side_by_side', 'trained_leaves', 'passes_at_once', 'flat_losses', 'counted_tokens', 'out_of_memory',
+           'tell_all', 'run_step', 'in_passes', 'fast_layers', 'sharing_obstacle', 'settle_budget']
 
 # %% ../nbs/61_passes.ipynb #60cc5918
 import contextlib, ctypes
@@ -13,6 +13,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from math import sqrt
 
+from .cpu_layers import is_plain_lora
 from .gpu_layers import kernel_obstacle, liger_layers, liger_problem
 from .metrics import RunState
 from .packing import KeptPrefix, causal_model, keeps_prefix, packed_loss, packing_attention
@@ -168,7 +169,7 @@ def _laid_out(
     rows, _ = trainer.share(inputs)
     budget, longest = trainer.run.budget, rows["input_ids"].shape[1]
     keeps = keeps_prefix(model)
-    at_once = max(1, min(trainer.run.at_once, budget // longest)) if keeps else 1
+    at_once = max(1, min(trainer.at_once, budget // longest)) if keeps else 1
     prompt_weight = trainer.prompt_weight if train else 0.0
     on_gpu = trainer.accelerator.device.type != "cpu"
     passes = packed_passes(rows, budget, keeps, prompt_weight, on_gpu, at_once)
@@ -191,7 +192,7 @@ def side_by_side(
         torch.set_num_threads(threads)  # one for all threads yet to come
 
 # %% ../nbs/61_passes.ipynb #ed659d43
-def _passes_at_once(
+def passes_side_by_side(
     passes: list,  # `PackedBatch`es
     loss_of,  # function of a pass: its loss
     at_once: int,  # side by side
@@ -211,9 +212,9 @@ def _passes_at_once(
     return losses
 
 # %% ../nbs/61_passes.ipynb #ab16ea62
-def _leaves(
+def trained_leaves(
     model,  # plain or in wrappers
-    prefix: KeptPrefix | None,  # of the passes
+    prefix: KeptPrefix | None = None,  # of the passes
 ) -> list:  # of tensors
     "What the gradients of passes are for."
     kept = [] if prefix is None else prefix.leaves
@@ -236,37 +237,48 @@ def _draws(
         torch.set_rng_state(state)
         for module, mode in modes: module.training = mode
 
+# %% ../nbs/61_passes.ipynb #4a1180c1
+def _keeps_still(
+    model,  # a `PeftModel`
+) -> bool:
+    "Is there nothing in a model that a pass changes?"
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    modules, changing = list(model.modules()), ("dynamic", "longrope")
+    stretched = any(name in str(getattr(module, "rope_type", "")) for module in modules for name in changing)
+    return not stretched and all(is_plain_lora(module) for module in modules if isinstance(module, BaseTunerLayer))
+
 # %% ../nbs/61_passes.ipynb #b96ca122
 def passes_at_once(
     model,  # a `PeftModel`, before training
-    train,  # `Dataset` with `input_ids` and `labels`
+    train,  # rows with `input_ids`; the first is tried
     settings: TrainingSettings,  # from `settle_training`
 ) -> int:  # 1: one after the other
     "How many flat passes are computed side by side: as many as torch has threads on a CPU, where nothing forbids it."
     import torch
-    threads, inner = torch.get_num_threads(), causal_model(model)
-    stretched = any(name in str(getattr(module, "rope_type", "")) for module in inner.modules() for name in ("dynamic", "longrope"))
+    threads, quantised = torch.get_num_threads(), getattr(causal_model(model), "is_quantized", False)
     apart = settings.config["gradient_checkpointing"] or settings.config.get("neftune_noise_alpha") is not None
-    if threads < 2 or apart or stretched or getattr(inner, "is_quantized", False) or not keeps_prefix(model): return 1
+    if threads < 2 or apart or quantised or not keeps_prefix(model) or not _keeps_still(model): return 1
     return 1 if _draws(model, train[0]["input_ids"]) else threads
 
 # %% ../nbs/61_passes.ipynb #9ce4221d
-def _flat_losses(
-    trainer,  # a `RowTrainer`
+def flat_losses(
     model,  # as the trainer wrapped it
-    passes: list,  # `PackedBatch`es with rows
-    at_once: int,  # side by side; 1: one after the other
+    passes: list,  # from `packed_passes`
     loss_of,  # function of a pass: its loss
-    prefix: KeptPrefix | None,  # of the passes
-    train: bool,  # with gradients
-) -> list:  # their losses, without gradients
-    "Forward, and backward while training."
-    if at_once > 1 and len(passes) > 1: return _passes_at_once(passes, loss_of, at_once, _leaves(model, prefix) if train else [])
-    def compute(batch):
-        loss = loss_of(batch)
-        if train: trainer.accelerator.backward(loss)
-        return loss.detach()
-    return _each_pass(trainer, model, passes, compute, train)
+    at_once: int,  # passes side by side
+    in_turn,  # function of passes: takes them one after the other, and gives their losses
+    train: bool = True,  # with gradients
+) -> list:  # the losses, without gradients
+    "Take the passes of a step, forward and, while training, backward; what they share goes first."
+    prefix = None
+    if not passes[0].rows:
+        first, *passes = passes
+        prefix = KeptPrefix(first, loss_of(first))
+    leaves = trained_leaves(model, prefix) if train else []
+    losses = passes_side_by_side(passes, loss_of, at_once, leaves) if at_once > 1 and len(passes) > 1 else in_turn(passes)
+    if prefix is None: return losses
+    if train: prefix.backward()
+    return [prefix.loss.detach(), *losses]
 
 # %% ../nbs/61_passes.ipynb #d7d650de
 def _flat_passes(
@@ -278,17 +290,16 @@ def _flat_passes(
 ) -> _Passed:
     "Forward, and backward while training, of this process's rows in flat passes."
     (passes, at_once), longest = _laid_out(trainer, model, inputs, train), inputs["input_ids"].shape[1]
-    computed, prefix = sum(batch.tokens_computed for batch in passes), None
     factor = trainer.accelerator.num_processes if train and num_items is not None else 1
     if num_items is None: num_items = sum(batch.num_items for batch in passes)
-    def noisy(batch): return _fit_noise(trainer, batch, longest)
-    def loss_of(batch): return _pass_loss(trainer, model, noisy(batch), num_items, factor)
-    if not passes[0].rows:
-        with trainer.compute_loss_context_manager(): prefix = KeptPrefix(model, noisy(passes.pop(0)), num_items)
-    losses = _flat_losses(trainer, model, passes, at_once, loss_of, prefix, train)
-    if prefix is None: return _Passed(sum(losses), computed)
-    if train: prefix.backward()
-    return _Passed(sum(losses, prefix.loss.detach()), computed)
+    def loss_of(batch): return _pass_loss(trainer, model, _fit_noise(trainer, batch, longest), num_items, factor)
+    def compute(batch):
+        loss = loss_of(batch)
+        if train: trainer.accelerator.backward(loss)
+        return loss.detach()
+    def in_turn(batches): return _each_pass(trainer, model, batches, compute, train)
+    losses = flat_losses(model, passes, loss_of, at_once, in_turn, train)
+    return _Passed(sum(losses), sum(batch.tokens_computed for batch in passes))
 
 # %% ../nbs/61_passes.ipynb #602cf0f0
 def _padded_parts(
@@ -531,7 +542,7 @@ def _held_out(
 class _InPasses:
     "What of a trainer works on rows in passes."
     held_out = 0.0  # sum of losses, and of label tokens
-    prompt_weight = 0.0  # what a prompt's token counts in a step's loss
+    prompt_weight, at_once = 0.0, 1  # what a prompt's token counts in a step's loss; flat passes computed side by side
 
     def padded_pass(self, model, part, num_items, train):
         part = {name: moved(tensor, self.accelerator.device) for name, tensor in part.items()}

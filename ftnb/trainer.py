@@ -292,7 +292,7 @@ def make_trainer(
     trackers = tracker_callbacks(settings.config.get("report_to"))
     trainer = kind(model, args=_trl_config(config), train_dataset=train, eval_dataset=test if len(test) else None,
                    processing_class=tokenizer, callbacks=trackers, run=run)
-    trainer.model_accepts_loss_kwargs = True
+    trainer.model_accepts_loss_kwargs, trainer.at_once = True, passes_at_once(model, train, settings) if budget else 1
     _train_in_float32(model)
     quiet_trainer(trainer)
     for callback in (*_callbacks(trainer, settings, bar), *callbacks): trainer.add_callback(callback)
@@ -394,7 +394,7 @@ def train_adapter(
     with fast_layers(model, train, settings) as liger:
         budget, unshared = settle_budget(model, train, settings)
         trainer = make_trainer(model, tokenizer, train, test, settings, budget, bar, ask, callbacks)
-        trainer.run.row_numbers, trainer.run.at_once = row_numbers, passes_at_once(model, train, settings) if budget else 1
+        trainer.run.row_numbers = row_numbers
         identity = run_identity(_asked_settings(settings, unshared), model, train, test, identity)
         checkpoint = begin_or_resume(trainer, identity)
         metrics = _train_and_evaluate(trainer, checkpoint, shared=not unshared)

@@ -29,7 +29,7 @@ def test_enough(found, tell):
          f"{sum(each['prompts'] for each in found[0].values())} of prompts")
 
 
-@pytest.mark.parametrize("what", ["one process", "two processes", "evaluation"])
+@pytest.mark.parametrize("what", ["one process", "side by side", "two processes", "evaluation"])
 def test_exact(found, what, tell):
     "Loss and gradients, in passes, kept or not, with checkpointing or not; the held-out loss."
     worst = [0.0, 0.0]

@@ -22,8 +22,8 @@ from peft import LoraConfig, get_peft_model
 
 from ftnb.decoding import answer_prompts
 from ftnb.metrics import RunState
-from ftnb.packing import KeptPrefix, causal_model, packed_loss, packing_attention
-from ftnb.passes import _InPasses, run_step
+from ftnb.packing import causal_model, packed_loss, packing_attention
+from ftnb.passes import _InPasses, flat_losses, run_step
 from ftnb.prefix import tree_passes
 from ftnb.ranks import leave, share_of
 
@@ -121,18 +121,20 @@ def one_by_one(model, features):
     return loss.item(), gradient(model)
 
 
-def in_passes(model, features, budget, keep, least):
+def in_passes(model, features, budget, keep, least, at_once=1):
     "(loss, gradient) of a tree in passes, in one process."
     model.zero_grad()
     items = sum(label != -100 for f in features for label in f["labels"][1:])
-    first, *passes = tree_passes(features, budget, keep, least)
-    kept = None if first.rows else KeptPrefix(model, first, items)
-    losses = [packed_loss(model, p, items) for p in (passes if kept else [first, *passes])]
-    for loss in losses:
-        loss.backward()
-    if kept:
-        kept.backward()
-        losses.append(kept.loss)
+    def loss_of(batch):
+        return packed_loss(model, batch, items)
+    def in_turn(passes):
+        losses = [loss_of(batch) for batch in passes]
+        for loss in losses:
+            loss.backward()
+        return losses
+    with patch("ftnb.prefix.SIDE_BY_SIDE", 4):
+        passes = tree_passes(features, budget, keep, least, at_once)
+    losses = flat_losses(model, passes, loss_of, at_once, in_turn)
     return sum(loss.item() for loss in losses), gradient(model)
 
 
@@ -174,10 +176,12 @@ def try_tree(g, model, wrapped, accelerator):
         causal_model(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     with packing_attention(wrapped):
         alone = in_passes(model, features, budget, keep and not checkpointing, least)
+        abreast = alone if checkpointing else in_passes(model, features, budget, keep, least, at_once=3)
         *both, held_out = by_all(Trainer(accelerator, budget), wrapped, features)
     if checkpointing:
         causal_model(model).gradient_checkpointing_disable()
-    return {"one process": off(alone, right), "two processes": off(both, right), "evaluation": (abs(held_out - right[0]), 0.0)}
+    return {"one process": off(alone, right), "side by side": off(abreast, right), "two processes": off(both, right),
+            "evaluation": (abs(held_out - right[0]), 0.0)}
 
 
 def try_prompts(g, model):

@@ -180,10 +180,11 @@ def _flat_work(
     budget: int,  # tokens of a pass
     keep: bool,  # is what a step's passes share computed once?
     on_gpu: bool = False,
+    at_once: int = 1,  # passes side by side
 ) -> Work:
     "What a batch of this project computes."
     work = Work()
-    for p in packed_passes(inputs, budget, keep, on_gpu=on_gpu):
+    for p in packed_passes(inputs, budget, keep, on_gpu=on_gpu, at_once=at_once):
         work += Work(p.rows, p.tokens_computed, len(p.positions), int((p.position_ids + 1).sum()))
     return work
 
@@ -202,7 +203,7 @@ def _our_training(
         if job.liger and not liger: raise RuntimeError("with Liger's kernels this model gives other numbers: use --no-liger")
         budget, _ = settle_budget(model, rows, settings)
         trainer = make_trainer(model, tokenizer, rows, rows.select([]), settings, budget, False)
-        def work(inputs): return _flat_work(inputs, budget, keeps_prefix(model), not settings.config["use_cpu"])
+        def work(inputs): return _flat_work(inputs, budget, keeps_prefix(model), not settings.config["use_cpu"], trainer.at_once)
         with packing_attention(model): yield trainer, work
 
 # %% ../../nbs/demo/2_bench.ipynb #ac9b54e9
