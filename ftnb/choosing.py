@@ -16,7 +16,7 @@ from pathlib import Path
 import ftnb.corpus as corpus
 import ftnb.splits as splits
 import ftnb.studio as studio
-from .problems import Problem, nearest_path, problems_of, raise_problems
+from .problems import Problem, nearest, nearest_path, problems_of, raise_problems
 
 # %% ../nbs/18_choosing.ipynb #9fabaafa
 @dataclass(frozen=True, repr=False)
@@ -377,7 +377,8 @@ def with_chosen(
         try:
             if one.name not in found.splits: whole, placed = _with_one(whole, one, engine, token)
         except (ValueError, OSError) as e:
-            problems += [Problem(one.key, f"{one.key} {one.name!r}: {p}") for p in problems_of(e)]
+            hint = nearest(one.name, found.splits) if one.name.isidentifier() else ""  # a split, misspelt
+            problems += [Problem(one.key, f"{one.key} {one.name!r}: {p}{hint}") for p in problems_of(e)]
         named.append(placed)
     raise_problems(problems or _name_problems(named), "The data can't be chosen")
     return ChosenCorpus(whole.splits, whole.unread, whole.empty, whole.notes, _parts(found, choice, named))

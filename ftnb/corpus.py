@@ -120,7 +120,10 @@ def _configuration_problem(
     "What to say where a configuration must be chosen, or isn't there."
     listed = ", ".join(known[:20])
     if name.config in known or (usual and not name.config): return ""
-    if name.config: return f"it has no configuration {name.config!r}; known are {listed}{_split_hint(name)}"
+    if name.config:
+        below = os.path.join(name.place, name.config)
+        folder = f"; to read the folder alone, name {below}" if os.path.isdir(below) else ""
+        return f"it has no configuration {name.config!r}; known are {listed}{folder or _split_hint(name) or nearest(name.config, known)}"
     return f"it has several configurations, {listed}: write which one behind the name, such as {name.place}:{known[0]}"
 
 # %% ../nbs/14_corpus.ipynb #91051936
