@@ -92,7 +92,9 @@ def _set_ticks(
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=nice))
     ax.xaxis.set_major_formatter(FuncFormatter(_step_label))
     if log: ax.set_yscale("log")  # goes first: it brings ticks of its own
-    values = LogLocator(subs=(1, 2, 5), numticks=12) if log else MaxNLocator(4, steps=nice)
+    low, high = ax.get_ylim()
+    few = (1,) if high > 200 * low else (1, 2, 5)
+    values = LogLocator(subs=few, numticks=12) if log else MaxNLocator(4, steps=nice)
     ax.yaxis.set_major_locator(values)
     ax.yaxis.set_major_formatter(FuncFormatter(curves.short_number))
     ax.yaxis.set_minor_formatter(NullFormatter())

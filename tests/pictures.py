@@ -32,6 +32,16 @@ def animation(shots, width=760):
     return out.getvalue()
 
 
+def is_a_picture(data):
+    "It is wide enough to be read and small in bytes, every frame has several colours, and none is nearly all of it."
+    image = Image.open(BytesIO(data))
+    assert 700 < image.width < 2000 and image.height > 100 and len(data) < 150_000, (image.size, len(data))
+    for number in range(getattr(image, "n_frames", 1)):
+        image.seek(number)
+        counts = sorted((n for n, _ in image.convert("RGB").getcolors(1 << 24)), reverse=True)
+        assert len(counts) > 8 and counts[0] < 0.99 * sum(counts), (number, counts[:3])
+
+
 def part(notebook, first, last, margin=8, above=8):
     "A screenshot from the top of one thing to the bottom of another."
     for end in (last, first):

@@ -16,13 +16,14 @@ import uuid
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+import lab
 import nbformat
 import psutil
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from lab import MARK, PICTURE_OF_RUN, RESTART, Notebook, chromium, end_all, find_chromium, held, jobs, jupyter_lab, silent_hub, until
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
-from pictures import animation, part, png
+from pictures import animation, is_a_picture, part, png
 from playwright.sync_api import TimeoutError
 
 
@@ -30,7 +31,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.browser, pytest.mark.skipif(find_chr
 
 ROOT = Path(__file__).resolve().parent.parent
 TUTORIAL = "1_first_run.ipynb"
-EPOCHS = 20  # of the form's run
+EPOCHS = 14  # of the form's run
 STEPS = 18 * EPOCHS
 MOVES, MOVES_OF_PICTURES = 3, 9  # changes of a run's picture that are waited for
 FORM = [new_markdown_cell("# A form"), new_code_cell("""\
@@ -48,14 +49,26 @@ project = make_demo_project(".", base, "messages.csv", training=DEMO_TRAINING | 
 
 @pytest.fixture(scope="module")
 def keep(request):
-    "Keep a picture of the README, where pictures are asked for."
+    "Look at a picture of the README or the pages, and keep it where pictures are asked for."
     folder = request.config.getoption("--pictures")
+    if folder:
+        lab.WAIT = 3600  # the README's picture is of its own model
 
     def write(name, data):
+        is_a_picture(data)
         if folder:
             Path(folder, name).write_bytes(data)
     write.asked = bool(folder)
     return write
+
+
+def test_every_picture_is_taken_here():
+    "Those that the README and the pages show are those that lie there, and those that these tests keep."
+    pages = [ROOT/"README.md", *(ROOT/"nbs").rglob("*.ipynb"), *(ROOT/"docs").rglob("*.md")]
+    shown = {name for page in pages for name in re.findall(r"images/([\w.]+)\)", page.read_text(encoding="utf-8"))}
+    taken = re.findall(r'keep\("([\w.]+)"', Path(__file__).read_text(encoding="utf-8"))
+    assert shown == set(taken) == {picture.name for picture in (ROOT/"nbs"/"images").iterdir()}
+    assert len(taken) == len(shown)
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +115,37 @@ def test_the_first_tutorial(notebook, keep):
     everybody_can_read_it(notebook)
     compared = notebook.output("run.compare()").inner_text()
     assert all(word in compared for word in ("perplexity", "base", "tuned"))
+    the_readme_runs(notebook, keep)
     outputs_without_errors(notebook)
     left_alone(notebook, "finished")
+
+
+TICKETS = """\
+import ftnb.all
+teams = dict(track_parcel="delivery", late_delivery="delivery", return_item="returns", exchange_size="returns",
+             double_charge="billing", invoice_request="billing", reset_password="accounts", close_account="accounts")
+tickets = pd.read_csv(demo_data()).rename(columns=dict(message="ticket"))
+tickets["team"] = tickets.intent.map(teams)
+tickets.groupby("team").head(40)[["ticket", "team"]].to_csv("tickets.csv", index=False)"""
+
+
+def the_readme_runs(notebook, keep):
+    "Its lines as they stand there; on a tiny base, unless its picture is asked for."
+    notebook.run(TICKETS if keep.asked else TICKETS + "\nftnb.all.demo_base_model = lambda: base")
+    code, = re.findall(r"^```python\n(.*?)^```", (ROOT/"README.md").read_text(encoding="utf-8"), re.M | re.S)
+    notebook.run(code)
+    notebook.finished()
+    said = notebook.output("my parcel is late").inner_text()
+    assert all(word in said for word in ("perplexity", "held-out rows", "{'base': ", "'tuned': ")), said
+    notebook.run("display(plot_run(run.report.parent), run)")
+    notebook.finished()
+    parts = notebook.root.locator(".jp-CodeCell", has_text="display(plot_run").locator(".jp-OutputArea-output")
+    curves, table = parts.first.locator("img"), parts.last.locator("table")
+    texts = table.locator("tr").all_inner_texts()
+    assert ["held-out loss" in texts[1], "right answers" in texts[2], len(texts)] == [True, True, 6], texts
+    before, after = map(float, re.findall(r"[\d.]+", texts[1]))
+    assert after < before / 2
+    keep("run.png", png(part(notebook, curves, table, above=2)))
 
 
 def outputs_without_errors(notebook):
@@ -337,6 +379,7 @@ def train_and_stop(notebook, moves, shots):
         notebook.until("the picture says so", lambda: notebook.step()[0] == "running")
     watch(notebook, job, moves, shots)
     with held(job):
+        everybody_can_read_it(notebook)
         notebook.run("6 * 7")
         notebook.finished()
         assert notebook.output("6 * 7").inner_text() == "42"
