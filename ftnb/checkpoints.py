@@ -10,7 +10,7 @@ __all__ = ['seeded_order', 'Agreed', 'is_over', 'settle_plan', 'end_run', 'finis
 import contextlib, os, time
 from dataclasses import astuple, dataclass, replace
 
-from .guards import RunStopped, best_effort, check_finite, one_line, what_helps
+from .guards import AGAIN, RunStopped, best_effort, check_finite, one_line, what_helps
 from .manifest import find_checkpoint, whole_checkpoint
 from .metrics import RunState, RunTotals, keep_metrics
 from .plan import RunPlan, joined, read_plan, write_plan
@@ -229,8 +229,7 @@ def _stop(
         with contextlib.suppress(OSError): os.remove(os.path.join(out, "stop"))
     place = os.path.join(out, f"checkpoint-{state.global_step}")
     who = run.stop_asked_by or "another process"
-    raise RunStopped(f"stopped by {who} at step {state.global_step} of {state.max_steps}; a checkpoint is in {place};"
-                     " run the job again with the same arguments to go on")
+    raise RunStopped(f"stopped by {who} at step {state.global_step} of {state.max_steps}; a checkpoint is in {place}; {AGAIN}")
 
 # %% ../nbs/56_checkpoints.ipynb #fbf276cb
 def _save_or_stop(

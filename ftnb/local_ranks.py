@@ -161,8 +161,7 @@ def _stopped_ranks(
 ) -> list:  # of `RankFailure`
     "What the ranks of this node said when they were stopped."
     if words: return [RankFailure(node, rank, failure) for rank, failure in words.items()]
-    text = (f"stopped by {by}, and no rank had a word to say; run the job again with the same arguments: "
-            "it goes on from its last checkpoint, where there is one")
+    text = f"stopped by {by}, and no rank had a word to say; {guards.AGAIN}, from its last checkpoint, where there is one"
     return [RankFailure(node, 0, ranks.Failure(text, guards.RunStopped.__name__, time=time.time()))]
 
 # %% ../nbs/83_local_ranks.ipynb #bedfff07

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from fastcore.basics import patch
 
 from .checkpoints import begin_or_resume, flow_callback, resumable
-from .guards import RunStopped, best_effort, one_line, stop_on_signals, tracker_callbacks, tracker_scope
+from .guards import AGAIN, RunStopped, best_effort, one_line, stop_on_signals, tracker_callbacks, tracker_scope
 from .manifest import run_identity
 from .metrics import RunState, RunTotals, append_metrics
 from .packing import packing_attention
@@ -338,7 +338,7 @@ def _say_how_it_ends(
     try: yield
     except BaseException as e:
         ended = "stopped" if isinstance(e, (RunStopped, KeyboardInterrupt)) else "failed"
-        with contextlib.suppress(OSError): say(ended, one_line(e))
+        with contextlib.suppress(OSError): say(ended, one_line(e).replace(f"; {AGAIN}", ""))
         raise
     best_effort("the last line of metrics.jsonl", lambda: say("finished"))
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
+import ftnb.conversations as conversations
 import ftnb.evaluate as evaluate
 import ftnb.jobargs as jobargs
 import ftnb.preflight as preflight
@@ -29,8 +30,9 @@ import ftnb.ui.processes as processes
 import ftnb.ui.monitoring as monitoring
 import ftnb.ui.past_runs as past_runs
 import ftnb.ui.stills as stills
+from ..guards import AGAIN
 from ..problems import problems_of, raise_problems
-from .tuning import compare_held_out
+from .tuning import compare_held_out, load_run
 
 # %% ../../nbs/ui/18_form.ipynb #7c923bc9
 class Form:
@@ -137,17 +139,34 @@ def finish(
 
 # %% ../../nbs/ui/18_form.ipynb #c77f0422
 @patch
+def _trained(
+    self: Form,
+) -> jobargs.JobArgs:
+    "The arguments of the run, whose adapter is there."
+    args, _ = self.judge()
+    raise_problems(self.draft.problems(), "There is nothing to ask")
+    if os.path.exists(os.path.join(args.out_dir, "run.json")): return args
+    raise ValueError(f"there is no adapter in {args.out_dir} yet: train it first")
+
+# %% ../../nbs/ui/18_form.ipynb #9f8eb7d4
+@patch
 def compare(
     self: Form,
     n: int | None = 100,  # rows at most; None for all
 ) -> evaluate.Comparison:  # shows as a table
     "Base against adapter on the rows that the run held out."
-    args, _ = self.judge()
-    raise_problems(self.draft.problems(), "There is nothing to compare")
-    if not os.path.exists(os.path.join(args.out_dir, "run.json")):
-        raise ValueError(f"there is no adapter in {args.out_dir} yet: train it first")
+    args = self._trained()
     checked = self.check is not None and self.check.args == args
     return compare_held_out(args, self.draft.project.env, n, self.check if checked else None)
+
+# %% ../../nbs/ui/18_form.ipynb #da913550
+@patch
+def chat(
+    self: Form,
+    max_new_tokens: int = 64,  # most tokens of an answer
+) -> "Chat":  # a box in a notebook; `ask` anywhere
+    "Ask the base model and the adapter."
+    return load_run(self._trained().out_dir, self.draft.project.url).chat(max_new_tokens)
 
 # %% ../../nbs/ui/18_form.ipynb #f1796d6f
 @patch
@@ -201,7 +220,7 @@ def _make_state(self: Form):
     self.running, self.followed = False, False  # is the run training; was it, at the last look?
     self.followed_at = time.monotonic()  # when that was
     self.waiting, self.listing = False, False  # is somebody waiting who may give up; is the list of runs being filled?
-    self.asked = None  # (field, texts) of a row that is to be added
+    self.asked = {}  # field -> texts of a row that is to be added
     self.status = processes.RunStatus()
     self.shown, self.watched = None, None  # the run below the form: its folder, its monitor
     self.used = None  # folder of the adapter whose use is shown
@@ -254,12 +273,20 @@ def _texts_html(
     return "".join(found)
 
 # %% ../../nbs/ui/18_form.ipynb #9ef612e2
+def _missing(
+    project: "Project",  # of a draft
+) -> str:  # where its database will be; "" where it is there, or a server's
+    "Whether there is a database to be made."
+    place = project.url.removeprefix("sqlite:///")
+    return "" if "://" in place or os.path.exists(place) else place
+
+# %% ../../nbs/ui/18_form.ipynb #826a9024
 def _database_html(
     project: "Project",  # of a draft
 ) -> str:  # HTML; "" where its database can be read
     "Why there is nothing to choose."
-    place = project.url.removeprefix("sqlite:///")
-    if "://" in place or os.path.exists(place): return controls.badge(project.problem, "warning")
+    place = _missing(project)
+    if not place: return controls.badge(project.problem, "warning")
     words = f"Models, data sets and prompts are kept in a database. There is none yet; the button makes it, as {place}."
     return controls.badge(words, "hint")
 
@@ -389,6 +416,7 @@ def _log_html(
     if not traceback:
         before, *_ = text.split("Traceback (most recent call last):")
         text = "\n".join(before.splitlines()[-8:])
+    text = text.replace(AGAIN, "Resume goes on")  # the form's own way
     box = "max-height:14em;overflow-y:auto;display:flex;flex-direction:column-reverse;border-left:3px solid #9ca3af;padding-left:8px"
     look = "flex:none;overflow:visible;white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.3;margin:0"
     log = 'tabindex="0" role="log" aria-label="output of the run"'
@@ -674,18 +702,33 @@ def _read_first(
         if problem := self._sampled(id).problem: raise ValueError(problem)
     return texts
 
+# %% ../../nbs/ui/18_form.ipynb #fee68676
+@patch
+def _take_sample(
+    self: Form,
+    sample: Sample,  # of a data set that was added
+):
+    "Keep a data set's first rows; where no prompt is written, write the one that their columns stand for."
+    self.sample, (_, *texts) = sample, self.panes["prompt_id"].texts
+    if not sample.rows or any(text.value for text in texts): return
+    try: usual = conversations.usual_prompt(list(sample.rows[0]))
+    except ValueError: return
+    for text, words in zip(texts, usual): text.value = words
+
 # %% ../../nbs/ui/18_form.ipynb #79c041d0
 @patch
 def _add_asked(self: Form):
     "Add the row that somebody has asked for, and choose it."
-    if self.asked is None: return
-    (field, texts), self.asked = self.asked, None
+    if not self.asked: return
+    field = next(iter(self.asked))
+    texts = self.asked.pop(field)
     def add():
         project = self.draft.project
+        if _missing(project): raise ValueError("there is no database yet: first press Create this database, above")
         if project.engine is None: raise ValueError(project.problem)
         given = self._read_first(field, texts)
         with self.lock: id = self.add(field, *given)
-        if field == "dataset_id" and given[-1]: self.sample = Sample(id, additions.head(given[-1]))
+        if field == "dataset_id" and given[-1]: self._take_sample(Sample(id, additions.head(given[-1])))
         self._show_problems()
         name = "" if field == "prompt_id" else self.draft.project.hub_name(field, id)
         return f"added and chosen, as a name on the hub: nothing here is called {name}" if name else "added and chosen"
@@ -699,7 +742,7 @@ def _pane(
 ) -> controls.Pane:
     "Where a row of a table is added, and chosen."
     def ask(*texts):
-        self.asked = field, texts
+        self.asked[field] = texts
         self.changed.set()
         return ""
     return controls.Pane(_ASKED[field], "Add", "plus", ask)

@@ -41,7 +41,7 @@ import ftnb.ui.chats as chats
 import ftnb.ui.draft as drafts
 import ftnb.ui.monitoring as monitoring
 from ..findings import RunCache
-from ..guards import ends_in_words
+from ..guards import ends_in_words, gone_on_by
 from ..hub import hub_or_cache
 from ..lora_settings import LORA_RULES
 
@@ -301,7 +301,7 @@ def chat(
     "Ask the base model and the adapter."
     from datasets import Dataset
     records = studio.resolve_records(studio.open_studio(studio.studio_url(self.env)), self.args)
-    adapter, template = {self.args.adapter_name: self.args.out_dir}, prompts.read_template(records.prompt, strict=False)
+    adapter, template = {self.args.adapter_name or "adapter": self.args.out_dir}, prompts.read_template(records.prompt, strict=False)
     if conversations.is_bare(template):  # the data say what it means
         template = conversations.settle_template(template, Dataset.from_list(additions.first_rows(records.dataset, 20)))
     as_turns = bool((records.training or {}).get("chat_template"))
@@ -583,7 +583,7 @@ def tune(
     **settings,  # of data, job, LoRA, bitsandbytes or training, by name: validation="dev.csv", r=8, learning_rate=1e-3
 ) -> Run:  # shows what came of it
     "Train an adapter. The same call again goes on, or finds it done."
-    with hub_or_cache(_hub_names(_full_path(model), data)):
+    with gone_on_by("the same call goes on"), hub_or_cache(_hub_names(_full_path(model), data)):
         progress.quiet_libraries()
         place, cache = _open_place(folder, db), cache or RunCache(base=None)
         prepared = _prepared(place, _full_path(model), data, (prompt, completion), name, settings, cache, config=config, split=split)
