@@ -487,6 +487,72 @@ def choose_run(notebook, label):
     chosen.select_option(index=notebook.until(f"the list has {label}", listed)[0])
 
 
+# A file of conversations
+
+CHATS = """\
+import json, random
+from ftnb.all import *
+base, tokenizer = save_tiny("base", "qwen", "llama", initializer_range=0.3), tiny_tokenizer("qwen")
+tokenizer.chat_template = \'\'\'{% for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}\'\'\'
+tokenizer.save_pretrained(base)
+answers = {"Where is my order?": "track", "I want my money back.": "refund", "Is the chair in stock?": "stock"}
+def turns(asked): return [{"role": "user", "content": asked}, {"role": "assistant", "content": answers[asked]}]
+rng = random.Random(0)
+with open("chats.jsonl", "w") as file:
+    for _ in range(40): print(json.dumps({"messages": sum(map(turns, rng.sample(list(answers), 2)), [])}), file=file)"""
+
+
+def test_conversations_in_the_form(notebook):
+    "A newcomer has a model and a file of chats, and no project: they are added, looked at and trained on, and the adapter answers."
+    open_new(notebook, "chats.ipynb", [new_code_cell(CHATS), new_code_cell("form = Form('talk/.app/state.db')\nform")])
+    notebook.run_all()
+    notebook.finished()
+    notebook.theme("JupyterLab Dark")
+    add_model_and_chats(notebook)
+    add_prompt = notebook.root.get_by_role("button", name=ADD).nth(2)
+    text = notebook.root.get_by_label("Text", exact=True)
+    notebook.until("the prompt is written", lambda: text.input_value() == "{messages}")
+    notebook.until("the preview is there", lambda: notebook.widgets_say("^user: "))
+    learnt = notebook.root.locator(".widget-html-content b").all_inner_texts()
+    assert learnt and all(turn.startswith("assistant: ") for turn in learnt), learnt
+    add_prompt.click()
+    notebook.until("the job can run", lambda: notebook.widgets_say("the job can run"))
+    assert notebook.row("Learn the assistant's turns").locator("input").is_checked()
+    notebook.fill(Epochs=20, Learning_rate=1e-2, **{"Adapter's_name": "chats"})
+    notebook.until("the job is checked again", lambda: notebook.widgets_say(r"steps\s+180 of 4 rows"))
+    notebook.until("the run can be started", lambda: notebook.can("Train here"))
+    notebook.press("Train here")
+    notebook.until("the form says that the run is done", lambda: notebook.widgets_say(r"^trained$"))
+    notebook.run("form.chat(max_new_tokens=8).ask('Where is my order?')['chats']")
+    notebook.finished()
+    assert notebook.output("form.chat").inner_text().strip() == "'track'"
+    everybody_can_read_it(notebook)
+    outputs_without_errors(notebook)
+
+
+ADD = re.compile(r"^\W*Add$")
+
+
+def add_model_and_chats(notebook):
+    "Without a database it is said what to press; then both are asked for at once, and chosen."
+    add = notebook.root.get_by_role("button", name=ADD)
+    notebook.root.get_by_label("Model", exact=True).fill("base")
+    notebook.root.get_by_label("Data", exact=True).fill("chats.jsonl")
+    add.nth(0).click()
+    notebook.root.get_by_role("alert").get_by_text("first press Create this database").wait_for()
+    notebook.press("Create this database")
+    notebook.button("Create this database").wait_for(state="hidden")
+    for number in (0, 1):
+        add.nth(number).click()
+    chosen = "select => select.selectedOptions[0].text"
+    for label, name in {"Base model": "base", "Data set": "chats.jsonl"}.items():
+        notebook.until(f"{name} is chosen", lambda: notebook.row(label).locator("select").evaluate(chosen) == name)
+    notebook.until("its column is listed", lambda: "columns: {messages}" in notebook.row("Data set").inner_text())
+
+
 # Runs that another kernel has begun
 
 PROJECT = """\
