@@ -274,8 +274,8 @@ def flat_losses(
     if not passes[0].rows:
         first, *passes = passes
         prefix = KeptPrefix(first, loss_of(first))
-    leaves = trained_leaves(model, prefix) if train else []
-    losses = passes_side_by_side(passes, loss_of, at_once, leaves) if at_once > 1 and len(passes) > 1 else in_turn(passes)
+    if at_once < 2 or len(passes) < 2: losses = in_turn(passes)
+    else: losses = passes_side_by_side(passes, loss_of, at_once, trained_leaves(model, prefix) if train else [])
     if prefix is None: return losses
     if train: prefix.backward()
     return [prefix.loss.detach(), *losses]

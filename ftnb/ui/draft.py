@@ -558,9 +558,9 @@ def _missing_rows(self: Draft) -> dict:  # field -> problem
     for name, table in TABLES.items():
         id, known = self.values[name], {row.id: row.name for row in self.project.rows[table]}
         if not id or id in known: continue
-        alike, hint = [key for key, called in known.items() if called == id], nearest(id, list(filter(None, known.values())))
+        alike = [key for key, called in known.items() if called == id]
         if alike: found[name] = f"{name} is {id!r}, as {len(alike)} rows of {table} are called: give the id of one, {' or '.join(alike)}"
-        else: found[name] = f"{name} is {id!r}: there is no such row in {table}{hint}"
+        else: found[name] = f"{name} is {id!r}: there is no such row in {table}{nearest(id, list(filter(None, known.values())))}"
     return found
 
 # %% ../../nbs/ui/07_draft.ipynb #9047ab89
