@@ -7,7 +7,8 @@ __all__ = ['ROWS_COUNTED', 'STEPS_COUNTED', 'SMALL_PASS', 'plan_model', 'ModelPl
            'MemoryNeed', 'fixed_memory', 'pass_budget', 'StepPlan', 'computed_tokens', 'StepLayout', 'EpochTokens',
            'epoch_tokens', 'rows_to_count', 'plan_steps', 'run_layout', 'plan_run', 'Checkpointing',
            'choose_checkpointing', 'with_checkpointing', 'disk_needs', 'GroupingGain', 'grouping_gain', 'grouping_note',
-           'largest_pass', 'probe_pass', 'run_seconds', 'estimate_time', 'tell_time', 'shallow_token_seconds']
+           'largest_pass', 'probe_pass', 'run_seconds', 'estimate_time', 'tell_time', 'shallow_token_seconds',
+           'shallow_step_seconds']
 
 # %% ../nbs/69_estimate.ipynb #80ec9fb0
 import os
@@ -562,15 +563,17 @@ def probe_pass(
     model,  # a `PeftModel`, not trained yet
     features: list,  # of {"input_ids", "labels"}: the rows of the pass
     job: Job,  # from `check_job`
+    budget: int | None = None,  # computed tokens of a pass; default: they are one, divided among the cores
 ) -> tuple:  # (computed tokens, seconds)
-    "Run one pass as training does, on a CPU divided among the cores; the model and the random state stay as they were."
-    at_once = passes.passes_at_once(model, features, job.settings)
-    everything = sum(len(row["input_ids"]) for row in features)
-    def laid_out(): return prefix.tree_passes(features, everything, at_once > 1, at_once=at_once)
+    "Run rows as training does; the model and the random state stay as they were."
+    lengths = [len(row["input_ids"]) for row in features]
+    budget = budget or sum(lengths)
+    at_once = max(1, min(passes.passes_at_once(model, features, job.settings), budget // max(lengths)))
     with _as_in_training(model, job.precision):
+        def laid_out(): return prefix.tree_passes(features, budget, packing.keeps_prefix(model), at_once=at_once)
         seconds = _pass_seconds(model, laid_out(), job.precision, at_once)
         if seconds <= 2: seconds = _pass_seconds(model, laid_out(), job.precision, at_once)
-    return sum(batch.tokens_computed for batch in laid_out()), seconds
+        return sum(batch.tokens_computed for batch in laid_out()), seconds
 
 # %% ../nbs/69_estimate.ipynb #f9868e59
 def _unless_memory_ends(
@@ -687,9 +690,10 @@ def _time_layers(
     config,  # of the base model
     n: int,  # layers
     job: Job,  # from `check_job`
-    features: list,  # of {"input_ids", "labels"}: the rows of a pass
+    features: list,  # of {"input_ids", "labels"}
+    budget: int | None = None,  # computed tokens of a pass, as for `probe_pass`
 ) -> tuple:  # (computed tokens, seconds)
-    "Time a pass of a shallow model with random weights."
+    "Time rows in a shallow model with random weights."
     import torch
     from transformers import AutoModelForCausalLM
     precision, shallow = job.precision, _few_layers(config, n)
@@ -697,7 +701,7 @@ def _time_layers(
     with torch.random.fork_rng([] if precision.device == "cpu" else [precision.device]):
         base = AutoModelForCausalLM.from_config(shallow, dtype=dtype, trust_remote_code=False)
         model = adapters.apply_lora(base.to(precision.device), job.records.lora)
-        return probe_pass(model, features, job)
+        return probe_pass(model, features, job, budget)
 
 # %% ../nbs/69_estimate.ipynb #861586a1
 def _rows_as_long(
@@ -715,6 +719,22 @@ def _rows_as_long(
         rows.append(dict(input_ids=head + ids, labels=[-100] * len(head) + ids))
     return rows
 
+# %% ../nbs/69_estimate.ipynb #27ad4487
+def _shallow_seconds(
+    job: Job,  # from `check_job`
+    config,  # of the base model
+    features: list,  # of {"input_ids", "labels"}
+    budget: int | None = None,  # computed tokens of a pass, as for `probe_pass`
+) -> tuple | None:  # (computed tokens, seconds); None where memory ran out
+    "About how long this machine trains some rows, before the model is loaded."
+    import torch
+    if job.settings.prompt_loss_weight: features = passes.weigh_prompts(features, job.settings.prompt_loss_weight)
+    timed = [_unless_memory_ends(_time_layers, config, n, job, features, budget) for n in (1, 2)]
+    if job.precision.device != "cpu": torch.cuda.empty_cache()  # the run needs it
+    if None in timed: return None
+    (computed, one), (_, two) = timed
+    return computed, one + max(0, two - one) * (config.num_hidden_layers - 1)
+
 # %% ../nbs/69_estimate.ipynb #38a5c456
 def shallow_token_seconds(
     job: Job,  # from `check_job`
@@ -723,13 +743,23 @@ def shallow_token_seconds(
     budget: int,  # computed tokens of a flat pass
 ) -> float | None:  # for a computed token; None where memory ran out
     "About how long this machine trains a token, before the model is loaded."
-    import torch
-    chosen = largest_pass(counts, job.settings, budget)
-    features = _rows_as_long(counts, chosen, config.vocab_size)
-    if job.settings.prompt_loss_weight: features = passes.weigh_prompts(features, job.settings.prompt_loss_weight)
-    timed = [_unless_memory_ends(_time_layers, config, n, job, features) for n in (1, 2)]
-    if job.precision.device != "cpu": torch.cuda.empty_cache()  # the run needs it
-    if None in timed: return None
-    (computed, one), (_, two) = timed
-    further = max(0, two - one) * (config.num_hidden_layers - 1)
-    return (one + further) / computed
+    features = _rows_as_long(counts, largest_pass(counts, job.settings, budget), config.vocab_size)
+    found = _shallow_seconds(job, config, features)
+    return found and found[1] / found[0]
+
+# %% ../nbs/69_estimate.ipynb #ca8a52ed
+def shallow_step_seconds(
+    job: Job,  # from `check_job`
+    config,  # of the base model
+    rows,  # to train on: a `Dataset` with `input_ids` and `labels`
+    size: int,  # rows of a step
+    budget: int,  # computed tokens of a flat pass
+) -> float | None:  # None where memory ran out
+    "About how long a step takes on this machine, before the model is loaded; the first rows are tried, up to four passes of them."
+    some, left = [], 4 * budget
+    for row in rows.select(range(min(size, len(rows)))):
+        left -= len(row["input_ids"])
+        if some and left < 0: break
+        some.append(row)
+    found = _shallow_seconds(job, config, some, budget)
+    return found and found[1] * size / len(some)

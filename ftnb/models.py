@@ -88,10 +88,10 @@ def _cpu_dtype(
     if asked == "float16":
         return "float32", [Problem("fp16", "fp16 was asked for; on a CPU it is far slower than fp32, so fp32 is used")]
     if began: return "bfloat16", []
-    if began is False: return "float32", [Problem("bf16", "bf16 was asked for; the run began in fp32, and goes on in it")]
+    if began is False: return "float32", [Problem("bf16", "bf16 is in the settings; the run began in fp32, and goes on in it")]
     speedup = bf16_speedup()
     if speedup >= WORTH_BF16: return "bfloat16", []
-    text = f"bf16 was asked for; this CPU multiplies it at {speedup:.2g} times the speed of fp32, so fp32 is used"
+    text = f"bf16 is in the settings; this CPU multiplies it at {speedup:.2g} times the speed of fp32, so fp32 is used"
     return "float32", [Problem("bf16", text)]
 
 # %% ../nbs/34_models.ipynb #92941ff7
@@ -105,7 +105,7 @@ def _dtype(
     if asked == "float32": return asked, []
     if device == "cpu": return _cpu_dtype(asked, began)
     if asked == "float16" or torch.cuda.is_bf16_supported(including_emulation=False): return asked, []
-    return "float16", [Problem("bf16", "bf16 was asked for; this GPU has no bf16, so fp16 is used")]
+    return "float16", [Problem("bf16", "bf16 is in the settings; this GPU has no bf16, so fp16 is used")]
 
 # %% ../nbs/34_models.ipynb #ea6eca04
 def made_in(

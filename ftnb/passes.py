@@ -47,9 +47,10 @@ def tokens_per_pass(
     checkpointing: bool = False,  # are layers computed again during `backward`?
     on_gpu: bool | None = None,  # will it be on a GPU? Default: where it is
 ) -> int:  # 256 or more
-    "How many tokens a flat pass may compute."
+    "How many tokens a flat pass may compute, or those that are computed side by side."
+    import torch
     if on_gpu is None: on_gpu = causal_model(model).get_input_embeddings().weight.is_cuda
-    enough = max(576, prefix + 320)
+    enough = max(576, prefix + 512 * torch.get_num_threads())
     if checkpointing: enough = max(1024, 4 * prefix)
     if on_gpu: enough = max(16_384, 4 * prefix)
     return max(256, min(free // 2 // token_bytes(model, checkpointing), enough))

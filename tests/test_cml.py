@@ -102,7 +102,7 @@ class Sending:
     "A project, a job of it, and its check, made once."
 
     def __init__(self, folder, base):
-        self.project = make_demo_project(folder, base, fraction=0.05)
+        self.project = make_demo_project(folder, base, fraction=0.01875)
         os.chdir(folder)
         self.env = {STUDIO_DB: str(self.project.db)}
         self.args = replace(

@@ -264,7 +264,7 @@ def base(work):
 @pytest.fixture(scope="module")
 def checked(work, base):
     "A job that was checked, and its tokenizer."
-    project = make_demo_project(work/"project", base, fraction=0.05)
+    project = make_demo_project(work/"project", base, fraction=0.01875)
     args = parse_job_arguments(project.job_arguments)
     found = check_job(args, {"FINE_TUNING_STUDIO_SQLITE_DB": str(project.db)}, keep=False)
     return found.job, found.base.tokenizer

@@ -372,7 +372,7 @@ def gateway(tmp_path_factory):
 def make_project(gateway, tiny_base):
     def make(name, **training):
         return make_demo_project(
-            gateway.folder / name, tiny_base, training=TRAINING | training, lora=LORA, fraction=0.05
+            gateway.folder / name, tiny_base, training=TRAINING | training, lora=LORA, fraction=0.01875
         )
 
     return make

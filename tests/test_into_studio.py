@@ -712,7 +712,7 @@ class Pressed:
 @pytest.fixture
 def pressed(tmp_path, tiny_base, open_studio):
     folder = tmp_path/"project"
-    project = make_demo_project(folder, tiny_base, fraction=0.05)
+    project = make_demo_project(folder, tiny_base, fraction=0.01875)
     (folder/"ftnb").mkdir()  # the clone, as the README says
     studio = open_studio(ROOT, folder)
     code, said = studio.do("install", "--env", sys.prefix)
@@ -771,7 +771,7 @@ def stop_workers(*ids):
 
 def test_a_job_on_two_nodes(tmp_path, tiny_base, open_studio, old):
     folder, module = tmp_path/"project", tmp_path/"module"
-    project = make_demo_project(folder, tiny_base, fraction=0.05)
+    project = make_demo_project(folder, tiny_base, fraction=0.01875)
     module.mkdir()
     (module/"cdsw.py").write_text(WORKERS)
     studio = open_studio(ROOT, folder, old | {"PYTHONPATH": f"{old['PYTHONPATH']}:{module}"})

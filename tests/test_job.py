@@ -32,7 +32,7 @@ def quiet():
 
 @pytest.fixture
 def project(tmp_path, tiny_base):
-    made = make_demo_project(tmp_path/"project", tiny_base, fraction=0.05)
+    made = make_demo_project(tmp_path/"project", tiny_base, fraction=0.01875)
     (made.folder/"ftnb").mkdir()  # in the folder of a CML project lies a clone
     return made
 

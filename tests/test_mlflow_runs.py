@@ -61,7 +61,7 @@ def project(tmp_path, tiny_base, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.chdir(tmp_path)
     mlflow.set_tracking_uri(uri)
-    made = make_demo_project(tmp_path/"project", tiny_base, fraction=0.02)
+    made = make_demo_project(tmp_path/"project", tiny_base, fraction=0.0075)
     monkeypatch.setenv("FINE_TUNING_STUDIO_SQLITE_DB", str(made.db))
     return made
 

@@ -423,7 +423,7 @@ def watched_command_lines():
 class Keeper:
     "A project whose jobs know the token."
     def __init__(self, folder, base):
-        self.folder, self.project = folder, make_demo_project(folder/"project", base, fraction=0.03)
+        self.folder, self.project = folder, make_demo_project(folder/"project", base, fraction=0.01125)
         self.args = parse_job_arguments(self.project.job_arguments, {})
 
     def arguments(self, **changes):

@@ -140,7 +140,7 @@ def job_of_case(folder, case):
     base = save_tiny(folder/"base", kind=case.kind, arch=case.arch, initializer_range=0.1)
     write_as_version_4(base, case.written)
     training = DEMO_TRAINING | {"learning_rate": 1e-2}
-    project = make_demo_project(folder/"project", base, fraction=0.03, lora=case.lora, training=training)
+    project = make_demo_project(folder/"project", base, fraction=0.01125, lora=case.lora, training=training)
     update(project, "UPDATE models SET location = '../base'")  # as the Studio names a folder of the project
     was = os.getcwd()
     os.chdir(project.folder)

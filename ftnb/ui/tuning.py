@@ -8,8 +8,8 @@ __all__ = ['LOGS', 'PRECISION', 'sort_settings', 'Run', 'compare_held_out', 'tun
 # %% ../../nbs/ui/09_tuning.ipynb #d9c0f559
 import contextlib, json, os, re, sys, uuid
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from html import escape
-from math import ceil
 from pathlib import Path
 
 from fastcore.basics import patch
@@ -497,13 +497,10 @@ def _step_seconds(
 ) -> "Callable | None":  # function of the rows of a step: seconds; None where that can't be told
     "About how long steps of any size take here."
     if check.steps is None or not check.plan.shares: return None
-    counts, largest = check.rows.counts["train"], check.steps.largest
-    each = estimate.shallow_token_seconds(check.job, check.base.config, counts, largest)
-    if each is None: return None
-    def seconds(batch):
-        steps = ceil(len(counts.lengths) / batch)
-        return each * estimate.computed_tokens(counts, batch, largest) / steps
-    return seconds
+    rows, largest = check.rows.train.dataset, check.steps.largest
+    @lru_cache
+    def seconds(batch): return estimate.shallow_step_seconds(check.job, check.base.config, rows, batch, largest)
+    return None if seconds(check.job.settings.rows_per_step) is None else seconds
 
 # %% ../../nbs/ui/09_tuning.ipynb #971e64d4
 _BATCH = {"per_device_train_batch_size", "per_gpu_train_batch_size", "gradient_accumulation_steps", "max_steps"}  # who gives one has chosen

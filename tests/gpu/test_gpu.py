@@ -240,7 +240,7 @@ def test_script_of_a_job(what, tmp_path, tiny_base, tell):
     import json
     from ftnb.demo.project import make_demo_project, run_demo_job
     asked, bnb = asked_for(what)
-    project = make_demo_project(tmp_path/"project", tiny_base, training=asked | {"max_steps": 8}, bnb=bnb, fraction=0.2)
+    project = make_demo_project(tmp_path/"project", tiny_base, training=asked | {"max_steps": 8}, bnb=bnb, fraction=0.075)
     seconds = run_demo_job(project)
     record = json.loads((project.out_dir/"run.json").read_text(encoding="utf-8"))
     used = record["used"]
