@@ -136,6 +136,19 @@ def fixed_memory(
     optimizer = optimizer_bytes(job.settings.config["optim"], plan.trained)
     return MemoryNeed(weights, adapter=8 * plan.trained, optimizer=optimizer)
 
+# %% ../nbs/69_estimate.ipynb #82f9d5af
+def _at_once(
+    model,  # from `plan_model`, or the run's own
+    precision: models.Precision,  # of the run
+    settings: TrainingSettings,  # of the run
+) -> int:  # 1: one after the other
+    "How many passes `passes.passes_at_once` will compute side by side, where nothing is tried out."
+    import torch
+    if ranks.process_count() > 1 or precision.device != "cpu": return 1
+    drops = any(isinstance(module, torch.nn.Dropout) and module.p for module in model.modules())
+    apart = drops or precision.bnb or precision.gradient_checkpointing or settings.config.get("neftune_noise_alpha") is not None
+    return 1 if apart else torch.get_num_threads()
+
 # %% ../nbs/69_estimate.ipynb #17b63e83
 def pass_budget(
     plan,  # from `plan_model`
@@ -147,7 +160,7 @@ def pass_budget(
     "What `trainer.train_adapter` will choose."
     if settings.tokens_per_pass: return settings.tokens_per_pass
     on_gpu = precision.device != "cpu"
-    return passes.tokens_per_pass(plan, prefix, free, precision.gradient_checkpointing, on_gpu)
+    return passes.tokens_per_pass(plan, prefix, free, precision.gradient_checkpointing, on_gpu, _at_once(plan, precision, settings))
 
 # %% ../nbs/69_estimate.ipynb #648c52af
 @dataclass(frozen=True)

@@ -46,11 +46,11 @@ def tokens_per_pass(
     free: int,  # bytes, from `free_memory`
     checkpointing: bool = False,  # are layers computed again during `backward`?
     on_gpu: bool | None = None,  # will it be on a GPU? Default: where it is
+    at_once: int = 1,  # passes that are computed side by side, and share the tokens
 ) -> int:  # 256 or more
     "How many tokens a flat pass may compute, or those that are computed side by side."
-    import torch
     if on_gpu is None: on_gpu = causal_model(model).get_input_embeddings().weight.is_cuda
-    enough = max(576, prefix + 512 * torch.get_num_threads())
+    enough = max(576, prefix + (320 if at_once == 1 else 512 * at_once))
     if checkpointing: enough = max(1024, 4 * prefix)
     if on_gpu: enough = max(16_384, 4 * prefix)
     return max(256, min(free // 2 // token_bytes(model, checkpointing), enough))
@@ -666,4 +666,5 @@ def settle_budget(
     free = free_memory("cpu" if device.type == "cpu" else str(device))
     step = train.select(range(min(len(train), settings.rows_per_step)))
     prefix = common_prefix([row["input_ids"] for row in step])
-    return tokens_per_pass(model, prefix, free, settings.config["gradient_checkpointing"]), ""
+    at_once = passes_at_once(model, train, settings)
+    return tokens_per_pass(model, prefix, free, settings.config["gradient_checkpointing"], at_once=at_once), ""
