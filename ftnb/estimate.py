@@ -764,14 +764,14 @@ def shallow_token_seconds(
 def shallow_step_seconds(
     job: Job,  # from `check_job`
     config,  # of the base model
-    rows,  # to train on: a `Dataset` with `input_ids` and `labels`
+    rows: JobRows,  # from `prepare_rows`, with their tokens
     size: int,  # rows of a step
     budget: int,  # computed tokens of a flat pass
 ) -> float | None:  # None where memory ran out
     "About how long a step takes on this machine, before the model is loaded; the first rows are tried, up to four passes of them."
-    some, left = [], 4 * budget
-    for row in rows.select(range(min(size, len(rows)))):
-        left -= len(row["input_ids"])
+    train, some, left = rows.train.dataset, [], 4 * budget
+    for row in train.select(range(min(size, len(train)))):
+        left -= len(row["input_ids"]) - rows.counts["train"].prefix
         if some and left < 0: break
         some.append(row)
     found = _shallow_seconds(job, config, some, budget)

@@ -497,9 +497,8 @@ def _step_seconds(
 ) -> "Callable | None":  # function of the rows of a step: seconds; None where that can't be told
     "About how long steps of any size take here."
     if check.steps is None or not check.plan.shares: return None
-    rows, largest = check.rows.train.dataset, check.steps.largest
     @lru_cache
-    def seconds(batch): return estimate.shallow_step_seconds(check.job, check.base.config, rows, batch, largest)
+    def seconds(batch): return estimate.shallow_step_seconds(check.job, check.base.config, check.rows, batch, check.steps.largest)
     return None if seconds(check.job.settings.rows_per_step) is None else seconds
 
 # %% ../../nbs/ui/09_tuning.ipynb #971e64d4
