@@ -20,6 +20,7 @@ import ftnb.consts as consts
 
 # %% ../../nbs/demo/4_learn.ipynb #a3684775
 from ..adapters import apply_lora
+from ..advice import advised_share
 from ..certainty import share_interval
 from ..choosing import dataset_columns
 from ..corpus import load_dataset_into_memory
@@ -47,7 +48,7 @@ from ..ui.tuning import tune
 class LearnJob:
     "What all contenders learn, and are asked."
     model: str  # hub name or folder of the base model
-    train: str  # file to train on; a tenth is held out, as a job does where nobody says otherwise
+    train: str  # file to train on; a tenth is held out, or about 100 rows
     test: str | None  # file to ask about; None: the rows that are held out
     prompt: str  # what is asked, with a {column} where a row's value goes
     completion: str  # the right answer, with a {column} too
@@ -104,7 +105,8 @@ def _prepare(
     job: LearnJob,
 ) -> LearnRows:
     "Read and split what is learnt and asked."
-    halves = sample_and_split_dataset(_read(job.train))
+    rows = _read(job.train)
+    halves = sample_and_split_dataset(rows, split=advised_share(len(rows)))
     asked, answer = (tuple(parse_template(text)) for text in (job.prompt, job.completion))
     questions = halves["test"] if job.test is None else _read(job.test)
     return LearnRows(halves["train"], questions, PromptTemplate(asked + answer, len(asked)))

@@ -367,16 +367,33 @@ def _repr_html_(self: Run):
     where = [f"{what}: <code>{escape(str(place))}</code>" for what, place in self.places().items()]
     return f"<table>{''.join(rows)}</table><small>{'<br>'.join(where)}</small>"
 
+# %% ../../nbs/ui/09_tuning.ipynb #496b757d
+def _kept(
+    job: dict,  # settings of the job itself
+) -> float:  # share of all rows
+    "How many of the rows take part."
+    return job.get("dataset_fraction", consts.TRAINING_DEFAULT_DATASET_FRACTION)
+
 # %% ../../nbs/ui/09_tuning.ipynb #a45490a2
 def _rows_an_epoch(
     data: choosing.ChosenCorpus,  # all rows
     job: dict,  # settings of the job itself
 ) -> int:  # about
     "How many rows an epoch goes through."
-    fraction = job.get("dataset_fraction", consts.TRAINING_DEFAULT_DATASET_FRACTION)
     share = 1.0 if data.parts.held_out else job.get("train_test_split", consts.TRAINING_DEFAULT_TRAIN_TEST_SPLIT)
     weighed = sum(len(data.splits[name]) * weight for name, weight in data.parts.train.items())
-    return int(weighed * fraction * share)
+    return int(weighed * _kept(job) * share)
+
+# %% ../../nbs/ui/09_tuning.ipynb #36a448c0
+def _share(
+    data: choosing.ChosenCorpus,  # all rows
+    job: dict,  # settings of the job itself
+) -> dict:  # what more it needs
+    "How many rows are trained, where that isn't what every job does."
+    rows = int(sum(len(data.splits[name]) for name in data.parts.train) * _kept(job))
+    share = advice.advised_share(rows)
+    if data.parts.held_out or share == consts.TRAINING_DEFAULT_TRAIN_TEST_SPLIT: return {}
+    return {"train_test_split": share}
 
 # %% ../../nbs/ui/09_tuning.ipynb #dec1a4b1
 def _complete(
@@ -476,6 +493,7 @@ def _prepared(
     dataset_id, read, whole = cache.once(same, _read_chosen, place.engine, source.name, choice, token)
     texts = _templates(read, *texts)
     records = _records(place.engine, model, dataset_id, read, texts)
+    given["job"] = _share(whole, given["job"]) | given["job"]
     given["training"] = _for_conversations(given["training"], texts, read)
     return _Prepared(name, given, records, content, whole, _width(model, token))
 
