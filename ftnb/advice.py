@@ -61,7 +61,7 @@ def advised_share(
 ) -> float:  # of them, to train on
     "How much of the rows is trained where neither you nor the data set say what is held out."
     usual = consts.TRAINING_DEFAULT_TRAIN_TEST_SPLIT
-    return max(usual, floor(1e4 * (1 - MOST_HELD_OUT / max(rows, 1))) / 1e4)
+    return max(usual, floor(1e4 * (1 - MOST_HELD_OUT / max(rows, 1))) / 1e4)  # four places: short among a job's arguments, never 1
 
 # %% ../nbs/62_advice.ipynb #0a8ff92c
 def advised_rate(
