@@ -51,6 +51,7 @@ class _Predictions:
     pair: object  # (predictions,), the position that predicts
     targets: object  # (predictions,), the token id that is right
     weights: object  # (predictions,), rows that it stands for
+    smoothing: float = 0.0  # share of each label that is spread over the vocabulary
 
     def part(
         self,
@@ -58,7 +59,7 @@ class _Predictions:
         start: int,  # position from which theirs are counted
     ):
         "Some of them."
-        return _Predictions(self.pair[which] - start, self.targets[which], self.weights[which])
+        return _Predictions(self.pair[which] - start, self.targets[which], self.weights[which], self.smoothing)
 
 # %% ../nbs/49_packing.ipynb #c91f38a4
 def _to_slopes(
@@ -71,7 +72,8 @@ def _to_slopes(
     weights = predictions.weights.to(shares.dtype)
     rows = torch.zeros(len(shares), dtype=shares.dtype, device=shares.device).index_add_(0, predictions.pair, weights)
     shares.mul_(rows[:, None] / total)
-    shares[predictions.pair, predictions.targets] -= weights
+    if predictions.smoothing: shares.sub_(rows[:, None] * (predictions.smoothing / shares.shape[1]))
+    shares[predictions.pair, predictions.targets] -= weights * (1 - predictions.smoothing)
 
 # %% ../nbs/49_packing.ipynb #12017633
 def _chunk_loss(
@@ -83,6 +85,7 @@ def _chunk_loss(
     import torch
     x = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
     top, right = x.amax(-1, keepdim=True), x[predictions.pair, predictions.targets]
+    if predictions.smoothing: right = right.lerp(x.mean(-1)[predictions.pair], predictions.smoothing)
     total = x.sub_(top).exp_().sum(-1, keepdim=True)
     spread = (top + total.log())[predictions.pair, 0]
     loss = (spread - right).double().mul(predictions.weights).sum()
@@ -327,6 +330,7 @@ def _pass_loss(
     model,  # a causal language model of transformers, its attention ours
     batch: PackedBatch,  # rows as a flat pass
     num_items=None,  # label tokens of the whole optimizer step; default: of this pass
+    smoothing: float = 0.0,  # share of each label that is spread over the vocabulary
 ):  # scalar tensor
     "Run a flat pass and its loss."
     import torch
@@ -334,7 +338,8 @@ def _pass_loss(
     batch = batch.to(device)
     hidden = flat_hidden(model, batch.input_ids, batch.position_ids, batch.tree).index_select(0, batch.positions)
     chunks = _chunks_for(model, pair, len(hidden))
-    loss = _summed_loss(model, hidden, _Predictions(batch.pair, batch.targets, batch.weights), chunks)
+    predictions = _Predictions(batch.pair, batch.targets, batch.weights, smoothing)
+    loss = _summed_loss(model, hidden, predictions, chunks)
     if num_items is None: num_items = batch.num_items
     whole = moved(torch.as_tensor(num_items), loss.device)
     return loss / whole.clamp(min=1)
@@ -342,13 +347,13 @@ def _pass_loss(
 # %% ../nbs/49_packing.ipynb #797c0700
 def _packing_forward(
     model,  # a causal language model of transformers
-):  # its forward, which also takes `packed` and `num_items`
+):  # its forward, which also takes `packed`, `num_items` and `smoothing`
     "A model's call that answers a packed batch with its loss."
     from functools import wraps
     plain = model.forward
     @wraps(plain)
-    def forward(*args, packed=None, num_items=None, **kwargs):
-        return plain(*args, **kwargs) if packed is None else _pass_loss(model, packed, num_items)
+    def forward(*args, packed=None, num_items=None, smoothing=0.0, **kwargs):
+        return plain(*args, **kwargs) if packed is None else _pass_loss(model, packed, num_items, smoothing)
     forward.packs = True
     return forward
 
@@ -399,11 +404,12 @@ def packed_loss(
     model,  # within `packing_attention`
     batch: PackedBatch,  # from `pack_rows`
     num_items=None,  # label tokens of the whole optimizer step, over all passes and devices; default: of this pass
+    smoothing: float = 0.0,  # label smoothing: the share of each label that is spread over the whole vocabulary, from 0 to below 1
 ):  # scalar tensor; its `backward` gives the gradients of the rows run one by one
     "Sum of the rows' token losses over `num_items`, as TRL counts it; raises outside `packing_attention`."
     if not getattr(causal_model(model).forward, "packs", False):
         raise ValueError("the model doesn't take packed batches: call packed_loss within `with packing_attention(model):`")
-    return model(packed=batch, num_items=num_items)
+    return model(packed=batch, num_items=num_items, smoothing=smoothing)
 
 # %% ../nbs/49_packing.ipynb #6b75da33
 class KeptPrefix:

@@ -142,9 +142,10 @@ def _pass_loss(
     batch,  # a `PackedBatch`
     num_items,  # label tokens of the step, over all processes
     factor: int,  # processes whose gradients are averaged
+    smoothing: float = 0.0,  # share of each label that is spread over the vocabulary
 ):  # a scalar tensor
     "One flat pass forward."
-    with trainer.compute_loss_context_manager(): return packed_loss(model, batch, num_items) * factor
+    with trainer.compute_loss_context_manager(): return packed_loss(model, batch, num_items, smoothing) * factor
 
 # %% ../nbs/61_passes.ipynb #25e9b281
 def _fit_noise(
@@ -293,7 +294,8 @@ def _flat_passes(
     (passes, at_once), longest = _laid_out(trainer, model, inputs, train), inputs["input_ids"].shape[1]
     factor = trainer.accelerator.num_processes if train and num_items is not None else 1
     if num_items is None: num_items = sum(batch.num_items for batch in passes)
-    def loss_of(batch): return _pass_loss(trainer, model, _fit_noise(trainer, batch, longest), num_items, factor)
+    smoothing = trainer.smoothing if train else 0.0
+    def loss_of(batch): return _pass_loss(trainer, model, _fit_noise(trainer, batch, longest), num_items, factor, smoothing)
     def compute(batch):
         loss = loss_of(batch)
         if train: trainer.accelerator.backward(loss)
@@ -544,11 +546,14 @@ class _InPasses:
     "What of a trainer works on rows in passes."
     held_out = 0.0  # sum of losses, and of label tokens
     prompt_weight, at_once = 0.0, 1  # what a prompt's token counts in a step's loss; flat passes computed side by side
+    smoothing = 0.0  # share of each label that a step's flat passes spread over the vocabulary
 
     def padded_pass(self, model, part, num_items, train):
         part = {name: moved(tensor, self.accelerator.device) for name, tensor in part.items()}
         if train: return super().training_step(model, part, num_items)
-        return super().prediction_step(model, part, True)[0]
+        smoother, self.label_smoother = self.label_smoother, None  # a held-out loss is that of the labels
+        try: return super().prediction_step(model, part, True)[0]
+        finally: self.label_smoother = smoother
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         if self.prompt_weight and self.model.training: model = _weighing_call(model, self.prompt_weight)

@@ -24,7 +24,6 @@ class OtherLoss:
 
 # %% ../nbs/50_sharing.ipynb #3c2abd9c
 ANOTHER_LOSS = {  # key -> what it asks for
-    "label_smoothing_factor": OtherLoss((None, 0), "each label is spread over the whole vocabulary"),
     "loss_type": OtherLoss((None, "nll", "chunked_nll"), "each token's loss is weighted by its probability"),
     "torch_compile": OtherLoss((None, False), "a compiled model takes padded batches"),
     "torch_compile_backend": OtherLoss((None,), "a compiled model takes padded batches"),

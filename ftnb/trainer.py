@@ -189,7 +189,8 @@ def _whole_steps(
 ) -> dict:  # keyword arguments of TRL's SFTConfig
     "All rows of an optimizer step come to one call; each row is used, and memory that runs out is seen to here."
     eval_rows = 64 if budget else batch_size(settings.config, "eval")
-    return settings.config | {
+    ours = {"label_smoothing_factor": 0.0} if budget else {}  # flat passes see to it themselves
+    return settings.config | ours | {
         "per_device_train_batch_size": settings.rows_per_step, "gradient_accumulation_steps": 1,
         "per_device_eval_batch_size": eval_rows, "dataloader_drop_last": False, "auto_find_batch_size": False,
         "bf16_full_eval": False, "fp16_full_eval": False}  # they would cast the trained weights too
@@ -293,6 +294,7 @@ def make_trainer(
     trainer = kind(model, args=_trl_config(config), train_dataset=train, eval_dataset=test if len(test) else None,
                    processing_class=tokenizer, callbacks=trackers, run=run)
     trainer.model_accepts_loss_kwargs, trainer.at_once = True, passes_at_once(model, train, settings) if budget else 1
+    trainer.smoothing = settings.config.get("label_smoothing_factor") or 0.0
     _train_in_float32(model)
     quiet_trainer(trainer)
     for callback in (*_callbacks(trainer, settings, bar), *callbacks): trainer.add_callback(callback)

@@ -47,7 +47,7 @@ _USED = decide(
     "optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon",
     "bf16", "fp16", "tf32", "use_cpu", "seed", "data_seed", "full_determinism",
     "completion_only_loss", "assistant_only_loss", "router_aux_loss_coef", "train_sampling_strategy",
-    "neftune_noise_alpha", "use_liger_kernel", "liger_kernel_config",
+    "label_smoothing_factor", "neftune_noise_alpha", "use_liger_kernel", "liger_kernel_config",
     "gradient_checkpointing", "gradient_checkpointing_kwargs",
     "activation_checkpointing", "activation_checkpointing_kwargs",
     "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
@@ -328,8 +328,8 @@ def _weight_problems(
     if not (asked.get("completion_only_loss") or asked.get("assistant_only_loss")):
         text = f"{key} {asked[key]} has no effect: all tokens count alike. Set completion_only_loss, or in conversations assistant_only_loss"
         problems.append(Problem(key, f"{text}; or leave it out"))
-    for name in ("label_smoothing_factor", "loss_type"):
-        if asked.get(name) in ANOTHER_LOSS[name].harmless: continue
+    for name, harmless in (("label_smoothing_factor", (None, 0)), ("loss_type", ANOTHER_LOSS["loss_type"].harmless)):
+        if asked.get(name) in harmless: continue
         problems.append(Problem(key, f"{key} weighs the usual loss of a token: leave it out, or {name} {asked[name]}"))
     return problems
 
