@@ -177,7 +177,8 @@ class Explanation:
 
 # %% ../nbs/62_advice.ipynb #c7716ee8
 _UNADVISED = {  # key -> what it does; there is no advice on it
-    "label_smoothing_factor": "so much of each label is spread over all tokens; it can help where answers are classes and the likeliest one is asked for",
+    "answer_smoothing": "so much of each label is spread over the tokens that answers consist of; it can help where answers are classes",
+    "label_smoothing_factor": "so much of each label is spread over all tokens; answer_smoothing leaves out those that no answer has",
     "prompt_loss_weight": "the loss of a prompt's token counts so much, where that of an answer's counts 1",
     "max_seconds": "the run has as many steps as its time allows, and their rows are fewer where there would be too few steps"}
 

@@ -16,7 +16,7 @@ from math import sqrt
 from .cpu_layers import is_plain_lora
 from .gpu_layers import kernel_obstacle, liger_layers, liger_problem
 from .metrics import RunState
-from .packing import KeptPrefix, causal_model, keeps_prefix, packed_loss, packing_attention
+from .packing import KeptPrefix, Smoothing, causal_model, keeps_prefix, packed_loss, packing_attention
 from .prefix import LEAST, common_prefix, moved, pack_rows, tree_passes
 from .problems import raise_problems
 from .ranks import KnownToAll, failed_anywhere, free_memory, from_first, label_tokens, mean_over_all
@@ -142,7 +142,7 @@ def _pass_loss(
     batch,  # a `PackedBatch`
     num_items,  # label tokens of the step, over all processes
     factor: int,  # processes whose gradients are averaged
-    smoothing: float = 0.0,  # share of each label that is spread over the vocabulary
+    smoothing: Smoothing | None = None,  # of the labels
 ):  # a scalar tensor
     "One flat pass forward."
     with trainer.compute_loss_context_manager(): return packed_loss(model, batch, num_items, smoothing) * factor
@@ -294,7 +294,7 @@ def _flat_passes(
     (passes, at_once), longest = _laid_out(trainer, model, inputs, train), inputs["input_ids"].shape[1]
     factor = trainer.accelerator.num_processes if train and num_items is not None else 1
     if num_items is None: num_items = sum(batch.num_items for batch in passes)
-    smoothing = trainer.smoothing if train else 0.0
+    smoothing = trainer.smoothing if train else None
     def loss_of(batch): return _pass_loss(trainer, model, _fit_noise(trainer, batch, longest), num_items, factor, smoothing)
     def compute(batch):
         loss = loss_of(batch)
@@ -546,7 +546,7 @@ class _InPasses:
     "What of a trainer works on rows in passes."
     held_out = 0.0  # sum of losses, and of label tokens
     prompt_weight, at_once = 0.0, 1  # what a prompt's token counts in a step's loss; flat passes computed side by side
-    smoothing = 0.0  # share of each label that a step's flat passes spread over the vocabulary
+    smoothing = None  # of the labels of a step's flat passes: a `Smoothing`
 
     def padded_pass(self, model, part, num_items, train):
         part = {name: moved(tensor, self.accelerator.device) for name, tensor in part.items()}

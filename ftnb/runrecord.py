@@ -279,6 +279,7 @@ def _settled_here(
     if saved.liger or "use_liger_kernel" in job.settings.config: ours["use_liger_kernel"] = saved.liger
     if job.settings.checkpointing: ours["gradient_checkpointing_reason"] = job.settings.checkpointing
     if job.settings.prompt_loss_weight: ours["prompt_loss_weight"] = job.settings.prompt_loss_weight
+    if job.settings.answer_smoothing and not saved.unshared: ours["answer_smoothing"] = job.settings.answer_smoothing
     return ours | choosing.read_choice(job.records.training).as_dict()
 
 # %% ../nbs/67_runrecord.ipynb #15b7d9a4

@@ -119,6 +119,7 @@ class TrainingSettings:
     chat_template: bool = False  # a plain prompt and completion are a user's and an assistant's turn
     checkpointing: str = ""  # why gradient_checkpointing is on or off, where nobody asked
     prompt_loss_weight: float = 0.0  # what a prompt's token counts in the loss, beside 1 of a completion's
+    answer_smoothing: float = 0.0  # share of each label that is spread over the tokens that answers consist of
 
     def used(
         self,
@@ -361,7 +362,7 @@ _JOB_FIELDS = {  # key of this job -> field of `TrainingSettings`
     "completion_only_loss": "completion_only", "assistant_only_loss": "assistant_only", "max_length": "max_length",
     "shared_prefix": "shared_prefix", "tokens_per_pass": "tokens_per_pass",
     "group_rows_by_prefix": "group_rows_by_prefix", "chat_template": "chat_template",
-    "prompt_loss_weight": "prompt_loss_weight"}
+    "prompt_loss_weight": "prompt_loss_weight", "answer_smoothing": "answer_smoothing"}
 
 # %% ../nbs/60_settings.ipynb #dcb8c861
 def _for_this_machine(

@@ -15,12 +15,12 @@ from .checkpoints import begin_or_resume, flow_callback, resumable
 from .guards import AGAIN, RunStopped, best_effort, one_line, stop_on_signals, tracker_callbacks, tracker_scope
 from .manifest import run_identity
 from .metrics import RunState, RunTotals, append_metrics
-from .packing import packing_attention
+from .packing import Smoothing, packing_attention
 from .passes import fast_layers, in_passes, passes_at_once, run_step, settle_budget, tell_all
 from .plan import RunPlan
 from .prefix import PrefixSampler
 from .progress import clock_time, progress_bar, wants_bar
-from .ranks import batch_size, process_count, settings_for_all, sum_over_all, taken_memory, usable_cores
+from .ranks import batch_size, process_count, process_rank, settings_for_all, sum_over_all, taken_memory, usable_cores
 from .settings import TrainingSettings
 from .shards import dealing
 from .stopping import early_stopping, time_budget
@@ -272,6 +272,22 @@ def quiet_trainer(
 # %% ../nbs/64_trainer.ipynb #23716e02
 _NO_EVALUATION = dict(eval_strategy="no", load_best_model_at_end=False, eval_on_start=False)  # where no row is held out
 
+# %% ../nbs/64_trainer.ipynb #576e0ed7
+def _smoothing(
+    settings: TrainingSettings,  # of the run
+    train,  # `Dataset` with `labels`
+    device,  # of the model
+    flat: bool = True,  # are rows trained in flat passes? Padded batches leave it to TRL
+) -> Smoothing | None:
+    "What labels give away: to the whole vocabulary, as TRL has it, or to the tokens that answers consist of."
+    import torch
+    everywhere, answers = settings.config.get("label_smoothing_factor"), settings.answer_smoothing
+    if answers and not flat and not process_rank(): print("answer_smoothing has no effect: rows are trained in padded batches", flush=True)
+    if not flat or not (everywhere or answers): return None
+    if everywhere: return Smoothing(everywhere)
+    tokens = {token for labels in train["labels"] for token in labels} - {-100}
+    return Smoothing(answers, torch.tensor(sorted(tokens), device=device))
+
 # %% ../nbs/64_trainer.ipynb #5fdad7fc
 def make_trainer(
     model,  # a `PeftModel`
@@ -294,7 +310,7 @@ def make_trainer(
     trainer = kind(model, args=_trl_config(config), train_dataset=train, eval_dataset=test if len(test) else None,
                    processing_class=tokenizer, callbacks=trackers, run=run)
     trainer.model_accepts_loss_kwargs, trainer.at_once = True, passes_at_once(model, train, settings) if budget else 1
-    trainer.smoothing = settings.config.get("label_smoothing_factor") or 0.0
+    trainer.smoothing = _smoothing(settings, train, trainer.accelerator.device, budget > 0)
     _train_in_float32(model)
     quiet_trainer(trainer)
     for callback in (*_callbacks(trainer, settings, bar), *callbacks): trainer.add_callback(callback)
@@ -353,7 +369,8 @@ def _asked_settings(
     asked = settings.config | {"tokens_per_pass": settings.tokens_per_pass, "shared_prefix": not unshared}
     if settings.group_rows_by_prefix: asked["group_rows_by_prefix"] = True  # earlier checkpoints don't have it
     if settings.checkpointing: asked["gradient_checkpointing"] = not settings.config["use_cpu"]  # memory may differ the next time
-    if settings.prompt_loss_weight: asked["prompt_loss_weight"] = settings.prompt_loss_weight
+    for key in ("prompt_loss_weight", "answer_smoothing"):
+        if getattr(settings, key): asked[key] = getattr(settings, key)
     return asked | settings.ends.said()
 
 # %% ../nbs/64_trainer.ipynb #7e3a8d06

@@ -119,7 +119,7 @@ _GONE = {
 
 # %% ../nbs/58_training_fields.ipynb #e872ba94
 JOB_KEYS = {  # key -> its default
-    "completion_only_loss": False, "prompt_loss_weight": 0.0, "max_length": None, "shared_prefix": "auto", "tokens_per_pass": None,
+    "completion_only_loss": False, "prompt_loss_weight": 0.0, "answer_smoothing": 0.0, "max_length": None, "shared_prefix": "auto", "tokens_per_pass": None,
     "group_rows_by_prefix": False,
     "early_stopping_patience": None, "early_stopping_threshold": 0.0, "exact_match_rows": None,
     "max_seconds": None, "parent_adapter": None, "assistant_only_loss": False, "chat_template": False}
@@ -184,7 +184,7 @@ _NUMBERS = {  # rule -> keys of the numbers that it is for
         "learning_rate weight_decay max_grad_norm warmup_steps adam_epsilon eval_delay neftune_noise_alpha "
         "router_aux_loss_coef early_stopping_threshold",
     Number(least=0, most=1): "prompt_loss_weight",
-    Number(least=0, below=1): "warmup_ratio adam_beta1 adam_beta2 label_smoothing_factor"}
+    Number(least=0, below=1): "warmup_ratio adam_beta1 adam_beta2 label_smoothing_factor answer_smoothing"}
 
 # %% ../nbs/58_training_fields.ipynb #ad1c9a31
 _OPEN_NUMBERS = {  # key -> rule of its number, where it has one
@@ -333,6 +333,21 @@ def _weight_problems(
         problems.append(Problem(key, f"{key} weighs the usual loss of a token: leave it out, or {name} {asked[name]}"))
     return problems
 
+# %% ../nbs/58_training_fields.ipynb #023067f9
+def _smoothing_problems(
+    asked: dict,  # training arguments
+) -> list:  # of `Problem`
+    "Why labels can't be spread over the tokens of answers."
+    key, value = "answer_smoothing", asked.get("answer_smoothing")
+    if not value: return []
+    harmless = {"label_smoothing_factor": (None, 0), "prompt_loss_weight": (None, 0), "loss_type": ANOTHER_LOSS["loss_type"].harmless,
+                "shared_prefix": (None, "auto", True)}
+    others = [name for name, values in harmless.items() if asked.get(name) not in values]
+    texts = [f"{key} {value} doesn't go with {name} {asked[name]}: leave one of them out" for name in others]
+    if not (asked.get("completion_only_loss") or asked.get("assistant_only_loss")):
+        texts.append(f"{key} {value} has no answers to act on: set completion_only_loss, or in conversations assistant_only_loss; or leave it out")
+    return [Problem(key, text) for text in texts]
+
 # %% ../nbs/58_training_fields.ipynb #0782798c
 def _is_multiple(
     steps,  # a number, or a share of all steps where it is below 1
@@ -416,5 +431,5 @@ def training_problems(
     problems = [Problem(k, f"unknown key {k!r}{_elsewhere(k) or nearest(k, KNOWN_FIELDS)}") for k in unknown]
     problems += fields.field_problems(known, KNOWN_FIELDS, library_defaults(SFTConfig))
     problems += _value_problems(asked) + choosing.choice_problems(asked)
-    problems += _contradictions(asked) + _best_problems(asked) + _weight_problems(asked)
+    problems += _contradictions(asked) + _best_problems(asked) + _weight_problems(asked) + _smoothing_problems(asked)
     return problems + _tracker_problems(asked.get("report_to"))
