@@ -51,12 +51,19 @@ class Smoothing:
     share: float  # of each label, above 0 and below 1
     tokens: object = None  # their ids, a tensor on the model's device; None: the whole vocabulary
 
-    def mean(self, logits):  # (positions, vocabulary) -> (positions,)
+    def mean(
+        self,
+        logits,  # (positions, vocabulary)
+    ):  # (positions,)
         "The mean logit of the tokens that get something."
         return (logits if self.tokens is None else logits[:, self.tokens]).mean(-1)
 
-    def give(self, slopes, rows):  # (positions, vocabulary), (positions,): rows that each stands for
-        "Take what they get off the gradient with respect to the logits."
+    def give(
+        self,
+        slopes,  # (positions, vocabulary): the gradient with respect to the logits
+        rows,  # (positions,): that each stands for
+    ):
+        "Take what they get off the gradient."
         if self.tokens is None: slopes.sub_(rows[:, None] * (self.share / slopes.shape[1]))
         else: slopes[:, self.tokens] -= rows[:, None] * (self.share / len(self.tokens))
 

@@ -541,19 +541,27 @@ def _held_out(
     trainer.held_out = 0.0
     return done
 
+# %% ../nbs/61_passes.ipynb #e2999b69
+@contextlib.contextmanager
+def _unsmoothed(
+    trainer,  # TRL's, or made of it
+):
+    "Within this, a loss is that of the labels alone, as a held-out loss is in flat passes."
+    smoother, trainer.label_smoother = trainer.label_smoother, None
+    try: yield
+    finally: trainer.label_smoother = smoother
+
 # %% ../nbs/61_passes.ipynb #431e7897
 class _InPasses:
     "What of a trainer works on rows in passes."
     held_out = 0.0  # sum of losses, and of label tokens
     prompt_weight, at_once = 0.0, 1  # what a prompt's token counts in a step's loss; flat passes computed side by side
-    smoothing = None  # of the labels of a step's flat passes: a `Smoothing`
+    smoothing = None  # a `Smoothing` of the labels in a step's flat passes
 
     def padded_pass(self, model, part, num_items, train):
         part = {name: moved(tensor, self.accelerator.device) for name, tensor in part.items()}
         if train: return super().training_step(model, part, num_items)
-        smoother, self.label_smoother = self.label_smoother, None  # a held-out loss is that of the labels
-        try: return super().prediction_step(model, part, True)[0]
-        finally: self.label_smoother = smoother
+        with _unsmoothed(self): return super().prediction_step(model, part, True)[0]
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         if self.prompt_weight and self.model.training: model = _weighing_call(model, self.prompt_weight)
@@ -566,8 +574,7 @@ class _InPasses:
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         import torch
         with torch.no_grad(): loss, _ = run_step(self, model, inputs, train=False)
-        mine, _ = self.share(inputs)
-        loss = mean_over_all(self.accelerator, loss, mine["labels"])
+        loss = mean_over_all(self.accelerator, loss, self.share(inputs)[0]["labels"])
         tokens = moved(label_tokens(inputs["labels"]).double(), loss.device)
         self.held_out = self.held_out + torch.stack([loss.double() * tokens, tokens])
         return loss, None, None

@@ -121,15 +121,6 @@ class TrainingSettings:
     prompt_loss_weight: float = 0.0  # what a prompt's token counts in the loss, beside 1 of a completion's
     answer_smoothing: float = 0.0  # share of each label that is spread over the tokens that answers consist of
 
-    def used(
-        self,
-        shared: bool,  # were rows trained in flat passes?
-        held_out: bool = True,  # were there rows to evaluate on?
-    ) -> dict:  # key -> value
-        "The settings that acted."
-        silent = _silent_keys(self, shared, held_out)
-        return {k: v for k, v in self.config.items() if k not in silent}
-
 # %% ../nbs/60_settings.ipynb #25c0c28b
 @patch(as_prop=True)
 def loss(self: TrainingSettings) -> Loss:
@@ -166,6 +157,17 @@ def _silent_keys(
     if shared or not held_out: silent.add("per_device_eval_batch_size")
     if not held_out: silent |= {*_BEST, *(k for k in settings.config if k.startswith("eval_"))}
     return silent
+
+# %% ../nbs/60_settings.ipynb #012633d7
+@patch
+def used(
+    self: TrainingSettings,
+    shared: bool,  # were rows trained in flat passes?
+    held_out: bool = True,  # were there rows to evaluate on?
+) -> dict:  # key -> value
+    "The settings that acted."
+    silent = _silent_keys(self, shared, held_out)
+    return {k: v for k, v in self.config.items() if k not in silent}
 
 # %% ../nbs/60_settings.ipynb #f5c0a918
 SAVE_SECONDS = 300.0  # between checkpoints, by the clock

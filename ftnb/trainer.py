@@ -306,9 +306,8 @@ def make_trainer(
     if not len(test): config |= _NO_EVALUATION
     _make_folder(config["output_dir"])
     kind = _trainer_class(settings.group_rows_by_prefix and budget > 0, ask, settings.prompt_loss_weight)
-    trackers = tracker_callbacks(settings.config.get("report_to"))
     trainer = kind(model, args=_trl_config(config), train_dataset=train, eval_dataset=test if len(test) else None,
-                   processing_class=tokenizer, callbacks=trackers, run=run)
+                   processing_class=tokenizer, callbacks=tracker_callbacks(settings.config.get("report_to")), run=run)
     trainer.model_accepts_loss_kwargs, trainer.at_once = True, passes_at_once(model, train, settings) if budget else 1
     trainer.smoothing = _smoothing(settings, train, trainer.accelerator.device, budget > 0)
     _train_in_float32(model)
