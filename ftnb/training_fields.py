@@ -119,8 +119,8 @@ _GONE = {
 
 # %% ../nbs/58_training_fields.ipynb #e872ba94
 JOB_KEYS = {  # key -> its default
-    "completion_only_loss": False, "prompt_loss_weight": 0.0, "answer_smoothing": 0.0, "max_length": None, "shared_prefix": "auto", "tokens_per_pass": None,
-    "group_rows_by_prefix": False,
+    "completion_only_loss": False, "prompt_loss_weight": 0.0, "answer_smoothing": 0.0,
+    "max_length": None, "shared_prefix": "auto", "tokens_per_pass": None, "group_rows_by_prefix": False,
     "early_stopping_patience": None, "early_stopping_threshold": 0.0, "exact_match_rows": None,
     "max_seconds": None, "parent_adapter": None, "assistant_only_loss": False, "chat_template": False}
 
@@ -318,6 +318,21 @@ def _contradictions(
         problems.append(Problem("fp16", "fp16 and bf16 exclude each other"))
     return problems
 
+# %% ../nbs/58_training_fields.ipynb #867677aa
+def _on_answers(
+    asked: dict,  # training arguments
+) -> bool:
+    "Whether the loss is on answers, and not on the whole text."
+    return bool(asked.get("completion_only_loss") or asked.get("assistant_only_loss"))
+
+# %% ../nbs/58_training_fields.ipynb #33653fd1
+def _other_losses(
+    asked: dict,  # training arguments
+) -> list:  # their keys
+    "What of them replaces the usual loss of a token."
+    usual = {"label_smoothing_factor": (None, 0), "loss_type": ANOTHER_LOSS["loss_type"].harmless}
+    return [name for name, values in usual.items() if asked.get(name) not in values]
+
 # %% ../nbs/58_training_fields.ipynb #98c28f46
 def _weight_problems(
     asked: dict,  # training arguments
@@ -325,11 +340,10 @@ def _weight_problems(
     "Why a prompt's tokens can't be weighed."
     key, problems = "prompt_loss_weight", []
     if not asked.get(key): return []
-    if not (asked.get("completion_only_loss") or asked.get("assistant_only_loss")):
+    if not _on_answers(asked):
         text = f"{key} {asked[key]} has no effect: all tokens count alike. Set completion_only_loss, or in conversations assistant_only_loss"
         problems.append(Problem(key, f"{text}; or leave it out"))
-    for name, harmless in (("label_smoothing_factor", (None, 0)), ("loss_type", ANOTHER_LOSS["loss_type"].harmless)):
-        if asked.get(name) in harmless: continue
+    for name in _other_losses(asked):
         problems.append(Problem(key, f"{key} weighs the usual loss of a token: leave it out, or {name} {asked[name]}"))
     return problems
 
@@ -340,11 +354,11 @@ def _smoothing_problems(
     "Why labels can't be spread over the tokens of answers."
     key, value = "answer_smoothing", asked.get("answer_smoothing")
     if not value: return []
-    harmless = {"label_smoothing_factor": (None, 0), "prompt_loss_weight": (None, 0), "loss_type": ANOTHER_LOSS["loss_type"].harmless,
-                "shared_prefix": (None, "auto", True)}
-    others = [name for name, values in harmless.items() if asked.get(name) not in values]
+    others = _other_losses(asked)
+    if asked.get("prompt_loss_weight"): others.append("prompt_loss_weight")
+    if asked.get("shared_prefix") not in (None, "auto", True): others.append("shared_prefix")
     texts = [f"{key} {value} doesn't go with {name} {asked[name]}: leave one of them out" for name in others]
-    if not (asked.get("completion_only_loss") or asked.get("assistant_only_loss")):
+    if not _on_answers(asked):
         texts.append(f"{key} {value} has no answers to act on: set completion_only_loss, or in conversations assistant_only_loss; or leave it out")
     return [Problem(key, text) for text in texts]
 
